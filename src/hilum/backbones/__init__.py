@@ -1,0 +1,1 @@
+"""Image in, `Tokens` out. Imports only `hilum.core`."""

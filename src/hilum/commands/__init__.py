@@ -1,0 +1,1 @@
+"""The programs, one verb a file, each read from top to bottom."""

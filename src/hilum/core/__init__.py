@@ -1,0 +1,1 @@
+"""What every layer uses: errors, names, configuration, seeds, files, processes. Imports nothing of Hilum above it."""

@@ -1,0 +1,132 @@
+"""What a person sees while a program runs, and what is kept of it: lines, progress with an estimate, `metrics.jsonl`.
+
+On a terminal `progress` draws a bar with the time left; elsewhere it prints a plain line now and then.
+Patient identifiers never go through here.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hilum.core.files import write_text
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def say(text: str = "") -> None:
+    """Print one plain line (no markup) to standard output."""
+    print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning line to standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def next_step(command: str) -> None:
+    """Print the command that usually follows."""
+    say(f"Next: {command}")
+
+
+class Bar(Protocol):
+    """What `progress` yields."""
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more units as done."""
+
+    def note(self, text: str) -> None:
+        """Show a short text beside the bar (a loss, a count)."""
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "") -> Iterator[Bar]:
+    """Show progress over `total` units with the time left; yields a `Bar`."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _terminal(console) as display:
+            yield _TerminalBar(display, label, total)
+    else:
+        bar = _PlainBar(label, total, unit)
+        yield bar
+        bar.finish()
+
+
+def _terminal(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+    )  # fmt: skip
+
+
+class _TerminalBar:
+    def __init__(self, display: Progress, label: str, total: int) -> None:
+        self.display = display
+        self.task = display.add_task(label, total=total, note="")
+
+    def advance(self, count: int = 1) -> None:
+        self.display.advance(self.task, count)
+
+    def note(self, text: str) -> None:
+        self.display.update(self.task, note=text)
+
+
+class _PlainBar:
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done, self.text = 0, ""
+        self.start = self.last_line = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.last_line >= SECONDS_BETWEEN_LINES and self.done < self.total:
+            self.last_line = now
+            left = (now - self.start) / max(self.done, 1) * (self.total - self.done)
+            self._print(f"about {duration(left)} left")
+
+    def note(self, text: str) -> None:
+        self.text = text
+
+    def finish(self) -> None:
+        self._print(f"in {duration(time.monotonic() - self.start)}")
+
+    def _print(self, timing: str) -> None:
+        parts = [f"{self.label}: {self.done}/{self.total} {self.unit}".rstrip(), timing, self.text]
+        print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people: "8 s", "3 min 20 s", "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, each with its step; a resumed run drops the lines past its step."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= resume_step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return [line for line in lines[:-1] if line]  # text after the last newline was cut off by a kill
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")

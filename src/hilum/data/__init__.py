@@ -1,0 +1,1 @@
+"""From raw folders to checked tables and fast stores. Imports only `hilum.core`; the table half imports no torch."""

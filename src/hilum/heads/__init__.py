@@ -1,0 +1,1 @@
+"""Prediction heads on a frozen backbone, and the side-by-side search over learning rates."""
