@@ -41,7 +41,7 @@ def _replace(config: Any, path: list[str], value: Any, full_key: str) -> Any:
     names = {field.name for field in dataclasses.fields(config)}
     name, rest = path[0], path[1:]
     if name not in names:
-        raise UnknownNameError(f"setting of {type(config).__name__}", full_key, names)
+        raise UnknownNameError(f"setting of {type(config).__name__}", name, names)
     if rest:
         inner = getattr(config, name)
         if not dataclasses.is_dataclass(inner):
@@ -77,7 +77,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], where: str = "") ->
     arguments = {}
     for key, value in values.items():
         if key not in names:
-            raise UnknownNameError(f"setting of {kind.__name__}", f"{where}{key}", names)
+            raise UnknownNameError(f"setting of {kind.__name__}", key, names)
         arguments[key] = _convert(value, hints[key], f"{where}{key}")
     try:
         return kind(**arguments)
@@ -137,9 +137,7 @@ def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint is bool and isinstance(value, bool):
+    elif hint in (int, bool) and type(value) is hint:
         return value
     elif hint is str and isinstance(value, str | int | float):
         return str(value)

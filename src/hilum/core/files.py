@@ -30,10 +30,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         flush_to_disk(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         flush_to_disk(path.parent)
     except OSError as error:
-        raise HilumError(f"Could not write {path}: {error.strerror or error}. What was there before is unchanged.") from error
+        raise HilumError(
+            f"Could not write {path}: {error.strerror or error}. What was there before is unchanged."
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -73,7 +75,7 @@ def read_json(path: Path, error: Callable[[str], Exception]) -> Any:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder."""
+    """Force to disk a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -24,6 +24,4 @@ STAGES: tuple[str, ...] = ("raw", "study", "ensemble", "calibrated")
 Unit = Literal["image", "study"]
 UNITS: tuple[str, ...] = ("image", "study")
 
-RESEARCH_NOTICE = (
-    "Research use only; not a medical device. Not for diagnosis, triage or patient management."
-)
+RESEARCH_NOTICE = "Research use only; not a medical device. Not for diagnosis, triage or patient management."

@@ -3,6 +3,9 @@
 Order is data, not convention: Task 2 has Normal before Nodule, Task 1 the reverse. Everything matches by name.
 """
 
+import hashlib
+from collections.abc import Iterable, Mapping
+
 # CXR-LT 2024, `train_labeled.csv`, column order (bionlplab / PhysioNet cxr-lt-iccv-workshop-cvamd 2.0.0).
 CXRLT_2024_TASK1: tuple[str, ...] = (
     "Adenopathy", "Atelectasis", "Azygos Lobe", "Calcification of the Aorta", "Cardiomegaly", "Clavicle Fracture",
@@ -51,3 +54,59 @@ NIH_TO_CXRLT: dict[str, str] = {
     "Hernia": "Hernia",
     "No Finding": "Normal",
 }
+
+# Ways to name a fixed list of findings on the command line (`--findings`).
+FINDING_SETS: dict[str, tuple[str, ...]] = {
+    **TASKS,
+    "nih": tuple(name for name in CXRLT_2024_TASK1 if name in set(NIH_TO_CXRLT.values())),
+}
+
+# Child -> parents: a positive child implies positive parents. Explicit, because text-mined labels break it.
+IMPLIES: dict[str, tuple[str, ...]] = {
+    "Clavicle Fracture": ("Fracture",),
+    "Rib Fracture": ("Fracture",),
+    "Lobar Atelectasis": ("Atelectasis",),
+    "Round(ed) Atelectasis": ("Atelectasis",),
+    "Hydropneumothorax": ("Pneumothorax", "Pleural Effusion"),
+}
+NORMAL_NAMES: tuple[str, ...] = ("Normal", "No Finding")
+COMPATIBLE_WITH_NORMAL = frozenset({"Normal", "No Finding", "Support Devices"})
+"""Findings that may be positive beside Normal: a pacemaker in a healthy chest."""
+
+HEAD_SHARE, TAIL_SHARE = 0.10, 0.01
+
+
+def ordered(findings: Iterable[str]) -> tuple[str, ...]:
+    """Findings without repeats: those of CXR-LT 2024 task 1 in its column order, then the others alphabetically."""
+    unique = set(findings)
+    return (*(name for name in CXRLT_2024_TASK1 if name in unique), *sorted(unique - set(CXRLT_2024_TASK1)))
+
+
+def canonical(name: str) -> str:
+    """The release's spelling of a finding, matched without regard to case; an unknown name comes back stripped."""
+    return _SPELLING.get(name.strip().casefold(), name.strip())
+
+
+def findings_hash(findings: Iterable[str]) -> str:
+    """Hex SHA-256 of names and order. Two files with the same hash have the same columns in the same places."""
+    return hashlib.sha256("\x1f".join(findings).encode()).hexdigest()
+
+
+def frequency_groups(positives: Mapping[str, int], total: int) -> dict[str, str]:
+    """Head, medium or tail for each finding, by its share of training images.
+
+    Args:
+        positives: positive training images of each finding.
+        total: training images.
+
+    Returns:
+        "head" above 10 %, "medium" from 1 to 10 %, "tail" below 1 %. With no training images everything is "tail".
+    """
+    shares = {name: count / total if total else 0.0 for name, count in positives.items()}
+    return {
+        name: "head" if share > HEAD_SHARE else "tail" if share < TAIL_SHARE else "medium"
+        for name, share in shares.items()
+    }
+
+
+_SPELLING: dict[str, str] = {name.casefold(): name for name in (*CXRLT_2024_TASK1, *CXRLT_2024_TASK3, "No Finding")}

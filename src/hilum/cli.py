@@ -1,0 +1,283 @@
+"""The command line. One function a program: its options, an example, and a lazy import of what it runs.
+
+Nothing heavy is imported here, so that `hilum --help` answers at once. A `HilumError` becomes one line and exit
+status 1; a mistake in the options is exit status 2.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hilum.core.errors import HilumError
+from hilum.core.types import RESEARCH_NOTICE
+
+app = typer.Typer(
+    name="hilum",
+    help=f"From a folder of chest X-rays to calibrated study-level findings.\n\n{RESEARCH_NOTICE}",
+    epilog="Start with: hilum demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Where the result goes.")]
+Seed = Annotated[int, typer.Option(help="Root of every random choice.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; default: the processors of this machine.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, any setting of the recipe.", show_default=False)
+]
+Store = Annotated[Path, typer.Option("--data", help="A store made by hilum build.")]
+
+
+def example(text: str) -> str:
+    """The epilog of a command."""
+    return f"Example: {text}"
+
+
+@app.command(epilog=example("hilum demo --out outputs/demo"))
+def demo(
+    out: Out = Path("outputs/demo"),
+    seed: Seed = 0,
+    patients: Annotated[int, typer.Option(help="Synthetic patients.")] = 600,
+) -> None:
+    """Run the whole pipeline on synthetic patients: no data, no network, no GPU."""
+    from hilum.commands import demo as program
+    from hilum.recipes import demo_plan
+
+    program.run(demo_plan(), out, patients=patients, seed=seed)
+
+
+@app.command(epilog=example("hilum phantom outputs/phantoms --layout cxrlt --patients 200"))
+def phantom(
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    layout: Annotated[str, typer.Option(help="cxrlt or nih.")] = "cxrlt",
+    patients: Annotated[int, typer.Option(help="Synthetic patients.")] = 200,
+    seed: Seed = 0,
+    size: Annotated[int, typer.Option(help="Pixels of the shorter side.")] = 512,
+    minimum_patients: Annotated[int, typer.Option(help="At least so many patients for each finding.")] = 8,
+    workers: Workers = None,
+) -> None:
+    """Write synthetic patients in a dataset's real folder and CSV layout, with lesion masks."""
+    from hilum.commands import phantom as program
+
+    program.run(out, layout, patients, seed, size, minimum_patients, workers)
+
+
+@app.command(epilog=example("hilum manifest nih=/data/nih --out manifest.parquet"))
+def manifest(
+    sources: Annotated[list[str], typer.Argument(help="SOURCE=ROOT, for example cxrlt=/data/cxr-lt nih=/data/nih.")],
+    out: Out = Path("manifest.parquet"),
+    images: Annotated[list[str] | None, typer.Option(help="SOURCE=ROOT where the images are, if elsewhere.")] = None,
+    findings: Annotated[str, typer.Option(help="auto, or a task such as cxrlt2024-task1.")] = "auto",
+    split: Annotated[str, typer.Option(help="auto, official or project.")] = "auto",
+    val_fraction: Annotated[float, typer.Option(help="Share of patients for validation.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(help="Share of patients for testing.")] = 0.2,
+    seed: Seed = 0,
+    allow_missing: Annotated[
+        bool, typer.Option(help="Drop listed images that are not there, and say how many.")
+    ] = False,
+) -> None:
+    """Read datasets into one checked table: images, patients, studies, views, labels, splits."""
+    from hilum.commands import manifest as program
+
+    program.run(
+        sources,
+        out,
+        images=images or [],
+        findings=findings,
+        split=split,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        allow_missing=allow_missing,
+    )
+
+
+@app.command(epilog=example("hilum audit manifest.parquet"))
+def audit(
+    manifest: Annotated[Path, typer.Argument(help="A table made by hilum manifest.")],
+    hash_files: Annotated[bool, typer.Option(help="Also compare the files' bytes.")] = False,
+) -> None:
+    """Look for leaks, duplicates and conflicts; exit status 1 when evaluation material is on the training side."""
+    from hilum.commands import audit as program
+
+    program.run(manifest, hash_files)
+
+
+@app.command(epilog=example("hilum build manifest.parquet --out store"))
+def build(
+    manifest: Annotated[Path, typer.Argument(help="A table made by hilum manifest.")],
+    out: Out = Path("store"),
+    size: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller images stay as they are.")] = 512,
+    encoding: Annotated[str, typer.Option(help="jpeg95, png or raw.")] = "jpeg95",
+    shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n jobs of an array.")] = None,
+    workers: Workers = None,
+    root: Annotated[list[str] | None, typer.Option(help="SOURCE=ROOT, if the images have moved.")] = None,
+    budget: Annotated[float, typer.Option(help="Share of unreadable images above which this is an error.")] = 0.01,
+) -> None:
+    """Decode every image once into a store; what cannot be read is listed with its reason."""
+    from hilum.commands import build as program
+
+    program.run(manifest, out, size, encoding, shard, workers, root or [], budget)
+
+
+@app.command(epilog=example("hilum verify store"))
+def verify(store: Annotated[Path, typer.Argument(help="A store made by hilum build.")]) -> None:
+    """Read and decode every record of a store."""
+    from hilum.commands import verify as program
+
+    program.run(store)
+
+
+@app.command(epilog=example("hilum pretrain laptop_128 --data store --out runs/ssl batch_size=32"))
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe (hilum recipes lists them) or a config.yaml.")],
+    overrides: Overrides = None,
+    data: Store = Path("store"),
+    out: Out = Path("run"),
+    init: Annotated[Path | None, typer.Option(help="A run or weights to start from.")] = None,
+    devices: Annotated[int, typer.Option(help="Processes: one a GPU, or CPU processes.")] = 1,
+) -> None:
+    """Pretrain a backbone with DINOv2; a higher resolution is the same command with --init. Resumes by itself."""
+    from hilum.commands import pretrain as program
+    from hilum.recipes import pretrain_recipe
+
+    program.run(pretrain_recipe(recipe, overrides or []), data, out, init=init, devices=devices)
+
+
+@app.command(epilog=example("hilum fit decoder --data store --backbone runs/ssl --out model"))
+def fit(
+    recipe: Annotated[str, typer.Argument(help="A recipe (hilum recipes lists them) or a config.yaml.")],
+    overrides: Overrides = None,
+    data: Store = Path("store"),
+    backbone: Annotated[str, typer.Option(help="A run, weights, or random:SIZE.")] = "run",
+    out: Out = Path("model"),
+) -> None:
+    """Search learning rates for a head on a frozen backbone, refit, calibrate; writes a self-contained model."""
+    from hilum.commands import fit as program
+    from hilum.recipes import fit_recipe
+
+    program.run(fit_recipe(recipe, overrides or []), data, backbone, out)
+
+
+@app.command()
+def recipes() -> None:
+    """List every recipe with its source."""
+    from hilum.recipes import describe
+
+    typer.echo(describe())
+
+
+@app.command(epilog=example("hilum predict model pa.dcm lateral.dcm --out findings.csv"))
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model or an ensemble.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders, a CSV of paths, or STORE:split.")],
+    out: Out = Path("predictions.parquet"),
+    raw: Annotated[bool, typer.Option(help="Without the model's calibrator, for combine.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+) -> None:
+    """Findings for images or a split of a store, as Parquet, CSV or JSON."""
+    from hilum.commands import predict as program
+
+    program.run(model, inputs, out, raw=raw, batch_size=batch_size)
+
+
+@app.command(epilog=example("hilum combine a.parquet b.parquet --study mean --ensemble mean --out both.parquet"))
+def combine(
+    files: Annotated[list[Path], typer.Argument(help="Raw prediction files, or models to join into an ensemble.")],
+    out: Out = Path("combined.parquet"),
+    study: Annotated[str | None, typer.Option(help="mean: the images of a study.")] = None,
+    ensemble: Annotated[str | None, typer.Option(help="mean: the files.")] = None,
+    unit: Annotated[str, typer.Option(help="image (each keeps its row) or study (one row each).")] = "image",
+) -> None:
+    """Average the images of a study and the members of an ensemble, in that order."""
+    if all((path / "config.json").exists() for path in files):
+        from hilum.commands import combine_models
+
+        combine_models.run(files, out)
+        return
+    from hilum.commands import combine as program
+
+    program.run(files, out, study, ensemble, unit)
+
+
+@app.command(epilog=example("hilum calibrate val.parquet --labels store --split val --out cal.json"))
+def calibrate(
+    predictions: Annotated[Path, typer.Argument(help="Predictions, at the stage that will be used.")],
+    labels: Annotated[Path | None, typer.Option(help="A store, a manifest or a CSV with an id column.")] = None,
+    split: Annotated[str, typer.Option(help="The split to fit on; never the test split.")] = "val",
+    out: Out = Path("calibration.json"),
+    method: Annotated[str, typer.Option(help="auto, platt, temperature_bias or isotonic.")] = "auto",
+    use: Annotated[Path | None, typer.Option(help="Apply this calibration instead of fitting one.")] = None,
+) -> None:
+    """Fit calibrators and thresholds on validation predictions, or apply them to others."""
+    from hilum.commands import calibrate as program
+
+    program.run(predictions, labels=labels, split=split, out=out, method=method, use=use)
+
+
+@app.command(epilog=example("hilum evaluate test.parquet --labels store --out evaluation"))
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Predictions to judge.")],
+    labels: Annotated[Path, typer.Option(help="A store, a manifest or a CSV with an id column.")],
+    out: Out = Path("evaluation"),
+    task: Annotated[str | None, typer.Option(help="For example cxrlt2024-task1.")] = None,
+    split: Annotated[str | None, typer.Option(help="Only the images of this split.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Where the thresholds come from.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Other predictions, for the paired difference.")] = None,
+    bootstraps: Annotated[int, typer.Option(help="Resamples of patients for the intervals.")] = 1000,
+    seed: Seed = 0,
+) -> None:
+    """Metrics with intervals by patient: metrics.json and report.html."""
+    from hilum.commands import evaluate as program
+
+    program.run(
+        predictions,
+        labels,
+        out,
+        task=task,
+        split=split,
+        calibration=calibration,
+        compare=compare,
+        bootstraps=bootstraps,
+        seed=seed,
+    )
+
+
+@app.command(epilog=example("hilum submit test.parquet --task cxrlt2024-task1 --ids test.csv --out submission.csv"))
+def submit(
+    predictions: Annotated[Path, typer.Argument(help="Predictions for the images of --ids.")],
+    task: Annotated[str, typer.Option(help="cxrlt2023, cxrlt2024-task1 or cxrlt2024-task2.")],
+    ids: Annotated[Path, typer.Option(help="The challenge's CSV of image ids.")],
+    out: Out = Path("submission.csv"),
+    scale: Annotated[str | None, typer.Option(help="f1: move each finding's F1-optimal cut to 0.5.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Where the thresholds come from, for --scale.")] = None,
+) -> None:
+    """Write a validated CXR-LT submission."""
+    from hilum.commands import submit as program
+
+    program.run(predictions, task, ids, out, scale=scale, calibration=calibration)
+
+
+@app.command(epilog=example("hilum bench crops"))
+def bench(
+    name: Annotated[str, typer.Argument(help="build, crops, startup, or all.")] = "all",
+) -> None:
+    """Measure speed with a peer or a floor beside each figure."""
+    from hilum.commands import bench as program
+
+    program.run(name)
+
+
+def main() -> None:
+    """Entry point of the `hilum` program."""
+    try:
+        app()
+    except HilumError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

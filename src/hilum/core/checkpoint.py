@@ -1,0 +1,273 @@
+"""Resume state on disk: tensors as safetensors, the rest as JSON, complete or not there at all.
+
+A checkpoint is a folder `step_00001000/` with `state.safetensors` and `index.json`. The folder is written under a
+temporary name; the index, with the size and SHA-256 of every file, is written last; then the folder is renamed. The
+loader checks the hashes and takes the newest that is whole. Nothing here is pickle. Knows tensors and names, not models.
+Also here: the lock that keeps two processes off one run folder.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hilum.core.errors import CheckpointError, HilumError
+from hilum.core.files import flush_to_disk, sha256_file, write_json
+from hilum.core.tracking import warn
+
+FORMAT = "hilum-checkpoint-1"
+STATE_NAME, INDEX_NAME, LOCK_NAME = "state.safetensors", "index.json", ".lock"
+_SECONDS_FOR_A_DEAD_OWNER = 10.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint."""
+
+    step: int
+    """Steps made when it was written."""
+    tensors: dict[str, Tensor]
+    """On the CPU."""
+    values: dict[str, Any]
+    """JSON values: configuration, thread count, ..."""
+    path: Path
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write one checkpoint and drop the oldest ones past `keep`.
+
+    Args:
+        folder: of the run's checkpoints; created when absent.
+        step: steps made so far; a checkpoint of the same step is replaced.
+        tensors: any device, any names.
+        values: JSON values.
+        keep: how many to keep, at least 2: with one, a damaged file would be the only copy.
+
+    Raises:
+        HilumError: the disk is full or the folder cannot be written; names the path. What was there is unchanged.
+    """
+    if keep < 2:
+        raise HilumError(f"keep={keep}: expected at least 2 checkpoints, because the newest may turn out damaged.")
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        state = temporary / STATE_NAME
+        save_file({name: _plain(tensor) for name, tensor in tensors.items()}, state)
+        flush_to_disk(state)
+        files = {STATE_NAME: {"size": state.stat().st_size, "sha256": sha256_file(state)}}
+        write_json(temporary / INDEX_NAME, {"format": FORMAT, "step": step, "files": files, "values": dict(values)})
+        if final.exists():
+            _remove(final)
+        os.replace(temporary, final)
+        flush_to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        raise HilumError(f"Could not write the checkpoint {final}: {error}. Older checkpoints are unchanged.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _checkpoints(folder)[keep:]:
+        try:
+            _remove(old)
+        except OSError as error:  # an old file that stays must not stop a run
+            warn(f"could not remove the old checkpoint {old}: {error.strerror or error}")
+    return final
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy of its own memory: safetensors refuses tensors that share storage."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _remove(checkpoint: Path) -> None:
+    """The index goes first, so that what a kill leaves behind is not a checkpoint."""
+    (checkpoint / INDEX_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first, whole or not."""
+    return sorted((path for path in folder.glob("step_*") if path.name[5:].isdigit()), reverse=True)
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose hashes match; None when the folder has none at all.
+
+    Damaged ones are skipped with one line each.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole.
+    """
+    found = _checkpoints(Path(folder))
+    for path in found:
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            warn(f"skipped {error}")
+    if found:
+        raise CheckpointError(
+            f"{folder}: none of its {len(found)} checkpoints is whole. Restore one from a copy, or start again in "
+            "another folder."
+        )
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint and check every byte of it.
+
+    Raises:
+        CheckpointError: incomplete, damaged or of another format.
+    """
+    try:
+        index = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: {INDEX_NAME} is not of format {FORMAT!r}.")
+        for name, expected in index["files"].items():
+            size = (path / name).stat().st_size
+            if size != expected["size"]:
+                raise CheckpointError(f"{path}: {name} has {size} bytes, expected {expected['size']}.")
+            if sha256_file(path / name) != expected["sha256"]:
+                raise CheckpointError(f"{path}: the SHA-256 of {name} is not the one recorded.")
+        return Checkpoint(int(index["step"]), load_file(path / STATE_NAME), dict(index["values"]), path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: {Path(error.filename).name} is missing; it was not finished.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of names: equal only for bit-for-bit equal states."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = _plain(tensors[name])
+        total.update(f"{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def flatten_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state as `<parameter name>.<entry>`, e.g. `backbone.norm.weight.exp_avg`.
+
+    Args:
+        optimizer: whose state holds tensors only, like AdamW's.
+        names: parameter -> name.
+    """
+    return {
+        f"{names[parameter]}.{entry}": value
+        for parameter, state in optimizer.state.items()
+        for entry, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `flatten_optimizer`; every tensor must find its parameter.
+
+    Raises:
+        CheckpointError: a tensor of no parameter, or of another shape.
+    """
+    parameters = {name: parameter for parameter, name in names.items()}
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition(".")
+        if name not in parameters:
+            raise CheckpointError(f"The optimizer state {key!r} belongs to no parameter of this model.")
+        parameter = parameters[name]
+        if value.dim() and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"The optimizer state {key!r} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}."
+            )
+        scalar_on_cpu = value.dim() == 0 and not optimizer.defaults.get("fused")
+        optimizer.state[parameter][entry] = value.clone() if scalar_on_cpu else value.to(parameter.device, copy=True)
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """`load_state_dict` whose failure is a CheckpointError that names the tensors.
+
+    Raises:
+        CheckpointError: a tensor missing, unexpected or of the wrong shape.
+    """
+    expected = module.state_dict()
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != expected[name].shape
+    ]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{where} does not fit this model. Tensors: {'; '.join(problems)}.")
+    module.load_state_dict(dict(tensors))
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the lock ends with the process, however it ends.
+
+    Raises:
+        HilumError: another process has it; names its id.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_NAME
+    with path.open("a+") as file:
+        waited = time.monotonic()
+        while not _try_lock(file.fileno()):
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            # The children of a killed process (data workers) hold its lock until they notice, seconds later.
+            if _is_alive(owner) or time.monotonic() - waited > _SECONDS_FOR_A_DEAD_OWNER:
+                raise HilumError(
+                    f"{folder} is in use by process {owner}. Two programs must not write one run: wait for it, stop "
+                    "it, or choose another folder."
+                )
+            time.sleep(0.2)
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _is_alive(owner: str) -> bool:
+    if not owner.isdigit():
+        return True
+    try:
+        os.kill(int(owner), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,183 @@
+"""One process or several: devices, precision, gradient averaging, sums over ranks. The only module that uses Fabric.
+
+A run on one device never imports Lightning Fabric, whose import alone takes seconds; a run on several processes
+(devices > 1, torchrun, SLURM) goes through it and DDP. Both kinds have the same few calls, so a loop is written once.
+The sums (`sum_over_ranks` ...) are plain functions that do nothing in a single process; losses call them.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ReduceOp
+
+from hilum.core.errors import ConfigError
+
+Accelerator = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for another before it gives up; longer than any checkpoint takes to write."""
+
+
+class Engine(Protocol):
+    """What a training loop needs to know of the machine."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def setup(self, module: nn.Module) -> nn.Module:
+        """Move to the device; over several processes, average gradients in the backward pass."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in the run's precision; weights stay float32."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate."""
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+
+
+@contextmanager
+def launch(devices: int = 1, precision: Precision = "fp32", accelerator: Accelerator = "auto") -> Iterator[Engine]:
+    """Join or start the processes of this run; leave them at the end.
+
+    Args:
+        devices: GPUs, or CPU processes, of this machine. Under torchrun or srun the launcher's count stands.
+        precision: "bf16" runs matrix products in bfloat16.
+        accelerator: "auto" takes CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA asked for and absent, or more devices than there are.
+    """
+    cuda = torch.cuda.is_available()
+    if accelerator == "cuda" and not cuda:
+        raise ConfigError("accelerator=cuda, and torch finds no CUDA device here; use accelerator=cpu or auto.")
+    kind = "cuda" if cuda and accelerator != "cpu" else "cpu"
+    if devices < 1 or (kind == "cuda" and devices > torch.cuda.device_count()):
+        found = f", found {torch.cuda.device_count()} CUDA device(s) here" if kind == "cuda" else ""
+        raise ConfigError(f"devices={devices}: expected 1 or more{found}.")
+    if devices == 1 and _launched_processes() == 1:
+        yield _SingleEngine(precision, kind)
+        return
+    engine = _FabricEngine(devices, precision, kind)
+    try:
+        yield engine
+    finally:
+        if is_distributed():
+            torch.distributed.destroy_process_group()
+
+
+def _launched_processes() -> int:
+    """Processes that torchrun or srun has started for this job; 1 when neither did.
+
+    SLURM_NTASKS says nothing by itself: an allocation sets it for the batch script too, the step's count only srun.
+    """
+    counts = [os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")]
+    return next((int(count) for count in counts if count.isdigit()), 1)
+
+
+class _SingleEngine:
+    """One process, one device."""
+
+    def __init__(self, precision: Precision, kind: str) -> None:
+        self.rank, self.world_size = 0, 1
+        self.device = torch.device(kind)
+        self.precision = precision
+
+    def setup(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def barrier(self) -> None:
+        pass
+
+
+class _FabricEngine:
+    """Several processes with DDP, through Lightning Fabric under either of its package names."""
+
+    def __init__(self, devices: int, precision: Precision, kind: str) -> None:
+        home = next((name for name in ("lightning_fabric", "lightning") if find_spec(name)), None)
+        if home is None:
+            raise ConfigError("Several processes need Lightning Fabric: pip install lightning-fabric.")
+        home = "lightning.fabric" if home == "lightning" else home
+        ddp = import_module(f"{home}.strategies").DDPStrategy
+        per_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", ""))
+        local = int(per_node) if per_node.isdigit() else devices
+        self.fabric = import_module(home).Fabric(
+            accelerator=kind,
+            devices=local,
+            num_nodes=max(_launched_processes() // local, 1),
+            strategy=ddp(timeout=COLLECTIVE_TIMEOUT, gradient_as_bucket_view=True),
+            precision="bf16-mixed" if precision == "bf16" else "32-true",
+        )
+        self.fabric.launch()
+        self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
+        self.device = self.fabric.device
+
+    def setup(self, module: nn.Module) -> nn.Module:
+        return self.fabric.setup_module(module)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self.fabric.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        self.fabric.backward(loss)
+
+    def barrier(self) -> None:
+        self.fabric.barrier()
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of each rank's tensor, in place; no gradient. In a single process: the tensor itself."""
+    return _reduce(values, ReduceOp.SUM)
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """The largest of each rank's tensor, elementwise, in place; no gradient. In a single process: the tensor itself."""
+    return _reduce(values, ReduceOp.MAX)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of each rank's tensor; no gradient."""
+    return sum_over_ranks(values) / world_size()
+
+
+def _reduce(values: Tensor, operation: Any) -> Tensor:
+    if is_distributed():
+        torch.distributed.all_reduce(values, operation)
+    return values
+
+
+def gather(values: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, of one shape, in the order of ranks."""
+    if not is_distributed():
+        return [values]
+    gathered = [torch.empty_like(values) for _ in range(world_size())]
+    torch.distributed.all_gather(gathered, values.contiguous())
+    return gathered

@@ -1,0 +1,284 @@
+"""What is in every thorax besides lungs and heart: bones, airways, vessels, aorta, breasts, stomach, arms.
+
+Paints on a `Canvas`. The bone layer is kept apart from the findings, so that a finding's mask holds the finding alone.
+"""
+
+import numpy as np
+
+from hilum.data.phantoms.anatomy import LEFT, RIBS, SIDES, VERTEBRA_SPACING, Anatomy, Array, Break
+from hilum.data.phantoms.canvas import Canvas
+
+VESSEL_LEVELS = 6
+VESSEL_WIDTHS = (0.62, 0.46, 0.33, 0.24, 0.17, 0.12)
+
+
+def paint_skeleton(canvas: Canvas) -> None:
+    """Add bones and soft tissue organs."""
+    if canvas.view.lateral:
+        _lateral_bones(canvas)
+    else:
+        _frontal_bones(canvas)
+    _ribs(canvas)
+    _airways(canvas)
+    _aorta(canvas)
+    _abdomen(canvas)
+    _soft_tissue(canvas)
+
+
+def _ribs(canvas: Canvas) -> None:
+    """Posterior and anterior parts as two layers, each with denser edges (cortex)."""
+    anatomy, scale = canvas.anatomy, canvas.view.scale
+    for side in SIDES:
+        back, front = np.zeros(canvas.shape, np.uint8), np.zeros(canvas.shape, np.uint8)
+        for number in range(RIBS):
+            for start, stop in rib_pieces(anatomy, side, number):
+                for layer, low, high, width in ((back, 0.0, 0.62, 1.05), (front, 0.6, 1.0, 1.2)):
+                    if min(stop, high) - max(start, low) < 0.03:
+                        continue
+                    points = displaced_rib(anatomy, side, number, max(start, low), min(stop, high))
+                    canvas.draw(layer, points, width, 255)
+                    if width * scale > 5:
+                        canvas.draw(layer, points, width * 0.55, 165)
+        weight = 0.5 if canvas.view.lateral else 1.0
+        canvas.extra += back * np.float32(1.05 * weight / 255)
+        canvas.extra += front * np.float32(0.72 * weight / 255)
+
+
+def rib_pieces(anatomy: Anatomy, side: int, number: int) -> list[tuple[float, float]]:
+    """The intact pieces of a rib as (start, stop), with a small gap at each fracture."""
+    cuts = sorted(b.position for b in breaks_of(anatomy, "rib", side, number))
+    edges = [0.0, *[edge for cut in cuts for edge in (cut - 0.008, cut + 0.008)], 1.0]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def breaks_of(anatomy: Anatomy, bone: str, side: int, number: int = 0) -> list[Break]:
+    """The fractures of one bone."""
+    return [b for b in anatomy.breaks if (b.bone, b.side, b.number) == (bone, side, number)]
+
+
+def displaced_rib(anatomy: Anatomy, side: int, number: int, start: float, stop: float) -> Array:
+    """A piece of a rib where its fractures have put it: beyond a fracture it springs back within a quarter of the rib."""
+    points = anatomy.rib(side, number, start, stop, points=max(int(26 * (stop - start)), 8))
+    t = np.linspace(start, stop, len(points))
+    for fracture in breaks_of(anatomy, "rib", side, number):
+        beyond = t - fracture.position
+        points[:, 1] += fracture.offset * np.where(beyond >= 0, np.clip(1 - beyond / 0.22, 0, 1), 0)
+    return points
+
+
+def displaced_clavicle(anatomy: Anatomy, side: int) -> list[tuple[Array, Array]]:
+    """Pieces (points, widths) of a clavicle; the outer piece of a broken one hangs and overrides."""
+    points = anatomy.clavicle(side)
+    width = 1.15 + 0.5 * np.abs(np.linspace(-1, 1, len(points))) ** 2
+    fractures = breaks_of(anatomy, "clavicle", side)
+    if not fractures:
+        return [(points, width)]
+    fracture = fractures[0]
+    cut = int(fracture.position * len(points))
+    outer = points[cut:].copy()
+    outer[:, 1] += fracture.offset * np.linspace(1.0, 0.35, len(outer))
+    outer[:, 0] -= side * 0.5 * abs(fracture.offset)
+    inner = points[: cut + 1].copy()
+    inner[:, 1] -= 0.35 * fracture.offset * np.linspace(0, 1, len(inner)) ** 2
+    return [(inner, width[: cut + 1]), (outer, width[cut:])]
+
+
+def _vertebra_levels(anatomy: Anatomy) -> Array:
+    """y of the upper end plates of the vertebrae from C6 to L3."""
+    return np.arange(-3, 14) * VERTEBRA_SPACING - 0.6
+
+
+def _frontal_bones(canvas: Canvas) -> None:
+    anatomy = canvas.anatomy
+    layer = np.zeros(canvas.shape, np.uint8)
+    small = np.zeros(canvas.shape, np.uint8)
+    for number, top in enumerate(_vertebra_levels(anatomy)):
+        height = (VERTEBRA_SPACING - 0.4) * (1 - 0.75 * anatomy.wedge.get(number, 0.0))
+        z = float(anatomy.spine(np.array(top)))
+        half = 1.45 + 0.03 * max(top, 0)
+        lean = anatomy.spine_lean * (top - 10)
+        body = [[lean + x, y, z] for x, y in _box(half, top, height)]
+        canvas.fill(layer, canvas.view.project(np.array(body)), 190)
+        for side in SIDES:
+            pedicle = np.array([[lean + side * 1.0, top + 0.3, z], [lean + side * 1.0, top + 1.1, z]])
+            canvas.draw(small, pedicle, 0.55, 255)
+        process = np.array([[lean, top + 0.9, z + 4], [lean, top + 2.0, z + 4.6]])
+        canvas.draw(small, process, 0.5, 255)
+    canvas.extra += layer * np.float32(2.6 / 255) + small * np.float32(0.9 / 255)
+    bones = np.zeros(canvas.shape, np.uint8)
+    for side in SIDES:
+        for points, width in displaced_clavicle(anatomy, side):
+            canvas.draw(bones, points, width, 255)
+            if canvas.view.scale > 4.5:
+                canvas.draw(bones, points, width * 0.5, 180)
+    canvas.extra += bones * np.float32(1.5 / 255)
+    _shoulders(canvas)
+
+
+def _box(half: float, top: float, height: float) -> list[tuple[float, float]]:
+    """A vertebral body with its waist."""
+    bottom = top + height
+    waist = half * 0.88
+    middle = top + height / 2
+    return [(-half, top), (half, top), (waist, middle), (half, bottom), (-half, bottom), (-waist, middle)]
+
+
+def _shoulders(canvas: Canvas) -> None:
+    """Scapulae, humeri and arms."""
+    a = canvas.anatomy
+    layer, blade_layer = np.zeros(canvas.shape, np.uint8), np.zeros(canvas.shape, np.uint8)
+    for side in SIDES:
+        inward = 3.4 * a.scapula_in
+        blade = [[14.6, 0.8], [16.2, 1.6], [15.6, 4.5], [13.4 - inward, 13.6], [12.4 - inward, 13.4], [11.8 - inward, 3.2]]
+        points = np.array([[side * x, y, 8.0] for x, y in blade])
+        canvas.fill(blade_layer, canvas.view.project(points), 255)
+        canvas.draw(layer, points[[1, 2, 3]], 0.7, 255)
+        canvas.draw(layer, points[[4, 5]], 0.35, 170)
+        spine = np.array([[side * (12.2 - inward), 3.4, 9], [side * 16.6, -0.6, 8]])
+        canvas.draw(layer, spine, 0.7, 200)
+        offset = sum(b.offset for b in breaks_of(a, "humerus", side))
+        out = 1.4 - 1.4 * a.scapula_in
+        head, neck = np.array([side * 17.9, 1.4, 3.0]), np.array([side * (18.6 + out * 0.4), 3.4, 3.0])
+        elbow = np.array([side * (20.5 + out), 19.0, 3.0])
+        shaft = np.array([neck, elbow])
+        if offset:
+            shaft[:, 0] += side * offset
+            shaft[:, 1] += 0.5
+        circle = np.linspace(0, 2 * np.pi, 24)
+        ball = head + 2.3 * np.stack([np.cos(circle), np.sin(circle), 0 * circle], 1)
+        canvas.fill(layer, canvas.view.project(ball), 235)
+        canvas.draw(layer, shaft, 2.2, 255)
+        canvas.draw(layer, shaft, 1.1, 190)
+        arm = np.array([head, neck, elbow, elbow + [side * 1.0, 10, 0]])
+        for width, amount in ((9.0, 3.0), (7.5, 2.6), (5.0, 2.2)):
+            flesh = np.zeros(canvas.shape, np.uint8)
+            canvas.draw(flesh, arm[1:], width + a.fat, 255)
+            gain = flesh * np.float32(amount / 255)
+            canvas.extra += np.where(canvas.outline, np.float32(0.25), np.float32(1)) * gain
+    canvas.extra += blade_layer * np.float32(0.55 / 255) + layer * np.float32(1.5 / 255)
+
+
+def _lateral_bones(canvas: Canvas) -> None:
+    a = canvas.anatomy
+    layer, small = np.zeros(canvas.shape, np.uint8), np.zeros(canvas.shape, np.uint8)
+    for number, top in enumerate(_vertebra_levels(a)):
+        height = VERTEBRA_SPACING - 0.45
+        lost = a.wedge.get(number, 0.0) * height
+        middle = top + height / 2
+        z = float(a.spine(np.array(middle)))
+        slope = float(a.spine(np.array(middle + 0.5)) - a.spine(np.array(middle - 0.5)))
+        half = 1.45 + 0.02 * max(top, 0)
+        corners = [(-half, top + lost), (half, top), (half * 0.92, middle), (half, top + height), (-half, top + height)]
+        body = [[0.0, y - slope * dz, z + dz + slope * (y - middle)] for dz, y in corners]
+        canvas.fill(layer, canvas.view.project(np.array(body)), 170)
+        canvas.draw(layer, np.array([body[0], body[1]]), 0.22, 255)
+        canvas.draw(layer, np.array([body[4], body[3]]), 0.22, 255)
+        canvas.draw(small, np.array([[0, middle + 0.3, z + half], [0, middle + 1.7, z + half + 2.4]]), 0.9, 200)
+    canvas.extra += layer * np.float32(3.4 / 255) + small * np.float32(1.6 / 255)
+    y = np.linspace(3.6, 18.5, 20)
+    sternum = np.stack([0 * y, y, a.lung_front(y) - 0.9], 1)
+    bones = np.zeros(canvas.shape, np.uint8)
+    canvas.draw(bones, sternum, 1.0, 255)
+    canvas.draw(bones, sternum, 0.5, 190)
+    for side in SIDES:  # arms are raised; the scapulae show as oblique edges over the upper back
+        arm = np.array([[side * 15, 1.0, 1.0], [side * 15, -9.0, -5.0]])
+        canvas.draw(bones, arm, 2.4, 110)
+        blade = np.array([[side * 12, 0.5, 4.0], [side * 12, 11.5, 8.6 + 0.5 * side]])
+        canvas.draw(bones, blade, 0.5, 150)
+        flesh = np.zeros(canvas.shape, np.uint8)
+        canvas.draw(flesh, np.array([[side * 15, 3.2, 2.0], [side * 15, 0.0, 0.0], [side * 15, -9, -5]]), 8.5 + a.fat)
+        canvas.extra += canvas.soften(flesh * np.float32(2.6 / 255), 0.5)
+    canvas.extra += bones * np.float32(1.5 / 255)
+
+
+def _airways(canvas: Canvas) -> None:
+    lines = canvas.anatomy.trachea()
+    layer = np.zeros(canvas.shape, np.uint8)
+    for level, width in enumerate((1.75, 1.1)):
+        value = 150 if level == 0 else 255
+        canvas.draw(layer, _dense(lines[0]), width, value)
+    for line in lines[1:]:
+        canvas.draw(layer, _dense(line), 1.1, 170)
+    canvas.extra -= layer * np.float32(1.7 / 255)
+
+
+def _dense(line: Array, points: int = 16) -> Array:
+    t = np.linspace(0, len(line) - 1, points)
+    return np.stack([np.interp(t, np.arange(len(line)), line[:, axis]) for axis in range(3)], 1)
+
+
+def _aorta(canvas: Canvas) -> None:
+    """Arch and descending aorta, where they border on lung."""
+    a = canvas.anatomy
+    line = a.aorta()
+    layer = np.zeros(canvas.shape, np.uint8)
+    for share, value in ((1.0, 110), (0.85, 185), (0.6, 255)):
+        canvas.draw(layer, line, 2 * a.aorta_radius * share, value)
+    weight = 0.75 * 2 * a.aorta_radius * (0.6 if canvas.view.lateral else 0.8)
+    canvas.extra += layer * canvas.inside * np.float32(weight / 255)
+
+
+def _abdomen(canvas: Canvas) -> None:
+    """Gas in the stomach under the left hemidiaphragm."""
+    a = canvas.anatomy
+    if a.stomach_gas < 0.25:
+        return
+    x, y, _ = a.dome_centre(LEFT)
+    size = 1.0 + 1.7 * a.stomach_gas
+    canvas.ellipsoid(np.array([x - 0.8, y + 1.3 + 0.85 * size, 0.5]), np.array([size * 1.3, size * 0.85, size]), -1.0)
+
+
+def _soft_tissue(canvas: Canvas) -> None:
+    """Breasts, and the folds of the neck."""
+    a = canvas.anatomy
+    if a.breast <= 0:
+        return
+    for side in SIDES:
+        size = 0.75 + 0.35 * a.breast
+        centre = np.array([side * 7.2, 15.5 + 1.3 * a.breast, -a.front_depth - 2.2 - a.fat])
+        canvas.ellipsoid(centre, np.array([5.4, 4.6, 2.6]) * size, 0.75, softness=0.55)
+
+
+def paint_vessels(canvas: Canvas) -> None:
+    """The vessel trees of both lungs, faded by the canvas's `marking`; branches of one width are one drawing."""
+    a = canvas.anatomy
+    for side in SIDES:
+        layer = np.zeros(canvas.shape, np.float32)
+        for level, (starts, stops) in enumerate(_tree(a, side)):
+            width = VESSEL_WIDTHS[level] * canvas.view.scale
+            drawn = np.zeros(canvas.shape, np.uint8)
+            ends = np.stack([canvas.view.project(starts), canvas.view.project(stops)], 1)
+            _lines(drawn, ends, width)
+            layer += drawn * np.float32(VESSEL_WIDTHS[level] * 0.95 * min(width, 1.0) / 255)
+        field = np.minimum(canvas.lung[side] / 3.0, 1.0) * layer
+        marking = canvas.marking[side]
+        canvas.extra += np.float32(a.vessel_gain) * (field if marking is None else field * marking)
+
+
+def _lines(layer: Array, ends: Array, width: float) -> None:
+    import cv2
+
+    points = np.round(np.clip(ends, -500, 4000) * 16).astype(np.int32)
+    cv2.polylines(layer, list(points), False, 255, max(round(width), 1), cv2.LINE_AA, 4)
+
+
+def _tree(anatomy: Anatomy, side: int) -> list[tuple[Array, Array]]:
+    """(starts, stops) of all branches of one level, from the hilum outwards; a function of the patient alone."""
+    rng = np.random.default_rng([anatomy.vessel_seed, side + 1])
+    centre = np.array(anatomy.hilum(side))
+    count = 9
+    angle = np.deg2rad(np.linspace(-78, 92, count) + rng.normal(0, 5, count))
+    direction = np.stack([side * np.cos(angle), np.sin(angle), rng.uniform(-0.75, 0.75, count)], 1)
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    starts = centre + rng.normal(0, 0.35, (count, 3))
+    length = rng.uniform(2.4, 3.4, count) * (1 + 0.35 * np.maximum(direction[:, 1], 0))
+    levels = []
+    for _ in range(VESSEL_LEVELS):
+        middles = starts + direction * (length * 0.5)[:, None] + rng.normal(0, 0.12, starts.shape)
+        stops = middles + direction * (length * 0.5)[:, None] + rng.normal(0, 0.16, starts.shape)
+        levels.append((np.concatenate([starts, middles]), np.concatenate([middles, stops])))
+        starts = np.repeat(stops, 2, axis=0)
+        direction = np.repeat(direction, 2, axis=0) + rng.normal(0, 0.36, (len(starts), 3))
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        length = np.repeat(length, 2) * rng.uniform(0.62, 0.9, len(starts))
+    return levels

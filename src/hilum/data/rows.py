@@ -1,0 +1,252 @@
+"""What a source hands over, and the steps that every source shares: paths, presence of files, labels, ages.
+
+A source reads one layout and returns `SourceRows`; `manifest` gives them namespaced ids, splits and one schema.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from hilum.core.errors import EmptyStudyError, ManifestError, PathError, UnknownLabelError
+from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
+from hilum.data.schema import label_column, leaves_root
+from hilum.data.tables import FIRST_ROW, check_values
+
+EXAMPLES = 3
+"""How many of the offending files a message names."""
+
+BlankPolicy = Literal["mask", "zero"]
+UncertainPolicy = Literal["mask", "zero", "one"]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a source is asked to read."""
+
+    dataset: str
+    """Name that the ids are put under."""
+    root: Path
+    """Folder with the tables, and with the images unless `images` says otherwise."""
+    images: Path | None = None
+    """Folder with the images, where they lie apart from the tables."""
+    table: Path | None = None
+    """Another table than the one the source looks for (source `folder`)."""
+    allow_missing: bool = False
+    """Leave out listed images that are not there, and count them, in place of an error."""
+    blank: BlankPolicy = "mask"
+    """An empty label cell: unknown, or negative."""
+    uncertain: UncertainPolicy = "mask"
+    """A source's own "uncertain": kept apart as -2 (every loss masks it), or made negative or positive."""
+
+    @property
+    def label_policy(self) -> str:
+        """The policies as the text that the manifest records."""
+        return f"uncertain={self.uncertain},blank={self.blank}"
+
+    def code(self, text: str) -> int:
+        """Label code of a cell that holds 1, 0, -1 or nothing."""
+        if text == "":
+            return UNKNOWN if self.blank == "mask" else NEGATIVE
+        if text == "-1":
+            return {"mask": UNCERTAIN, "zero": NEGATIVE, "one": POSITIVE}[self.uncertain]
+        return POSITIVE if text == "1" else NEGATIVE
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Rows of one dataset, before ids are namespaced and splits are made.
+
+    Args:
+        frame: one row per image: `image_id`, `patient_id`, `study_id` (the source's own, the study unique within its
+            patient), `source_relpath`, `view_raw`, `split_official`, `label.*`, and any optional manifest column.
+        findings: what the source labels, in the release's order.
+        root: the folder that `source_relpath` is relative to.
+        official: whether `split_official` is meant to be used when nobody says which split.
+        tables: SHA-256 of each table read, by file name.
+        notes: what a person should know (files left out, guesses made); no patient identifiers.
+    """
+
+    frame: pl.DataFrame
+    findings: tuple[str, ...]
+    root: Path
+    official: bool
+    tables: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The files under a folder.
+
+    Args:
+        files: paths relative to the folder, with "/".
+        outside: links whose target lies outside the folder.
+        links: links whose target lies inside it.
+    """
+
+    files: list[str]
+    outside: frozenset[str]
+    links: frozenset[str]
+
+
+def scan(root: Path, under: Sequence[str] = ("",)) -> Scan:
+    """List all files under some sub-folders of `root` in one pass, without a system call for each file.
+
+    Links are followed where they stay inside `root`; where they leave it they are only recorded.
+    """
+    home = os.path.realpath(root)
+    files: list[str] = []
+    outside: set[str] = set()
+    links: set[str] = set()
+    waiting = [(folder, (home,)) for folder in under]
+    while waiting:
+        folder, trail = waiting.pop()
+        try:
+            entries = list(os.scandir(Path(root) / folder))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise PathError(f"{Path(root) / folder} cannot be listed: {error.strerror or error}.") from error
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_symlink():
+                target = os.path.realpath(entry.path)
+                if os.path.commonpath([home, target]) != home:
+                    outside.add(name)
+                    continue
+                links.add(name)
+                if entry.is_dir() and target not in trail:  # a loop comes back to a target already followed
+                    waiting.append((name, (*trail, target)))
+                elif entry.is_file():
+                    files.append(name)
+            elif entry.is_dir():
+                waiting.append((name, trail))
+            elif entry.is_file():
+                files.append(name)
+    return Scan(sorted(files), frozenset(outside), frozenset(links))
+
+
+def relative_paths(paths: pl.Series, table: Path) -> pl.Series:
+    """Paths of a table with `./` and doubled slashes removed.
+
+    Raises:
+        PathError: a path is absolute, has a `..` or a backslash, or holds a control character; names the row.
+    """
+    bad = pl.select(leaves_root(pl.lit(paths)) | pl.lit(paths).str.contains(r"[\\\x00-\x1f]")).to_series()
+    if bad.any():
+        raise PathError(
+            f"{table}, row {int(bad.arg_max() or 0) + FIRST_ROW}: the path {paths.filter(bad)[0]!r} is absolute, leaves its "
+            f"folder or uses backslashes ({bad.sum()} such rows). Write paths relative to the root, with '/'."
+        )
+    return paths.str.replace_all(r"(^|/)(\./)+", "$1").str.replace_all("/+", "/")
+
+
+def keep_existing(
+    frame: pl.DataFrame, found: Scan, root: Path, options: SourceOptions, studies: bool
+) -> tuple[pl.DataFrame, list[str]]:
+    """Drop (with `allow_missing`) or refuse rows whose file is not there.
+
+    Args:
+        frame: with `source_relpath`, `patient_id`, `study_id`.
+        found: the scan of `root`.
+        root: for messages.
+        options: `allow_missing`.
+        studies: the source has studies of several images, so that a study can be left without any.
+
+    Returns:
+        The rows whose files exist, and notes.
+
+    Raises:
+        EmptyStudyError: files are missing and some study has none left.
+        PathError: files are missing, none is there, or one is a link that leaves the root.
+    """
+    present = frame["source_relpath"].is_in(found.files)
+    if present.all():
+        return frame, []
+    gone = frame.filter(~present)
+    _refuse_outside_links(gone["source_relpath"], found, root)
+    kept = frame.filter(present)
+    names = ", ".join(gone["source_relpath"][:EXAMPLES])
+    count = f"{gone.height} of {frame.height} listed images are not under {root}"
+    if kept.height == 0:
+        raise PathError(
+            f"None of the {frame.height} listed images is under {root}; the first would be {names.split(', ')[0]}. "
+            f"Say where the images are with --images {options.dataset}=FOLDER."
+        )
+    keys = ["patient_id", "study_id"]
+    empty = gone.select(keys).unique().join(kept.select(keys), on=keys, how="anti").height if studies else 0
+    lost = f" {empty} studies have no image left." if empty else ""
+    if options.allow_missing:
+        return kept, [f"{count}: left out.{lost}"]
+    kind = EmptyStudyError if empty else PathError
+    raise kind(f"{count} (first: {names}).{lost} Complete them, or leave them out with --allow-missing.")
+
+
+def _refuse_outside_links(paths: pl.Series, found: Scan, root: Path) -> None:
+    if not found.outside:
+        return
+    for path in paths:
+        parts = path.split("/")
+        if any("/".join(parts[: end + 1]) in found.outside for end in range(len(parts))):
+            raise PathError(
+                f"{path} is, or lies behind, a link that leaves {root}. "
+                "Give the folder that really holds the images (--images SOURCE=FOLDER)."
+            )
+
+
+def label_columns(
+    frame: pl.DataFrame, findings: Mapping[str, str], codes: Mapping[str, int], table: Path
+) -> pl.DataFrame:
+    """Replace text columns by int8 label columns.
+
+    Args:
+        frame: text columns.
+        findings: column in `frame` -> finding.
+        codes: accepted text -> label code.
+        table: for messages.
+
+    Raises:
+        UnknownLabelError: a cell holds anything else; names row, column and value.
+    """
+    for column in findings:
+        check_values(frame[column], codes, table, UnknownLabelError)
+    made = [
+        pl.col(column).replace_strict(dict(codes), return_dtype=pl.Int8).alias(label_column(finding))
+        for column, finding in findings.items()
+    ]
+    return frame.with_columns(made).drop(list(findings))
+
+
+def unknown_label(name: str, known: Sequence[str], where: str) -> UnknownLabelError:
+    """The error for a label that a vocabulary does not have, with the nearest one that it has."""
+    near = difflib.get_close_matches(name.casefold(), [other.casefold() for other in known], n=1, cutoff=0.6)
+    spelled = next((other for other in known if near and other.casefold() == near[0]), None)
+    hint = f" Did they mean {spelled!r}?" if spelled else ""
+    return UnknownLabelError(f"{where}: unknown label {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def ages(raw: pl.Expr) -> pl.Expr:
+    """Years from "58", "058Y", "011M" or "005D"; null where it is not a human age (NIH 2017 has 414)."""
+    number = raw.str.extract(r"^\s*(\d{1,3})\s*[YyMmDd]?\s*$", 1).cast(pl.Float32)
+    unit = raw.str.extract(r"([YyMmDd])\s*$", 1).str.to_uppercase().fill_null("Y")
+    years = number / unit.replace_strict({"Y": 1.0, "M": 12.0, "D": 365.25}, default=1.0, return_dtype=pl.Float32)
+    return pl.when(years.is_between(0, 120)).then(years)
+
+
+def existing_folder(path: Path, what: str) -> Path:
+    """The folder, absolute; raises `PathError` when it is not one."""
+    if not Path(path).is_dir():
+        raise PathError(f"{path} is not a folder ({what}).")
+    return Path(path).resolve()
+
+
+def check_dataset_name(name: str) -> str:
+    """A dataset name that is safe in ids, file names and JSON; raises `ManifestError` otherwise."""
+    if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
+        raise ManifestError(f"Dataset name {name!r}: use letters, digits, '-', '_' and '.'.")
+    return name

@@ -1,0 +1,200 @@
+"""Any folder of PNG, JPEG or DICOM files, with or without a table.
+
+The table is `labels.csv` in the folder, or one given by hand: `path`, and where known `patient_id`, `study_id`,
+`view`, `split`, `sex`, `age`; every other column is a finding holding 1, 0, -1 (uncertain) or nothing. Without a
+table all files are taken, without labels. Where no table names the patient, a DICOM header does; any other file
+counts as a patient of its own, and the notes say so.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from hilum.core.errors import EmptyStudyError, ImageError, ManifestError, PathError
+from hilum.core.tracking import progress
+from hilum.data.labels import canonical, ordered
+from hilum.data.rows import (
+    Scan,
+    SourceOptions,
+    SourceRows,
+    ages,
+    existing_folder,
+    keep_existing,
+    label_columns,
+    relative_paths,
+    scan,
+)
+from hilum.data.tables import check_filled, check_values, read_csv, row_of, unique
+
+TABLE = "labels.csv"
+PICTURES = (".png", ".jpg", ".jpeg")
+DICOM_SUFFIXES = (".dcm", ".dicom")
+HEADER_FIELDS = {"patient_id": "PatientID", "study_id": "StudyInstanceUID", "view_raw": "ViewPosition"}
+RESERVED = ("path", "patient_id", "study_id", "view", "split", "sex", "age")
+SPLIT_NAMES = {
+    "train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
+    "development": "val", "test": "test", "": "",
+}  # fmt: skip
+LABEL_CELLS = {"1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": "-1", "-1.0": "-1", "": ""}
+
+
+def read(options: SourceOptions) -> SourceRows:
+    """Read a folder and its table, if it has one.
+
+    Raises:
+        PathError: no folder, no image in it, or a path that leaves it.
+        EmptyStudyError: the table names a study without an image.
+        ManifestError: a subclass for each other fault; see `tables` and `rows`.
+    """
+    root = existing_folder(options.root, f"folder={options.root}")
+    image_root = existing_folder(options.images, "--images") if options.images else root
+    path = options.table or (root / TABLE if (root / TABLE).is_file() else None)
+    found = scan(image_root)
+    if path is None:
+        frame, findings, tables, notes = _files(found, image_root), (), {}, ["no table: images without labels"]
+        notes += [f"{len(found.links)} links inside the folder are not counted again"] if found.links else []
+    else:
+        frame, findings, digest = _table(path, options)
+        frame, notes = keep_existing(frame, found, image_root, options, studies="study_id" in frame.columns)
+        tables = {path.name: digest}
+        unlisted = len(set(_images(found.files, image_root)) - set(frame["source_relpath"]))
+        notes += [f"{unlisted} images in the folder are not in {path.name}: left out"] if unlisted else []
+    frame, more = _identify(frame, image_root)
+    has_split = "split_official" in frame.columns
+    if not has_split:
+        frame = frame.with_columns(split_official=pl.lit(""))
+    frame = frame.with_columns(
+        image_id=pl.col("source_relpath"), label_trust=pl.lit("given"), label_source=pl.lit(path.name if path else None)
+    )
+    return SourceRows(frame, findings, image_root, has_split, tables, (*notes, *more))
+
+
+def _files(found: Scan, root: Path) -> pl.DataFrame:
+    if found.outside:
+        raise PathError(
+            f"{min(found.outside)} is a link that leaves {root} ({len(found.outside)} such links). "
+            "Give the folder that really holds the images."
+        )
+    names = [name for name in _images(found.files, root) if not _behind(name, found.links)]
+    if not names:
+        raise PathError(f"{root} holds no image: {len(found.files)} files, none of them PNG, JPEG or DICOM.")
+    return pl.DataFrame({"source_relpath": names})
+
+
+def _behind(name: str, links: frozenset[str]) -> bool:
+    parts = name.split("/")
+    return bool(links) and any("/".join(parts[: end + 1]) in links for end in range(len(parts)))
+
+
+def _images(files: Sequence[str], root: Path) -> list[str]:
+    """Files with an image suffix, and files named by a UID or without a suffix that begin as DICOM does."""
+    chosen = []
+    for name in files:
+        base = name.rsplit("/", 1)[-1]
+        if base.startswith("."):
+            continue
+        bare = "." not in base or base.rsplit(".", 1)[-1].isdigit()
+        if base.lower().endswith((*PICTURES, *DICOM_SUFFIXES)) or (bare and _is_dicom(root / name)):
+            chosen.append(name)
+    return chosen
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _table(path: Path, options: SourceOptions) -> tuple[pl.DataFrame, tuple[str, ...], str]:
+    table = read_csv(path, ("path",))
+    frame = table.frame
+    check_filled(frame["path"], path, EmptyStudyError, " Each row is one image; remove studies that have none.")
+    paths = relative_paths(frame["path"], path)
+    unique(paths.alias("path"), path)
+    for name in ("patient_id", "study_id"):
+        if name in frame.columns:
+            check_filled(frame[name], path, hint=" Fill it for every image, or leave the column out.")
+    columns = {name: canonical(name) for name in frame.columns if name not in RESERVED}
+    twice = sorted({finding for finding in columns.values() if list(columns.values()).count(finding) > 1})
+    if twice:
+        raise ManifestError(f"{path}: two columns for {', '.join(twice)} (names are matched without regard to case).")
+    _check_findings(frame, columns, path)
+    codes = {cell: options.code(LABEL_CELLS[cell]) for cell in LABEL_CELLS}
+    raw = pl.struct(list(columns)).struct.json_encode() if columns else pl.lit(None, dtype=pl.String)
+    frame = frame.with_columns(raw_labels=raw, source_relpath=paths).drop("path")
+    frame = _rename(label_columns(frame, columns, codes, path), path)
+    return frame, ordered(columns.values()), table.sha256
+
+
+def _check_findings(frame: pl.DataFrame, columns: dict[str, str], path: Path) -> None:
+    """A column of anything but labels is most likely a misspelt `patient_id` or a remark: say which are read how."""
+    for name in columns:
+        bad = ~frame[name].is_in(list(LABEL_CELLS))
+        if bad.all():
+            raise ManifestError(
+                f"{path}: column {name!r} holds {frame[name][0]!r} in row {row_of(bad)}. Columns other than "
+                f"{', '.join(RESERVED)} are findings with 1, 0, -1 or nothing. Rename or remove it."
+            )
+
+
+def _rename(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
+    if "split" in frame.columns:
+        split = frame["split"].str.strip_chars().str.to_lowercase().alias("split")
+        check_values(split, SPLIT_NAMES, path, ManifestError)
+        frame = frame.with_columns(split_official=split.replace_strict(SPLIT_NAMES, return_dtype=pl.String)).drop(
+            "split"
+        )
+    if "age" in frame.columns:
+        frame = frame.with_columns(age_years=ages(pl.col("age"))).rename({"age": "age_raw"})
+    return frame.rename({"view": "view_raw"}) if "view" in frame.columns else frame
+
+
+def _identify(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, list[str]]:
+    """Fill patient, study and view where the table did not give them."""
+    absent = [name for name in HEADER_FIELDS if name not in frame.columns]
+    if not absent:
+        return frame, []
+    headers, unreadable = _headers(frame["source_relpath"].to_list(), root)
+    path = pl.col("source_relpath")
+    fields = {name: path.replace_strict(_field(headers, name), default="", return_dtype=pl.String) for name in absent}
+    notes = (
+        [f"{unreadable} DICOM headers cannot be read; each such file counts as its own patient"] if unreadable else []
+    )
+    frame = frame.with_columns(expression.alias(name) for name, expression in fields.items())
+    if "patient_id" in absent:
+        alone = (frame["patient_id"] == "").sum()
+        # A study that the table names keeps its images together even where nobody names the patient.
+        stand_in = path if "study_id" in absent else pl.lit("study:") + pl.col("study_id")
+        frame = frame.with_columns(
+            patient_id=pl.when(pl.col("patient_id") == "").then(stand_in).otherwise("patient_id")
+        )
+        if alone:
+            unit = "image" if "study_id" in absent else "study"
+            notes.append(f"{alone} images name no patient: each {unit} counts as one, which cannot rule out leakage")
+    if "study_id" in absent:
+        frame = frame.with_columns(study_id=pl.when(pl.col("study_id") == "").then(path).otherwise("study_id"))
+    return frame, notes
+
+
+def _field(headers: dict[str, dict[str, str]], name: str) -> dict[str, str]:
+    return {path: header.get(HEADER_FIELDS[name], "") for path, header in headers.items()}
+
+
+def _headers(paths: list[str], root: Path) -> tuple[dict[str, dict[str, str]], int]:
+    from hilum.data.images import read_dicom_header  # pydicom is slow to import, and most folders have no DICOM
+
+    wanted = [path for path in paths if not path.lower().endswith(PICTURES)]
+    headers: dict[str, dict[str, str]] = {}
+    if not wanted:
+        return headers, 0
+    with progress("Reading DICOM headers", len(wanted), "files") as bar:
+        for path in wanted:
+            try:
+                headers[path] = read_dicom_header(root / path)
+            except ImageError:
+                headers[path] = {}
+            bar.advance()
+    return headers, sum(not header for header in headers.values())

@@ -1,0 +1,145 @@
+"""NIH ChestX-ray14: `Data_Entry_2017.csv` (12 columns, the last unnamed) or `Data_Entry_2017_v2020.csv` (11).
+
+Layouts: ROOT/images/*.png, or Kaggle's ROOT/images_0NN/images/*.png. One image per study: the number after the
+patient's in the file name is the follow-up. (The column `Follow-up #` differs from it in the 2020 table.)
+Source: Wang et al., ChestX-ray8, CVPR 2017.
+"""
+
+import json
+from pathlib import Path
+
+import polars as pl
+
+from hilum.core.errors import LeakageError, ManifestError, PathError
+from hilum.core.files import sha256_file
+from hilum.core.types import NEGATIVE, POSITIVE
+from hilum.data.labels import NIH_TO_CXRLT, ordered
+from hilum.data.rows import SourceOptions, SourceRows, ages, existing_folder, keep_existing, scan, unknown_label
+from hilum.data.schema import label_column
+from hilum.data.tables import Table, read_csv, read_list, row_of
+
+TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+REQUIRED = (
+    "Image Index",
+    "Finding Labels",
+    "Follow-up #",
+    "Patient ID",
+    "Patient Age",
+    "Patient Gender",
+    "View Position",
+)
+LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
+NO_FINDING = "No Finding"
+
+
+def read(options: SourceOptions) -> SourceRows:
+    """Read the NIH table, its split lists where present, and check that every listed image is there.
+
+    Raises:
+        ManifestError: a subclass for each kind of fault; see `tables` and `rows`.
+    """
+    root = existing_folder(options.root, "nih=ROOT holds Data_Entry_2017_v2020.csv and images/")
+    image_root = existing_folder(options.images, "--images nih=FOLDER") if options.images else root
+    path = options.table or next((root / name for name in TABLES if (root / name).is_file()), None)
+    if path is None:
+        raise PathError(f"{root} holds neither {TABLES[0]} nor {TABLES[1]}.")
+    table = read_csv(path, REQUIRED, key="Image Index")
+    found = scan(image_root, _image_folders(image_root))
+    frame = _rows(table).join(_locations(found.files, image_root), on="image_id", how="left", maintain_order="left")
+    frame = frame.with_columns(pl.col("source_relpath").fill_null("images/" + pl.col("image_id")))
+    frame, lists = _official_split(frame, root)
+    frame, notes = keep_existing(frame, found, image_root, options, studies=False)
+    return SourceRows(
+        frame.with_columns(
+            release=pl.lit("v2020" if "v2020" in path.name else "v2017"),
+            licence_tag=pl.lit("nih-open"),
+            label_source=pl.lit("nih-chestxray14"),
+            label_trust=pl.lit("text_mined"),
+        ),
+        ordered(NIH_TO_CXRLT.values()),
+        image_root,
+        official=False,
+        tables={path.name: table.sha256, **lists},
+        notes=tuple(notes),
+    )
+
+
+def _rows(table: Table) -> pl.DataFrame:
+    frame, path = table.frame, table.path
+    name = frame["Image Index"]
+    bad = ~name.str.contains(r"^\d{8}_\d{3}\.png$")
+    if bad.any():
+        raise ManifestError(
+            f"{path}, row {row_of(bad)}: 'Image Index' {name.filter(bad)[0]!r} is not of the form 00000001_000.png."
+        )
+    other = name.str.slice(0, 8) != frame["Patient ID"].str.zfill(8)
+    if other.any():
+        raise ManifestError(f"{path}, row {row_of(other)}: 'Patient ID' is not the patient of the file name.")
+    labels = _labels(frame["Finding Labels"], path)
+    return frame.select(
+        image_id=pl.col("Image Index"),
+        patient_id=name.str.slice(0, 8),
+        study_id=name.str.slice(9, 3),
+        study_seq=name.str.slice(9, 3).cast(pl.Int32),
+        view_raw=pl.col("View Position"),
+        sex=pl.col("Patient Gender").str.to_uppercase().replace("", None),
+        age_raw=pl.col("Patient Age"),
+        age_years=ages(pl.col("Patient Age")),
+        raw_labels=pl.col("Finding Labels").map_elements(json.dumps, return_dtype=pl.String),
+    ).hstack(labels)
+
+
+def _labels(cells: pl.Series, path: Path) -> list[pl.Series]:
+    """One column per finding: exact tokens, all fifteen known for every image."""
+    tokens = cells.str.split("|")
+    for token in tokens.explode().unique().sort():
+        if token not in NIH_TO_CXRLT:
+            row = row_of(tokens.list.contains(token))
+            raise unknown_label(token, list(NIH_TO_CXRLT), f"{path}, row {row}, 'Finding Labels'")
+    combined = tokens.list.contains(NO_FINDING) & (tokens.list.len() > 1)
+    if combined.any():
+        raise ManifestError(f"{path}, row {row_of(combined)}: {NO_FINDING!r} stands beside another finding.")
+    return [
+        tokens.list.contains(token).replace_strict({True: POSITIVE, False: NEGATIVE}, return_dtype=pl.Int8)
+        .alias(label_column(finding))
+        for token, finding in NIH_TO_CXRLT.items()
+    ]  # fmt: skip
+
+
+def _image_folders(root: Path) -> list[str]:
+    """`images`, and Kaggle's `images_001` to `images_012`; the folder itself where there is neither."""
+    folders = sorted(folder.name for folder in root.glob("images*") if folder.is_dir())
+    return folders or [""]
+
+
+def _locations(files: list[str], root: Path) -> pl.DataFrame:
+    """File name -> path relative to the root."""
+    paths = pl.Series("source_relpath", files, dtype=pl.String)
+    found = pl.DataFrame({"image_id": paths.str.extract(r"([^/]*)$", 1), "source_relpath": paths})
+    found = found.filter(pl.col("image_id").str.ends_with(".png"))
+    twice = found.filter(pl.col("image_id").is_duplicated())
+    if twice.height:
+        raise ManifestError(
+            f"{root}: {twice['image_id'].n_unique()} images are there twice, e.g. {', '.join(twice['source_relpath'][:2])}. "
+            "Keep one copy, or name the folder to use with --images nih=FOLDER."
+        )
+    return found
+
+
+def _official_split(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, dict[str, str]]:
+    """`split_official` from the lists that are there; "" for an image in none of them."""
+    members, hashes = [], {}
+    for name, split in LISTS.items():
+        if (root / name).is_file():
+            members.append(
+                pl.DataFrame({"image_id": read_list(root / name)}).with_columns(split_official=pl.lit(split))
+            )
+            hashes[name] = sha256_file(root / name)
+    if not members:
+        return frame.with_columns(split_official=pl.lit("")), {}
+    listed = pl.concat(members)
+    both = listed["image_id"].is_duplicated()
+    if both.any():
+        raise LeakageError(f"{root}: {both.sum() // 2} images are in both {' and '.join(LISTS)}.")
+    frame = frame.join(listed, on="image_id", how="left", maintain_order="left")
+    return frame.with_columns(pl.col("split_official").fill_null("")), hashes

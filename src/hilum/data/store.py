@@ -1,0 +1,329 @@
+"""The store: decoded, shrunk, 8-bit grey images in a few large files, with an index beside them.
+
+`build` writes it, training and prediction read it. Reading needs numpy and OpenCV only (no table library), works
+in forked and spawned processes, and checks every record. A store is complete when `store.json`, written last, is
+there. Layout: docs/reference/store.md. This module decodes no source files (images.py) and makes no views
+(transforms.py).
+
+A little past 300 lines: the reader, and the shortest way to have something for it to read.
+"""
+
+import contextlib
+import hashlib
+import os
+import threading
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from hilum.core.errors import ConfigError, StoreError, UnknownNameError
+from hilum.core.files import read_json
+from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
+from hilum.data.shards import ENCODINGS, FORMAT, PREPROCESS_ID, Shard, decode, encode, new_shard, write_index
+
+_OPEN_SHARDS = 256
+
+
+def uid_of(dataset: str, source_id: str) -> str:
+    """The identity of an image: the first 16 hex digits of SHA-256 over dataset, unit separator, source id."""
+    return hashlib.sha256(f"{dataset}\x1f{source_id}".encode()).hexdigest()[:16]
+
+
+class _Descriptor:
+    """A file descriptor that closes itself when its last reader lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.number)
+
+
+class Store:
+    """Read-only access to a finished store. Cheap to pickle; each process opens its own files.
+
+    Arrays have one entry per stored image, in the order of the manifest.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
+        self.path = path
+        self.findings: tuple[str, ...] = tuple(header["findings"])
+        self.preprocess_id: str = header["preprocess_id"]
+        self.encoding: str = header["encoding"]
+        self.shards: tuple[Shard, ...] = tuple(Shard(**shard) for shard in header["shards"])
+        self.header = header
+        self._columns = columns
+        self._files: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path) -> "Store":
+        """Open a store folder.
+
+        Raises:
+            StoreError: not a store, not finished, another version, or files that do not belong together.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise StoreError(f"{path} is not a store: there is no such folder. Make one with `hilum build`.")
+        if not (path / "store.json").is_file():
+            raise StoreError(
+                f"{path} is not a finished store: it has no store.json, which is written last. "
+                "Run the same `hilum build` again; finished shards are kept."
+            )
+        header = read_json(path / "store.json", StoreError)
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            found = header.get("format") if isinstance(header, dict) else type(header).__name__
+            raise StoreError(
+                f"{path / 'store.json'}: expected format {FORMAT!r}, found {found!r}. Build the store again."
+            )
+        store = cls(path, header, _read_index(path / "index.npz", header))
+        for shard in store.shards:
+            size = (path / "shards" / shard.name).stat().st_size if (path / "shards" / shard.name).is_file() else -1
+            if size != shard.bytes:
+                found = "it is missing" if size < 0 else f"found {size} bytes"
+                raise StoreError(
+                    f"{path / 'shards' / shard.name}: expected {shard.bytes} bytes, {found}. "
+                    "Delete the file and run the same `hilum build` again, or copy the store again."
+                )
+        return store
+
+    def __len__(self) -> int:
+        return len(self._columns["uid"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store.open, (self.path,)
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, {len(self)} images, {self.encoding})"
+
+    def _text(self, name: str) -> np.ndarray:
+        return np.char.decode(self._columns[name], "utf-8") if len(self) else np.zeros(0, "U1")
+
+    def _decoded(self, name: str) -> np.ndarray:
+        return np.char.decode(self._columns[f"{name}_names"], "utf-8")[self._columns[name]]
+
+    @cached_property
+    def uids(self) -> np.ndarray:
+        """Text (N,): 16 hex digits."""
+        return self._text("uid")
+
+    @cached_property
+    def image_ids(self) -> np.ndarray:
+        """Text (N,): the source's own id."""
+        return self._text("image_id")
+
+    @cached_property
+    def patients(self) -> np.ndarray:
+        """Text (N,): namespaced by dataset."""
+        return self._text("patient")
+
+    @cached_property
+    def studies(self) -> np.ndarray:
+        """Text (N,): namespaced by dataset."""
+        return self._text("study")
+
+    @cached_property
+    def views(self) -> np.ndarray:
+        """Text (N,): one of `core.types.VIEWS`."""
+        return self._decoded("view")
+
+    @cached_property
+    def splits(self) -> np.ndarray:
+        """Text (N,): train, val, test or empty."""
+        return self._decoded("split")
+
+    @cached_property
+    def datasets(self) -> np.ndarray:
+        """Text (N,)."""
+        return self._decoded("dataset")
+
+    @property
+    def labels(self) -> Int[np.ndarray, "N C"]:
+        """Int8 (N, C): 1, 0, -1 unknown, -2 uncertain, columns as `findings`."""
+        return self._columns["labels"]
+
+    @property
+    def ssl_ok(self) -> np.ndarray:
+        """Boolean (N,): may be used for self-supervised pretraining."""
+        return self._columns["ssl_ok"]
+
+    @property
+    def heights(self) -> np.ndarray:
+        """Int32 (N,): stored rows."""
+        return self._columns["height"]
+
+    @property
+    def widths(self) -> np.ndarray:
+        """Int32 (N,): stored columns."""
+        return self._columns["width"]
+
+    def indices(self, split: str) -> np.ndarray:
+        """Int64 positions of one split, ascending."""
+        return np.flatnonzero(self.splits == split).astype(np.int64)
+
+    def fingerprint(self, indices: Iterable[int]) -> str:
+        """SHA-256 of the sorted (uid, split) pairs: the same images in the same splits, in any order."""
+        chosen = np.asarray(list(indices), dtype=np.int64)
+        pairs = sorted(zip(self.uids[chosen].tolist(), self.splits[chosen].tolist(), strict=True))
+        return hashlib.sha256("\n".join(f"{uid}\x1f{split}" for uid, split in pairs).encode()).hexdigest()
+
+    def record(self, index: int) -> UInt8[np.ndarray, " n"]:
+        """The stored bytes of one image (a JPEG or PNG file, or raw pixels), checked.
+
+        Raises:
+            StoreError: the bytes are not those that were written; names the image and the shard.
+            IndexError: no such image.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {self!r}")
+        columns = self._columns
+        shard, length = int(columns["shard"][index]), int(columns["length"][index])
+        buffer = np.empty(length, np.uint8)
+        try:
+            found = os.preadv(self._file(shard).number, [buffer.data], int(columns["offset"][index])) if length else 0
+        except OSError as error:
+            raise self._damage(index, error.strerror or str(error)) from error
+        if found != length:
+            raise self._damage(index, f"expected {length} bytes, found {found}")
+        if zlib.crc32(buffer.data) != int(columns["checksum"][index]):
+            raise self._damage(index, "its checksum does not match")
+        return buffer
+
+    def read(self, index: int) -> UInt8[np.ndarray, "H W"]:
+        """One image, uint8 (H, W), a fresh writable array; its checksum is verified.
+
+        Raises:
+            StoreError: the record is damaged; names the image and the shard.
+            IndexError: no such image.
+        """
+        record = self.record(index)
+        try:
+            return decode(record, self.encoding, int(self.heights[index]), int(self.widths[index]))
+        except ValueError as error:
+            raise self._damage(index, str(error)) from error
+
+    def _file(self, shard: int) -> _Descriptor:
+        """An open shard. The least recently used is let go past a limit, and closed after its last reader."""
+        with self._lock:
+            file = self._files.pop(shard, None) or _Descriptor(self.path / "shards" / self.shards[shard].name)
+            self._files[shard] = file
+            if len(self._files) > _OPEN_SHARDS:
+                self._files.popitem(last=False)
+            return file
+
+    def _damage(self, index: int, what: str) -> StoreError:
+        uid = self._columns["uid"][index].decode()
+        shard = self.shards[int(self._columns["shard"][index])].name
+        return StoreError(
+            f"{self.path}: image {uid} in shards/{shard} is damaged: {what}. "
+            "Run `hilum verify` for the full list; delete that shard and run the same `hilum build` again to repair it."
+        )
+
+
+def _read_index(path: Path, header: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != header["index_sha256"]:
+            raise StoreError(
+                f"{path} is not the index that store.json was written for. Run the same `hilum build` again."
+            )
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise StoreError(f"{path} cannot be read: {error}. Run the same `hilum build` again.") from error
+
+
+def write_arrays(
+    path: Path,
+    images: Sequence[np.ndarray],
+    labels: Int[np.ndarray, "N C"],
+    findings: Sequence[str],
+    *,
+    patients: Sequence[str] | None = None,
+    studies: Sequence[str] | None = None,
+    views: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
+    datasets: Sequence[str] | None = None,
+    image_ids: Sequence[str] | None = None,
+    ssl_ok: Sequence[bool] | None = None,
+    encoding: str = "raw",
+    preprocess_id: str = PREPROCESS_ID,
+) -> Store:
+    """Make a store from arrays in memory: no source files, no manifest, no resizing.
+
+    Args:
+        path: folder to make; must not hold a store yet.
+        images: grey uint8 (H, W), of any sizes.
+        labels: (N, C) of 1, 0, -1, -2.
+        findings: C names.
+        patients: default: every image its own patient.
+        studies: default: every image its own study.
+        views: default "UNKNOWN".
+        splits: default "train".
+        datasets: default "arrays".
+        image_ids: default the position, six digits.
+        ssl_ok: default all True.
+        encoding: one of `ENCODINGS`.
+        preprocess_id: the preprocessing recipe that a model trained on this store needs.
+
+    Returns:
+        The store, open; entry i is `images[i]`.
+
+    Raises:
+        ConfigError: lengths, shapes, types or codes that do not fit.
+        StoreError: there is already a store.
+    """
+    path, count = Path(path), len(images)
+    if (path / "store.json").exists():
+        raise StoreError(f"{path} already holds a store. Choose another folder.")
+    if encoding not in ENCODINGS:
+        raise UnknownNameError("encoding", encoding, ENCODINGS)
+    for position, image in enumerate(images):
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 2 or image.size == 0:
+            raise ConfigError(f"Image {position}: expected a non-empty uint8 array of shape (H, W).")
+    codes = np.asarray(labels).reshape(count, len(findings)) if np.size(labels) == count * len(findings) else None
+    if codes is None or not np.isin(codes, (POSITIVE, NEGATIVE, UNKNOWN, UNCERTAIN)).all():
+        raise ConfigError(f"Labels: expected ({count}, {len(findings)}) of 1, 0, -1, -2; found {np.shape(labels)}.")
+    numbers = [f"{position:06d}" for position in range(count)]
+    names = list(datasets) if datasets is not None else ["arrays"] * count
+    identities = list(image_ids) if image_ids is not None else numbers
+    columns: dict[str, Sequence[Any]] = {
+        "dataset": names,
+        "image_id": identities,
+        "patient": patients if patients is not None else [f"{a}/p{b}" for a, b in zip(names, numbers, strict=True)],
+        "study": studies if studies is not None else [f"{a}/s{b}" for a, b in zip(names, numbers, strict=True)],
+        "view": views if views is not None else ["UNKNOWN"] * count,
+        "split": splits if splits is not None else ["train"] * count,
+        "ssl_ok": ssl_ok if ssl_ok is not None else [True] * count,
+    }
+    for name, column in columns.items():
+        if len(column) != count:
+            raise ConfigError(f"{name}: expected {count} entries, one per image; found {len(column)}.")
+    columns["uid"] = [uid_of(dataset, identity) for dataset, identity in zip(names, identities, strict=True)]
+    if len(set(columns["uid"])) != count:
+        raise ConfigError("image_ids: two images of one dataset have the same id.")
+
+    records = {name: np.zeros(count, np.int64) for name in ("shard", "offset", "length", "height", "width", "checksum")}
+    shards = []
+    for number, dataset in enumerate(dict.fromkeys(names)):
+        file = f"{number:05d}.bin"
+        with new_shard(path / "shards" / file) as writer:
+            for position in (position for position in range(count) if names[position] == dataset):
+                offset, length, checksum = writer.append(encode(images[position], encoding))
+                row = (number, offset, length, *images[position].shape, checksum)
+                for name, value in zip(records, row, strict=True):
+                    records[name][position] = value
+        shards.append(Shard(file, dataset, "", names.count(dataset), writer.offset, writer.digest.hexdigest()))
+    header = {"findings": list(findings), "preprocess_id": preprocess_id, "encoding": encoding, "quarantined": 0}
+    flags = np.asarray(columns.pop("ssl_ok"), bool)
+    write_index(path, records=records, columns=columns, labels=codes, ssl_ok=flags, shards=shards, header=header)
+    return Store.open(path)

@@ -1,0 +1,231 @@
+"""Reads CSV files strictly: every value stays the text it was, and a malformed file is an error with its row.
+
+A lenient reader turns 00012 into 12, merges two long ids into one float, pads short rows and shifts long ones. Here
+every cell is text, every row has as many fields as the header, and a key that repeats is refused. Rows are counted as
+in a spreadsheet: the header is row 1.
+"""
+
+import csv
+import difflib
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from hilum.core.errors import ManifestError, MissingColumnError, PathError
+
+FIRST_ROW = 2
+"""Spreadsheet row of the first record."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file as text.
+
+    Args:
+        path: where it was read.
+        frame: one text column per header name; empty cells are "". Never null.
+        sha256: hex digest of the file.
+    """
+
+    path: Path
+    frame: pl.DataFrame
+    sha256: str
+
+    @property
+    def columns(self) -> list[str]:
+        """Header names in order."""
+        return self.frame.columns
+
+
+def read_csv(path: Path, required: Sequence[str] = (), key: str | None = None) -> Table:
+    """Read a comma-separated UTF-8 file (with or without BOM; LF or CRLF) into text columns.
+
+    A trailing unnamed column without values (NIH 2017) is dropped; other unnamed columns are dropped too, since
+    nothing can ask for them.
+
+    Args:
+        path: the file.
+        required: columns that must be there, by exact name.
+        key: column whose values must be unique.
+
+    Raises:
+        PathError: no such file.
+        MissingColumnError: a required column is absent; names what was found and the nearest match.
+        ManifestError: not UTF-8, NUL bytes, no rows, ragged rows, stray quotes, repeated columns or keys.
+    """
+    path = Path(path)
+    content = _bytes(path)
+    digest = hashlib.sha256(content).hexdigest()
+    header, body = _split_header(_as_utf8(content, path), path)
+    require(header, required, path)
+    _check_fields(body, len(header), path)
+    names = [name or f"\x1f{position}" for position, name in enumerate(header)]
+    frame = _parse(body, names, path).select(pl.col(name) for name in names if not name.startswith("\x1f"))
+    if frame.height == 0:
+        raise ManifestError(f"{path} has a header and no rows.")
+    if key is not None:
+        unique(frame[key], path)
+    return Table(path, frame, digest)
+
+
+def read_list(path: Path) -> list[str]:
+    """Read one name per line (NIH's split lists), ignoring blank lines and surrounding spaces."""
+    text = _as_utf8(_bytes(path), path).decode()
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(set(names)) != len(names):
+        raise ManifestError(f"{path} lists {len(names) - len(set(names))} names twice.")
+    return names
+
+
+def require(found: Sequence[str], required: Iterable[str], where: Path | str) -> None:
+    """Raise `MissingColumnError` unless every required column is among those found."""
+    absent = [name for name in required if name not in found]
+    if not absent:
+        return
+    lines = []
+    for name in absent:
+        folded = {other.casefold(): other for other in found if other}
+        near = difflib.get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.6)
+        lines.append(f"{name!r}" + (f" (nearest: {folded[near[0]]!r})" if near else ""))
+    shown = ", ".join(found[:20]) + (f", ... {len(found) - 20} more" if len(found) > 20 else "")
+    raise MissingColumnError(f"{where} lacks {', '.join(lines)}. Expected {', '.join(required)}. Found: {shown}.")
+
+
+def unique(values: pl.Series, path: Path) -> None:
+    """Raise unless every value of a key column is there once; names the rows, not the value."""
+    repeated = values.is_duplicated()
+    if repeated.any():
+        second = values.filter(repeated)[0]
+        rows = (np.flatnonzero((values == second).to_numpy()) + FIRST_ROW).tolist()
+        raise ManifestError(
+            f"{path}: column {values.name!r} must be unique; {repeated.sum()} rows repeat a value, "
+            f"first rows {', '.join(map(str, rows[:5]))}. Remove the copies."
+        )
+
+
+def row_of(bad: pl.Series) -> int:
+    """Spreadsheet row of the first True."""
+    return int(bad.arg_max() or 0) + FIRST_ROW
+
+
+def check_values(values: pl.Series, allowed: Iterable[str], path: Path, error: type[ManifestError]) -> None:
+    """Raise `error`, naming row, column and value, unless every cell is one of the allowed texts."""
+    allowed = list(allowed)
+    bad = ~values.is_in(allowed)
+    if bad.any():
+        shown = ", ".join(repr(text) for text in allowed)
+        raise error(
+            f"{path}, row {row_of(bad)}: column {values.name!r} holds {values.filter(bad)[0]!r} "
+            f"({bad.sum()} such rows); expected one of {shown}."
+        )
+
+
+def check_filled(values: pl.Series, path: Path, error: type[Exception] = ManifestError, hint: str = "") -> None:
+    """Raise `error` naming the row unless every cell of a column has a value."""
+    bad = values == ""
+    if bad.any():
+        raise error(f"{path}, row {row_of(bad)}: {values.name!r} is empty ({bad.sum()} such rows).{hint}")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise PathError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise PathError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not content.strip():
+        raise ManifestError(f"{path} is empty.")
+    return content
+
+
+def _as_utf8(content: bytes, path: Path) -> bytes:
+    """Strip a BOM; refuse UTF-16, NUL bytes and anything that is not UTF-8."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ManifestError(f"{path} is UTF-16 text. Save it as UTF-8 CSV.")
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    position = content.find(b"\0")
+    if position >= 0:
+        row = content.count(b"\n", 0, position) + 1
+        raise ManifestError(f"{path}, row {row}: holds a NUL byte. The file is damaged, or not UTF-8 text.")
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        row = content.count(b"\n", 0, error.start) + 1
+        raise ManifestError(f"{path}, row {row}: not UTF-8 (Latin-1, perhaps). Save it as UTF-8 CSV.") from error
+    return content
+
+
+def _split_header(content: bytes, path: Path) -> tuple[list[str], bytes]:
+    if b"\r" in content and b"\n" not in content:
+        raise ManifestError(f"{path} ends its lines with carriage returns alone. Save it with LF or CRLF line ends.")
+    first, _, body = content.lstrip(b"\r\n").partition(b"\n")
+    try:
+        header = [name.strip() for name in next(csv.reader([first.decode()], strict=True))]
+    except csv.Error as error:
+        raise ManifestError(f"{path}: the header is not valid CSV ({error}).") from error
+    if len(header) == 1:
+        for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+            if separator in header[0]:
+                raise ManifestError(f"{path} is separated by {name}; expected commas.")
+    named = [name for name in header if name]
+    repeated = sorted({name for name in named if named.count(name) > 1})
+    if repeated:
+        raise ManifestError(
+            f"{path}: the header repeats {', '.join(map(repr, repeated))}. Each column needs its own name."
+        )
+    return header, body.rstrip(b"\r\n")
+
+
+def _check_fields(body: bytes, expected: int, path: Path) -> None:
+    """Every record must have exactly `expected` fields, and quotes may only wrap whole fields (RFC 4180)."""
+    if not body:
+        return
+    text = np.frombuffer(body, np.uint8)
+    separators, ends = text == ord(","), text == ord("\n")
+    if b'"' in body:
+        inside = _inside_quotes(text, ends, path)
+        separators &= ~inside
+        ends &= ~inside
+    stops = np.append(np.flatnonzero(ends), len(text))
+    fields = np.diff(np.searchsorted(np.flatnonzero(separators), stops), prepend=0) + 1
+    wrong = np.flatnonzero(fields != expected)
+    if len(wrong):
+        row = int(wrong[0])
+        raise ManifestError(
+            f"{path}, row {row + FIRST_ROW}: {fields[row]} fields, the header has {expected} ({len(wrong)} such rows)."
+        )
+
+
+def _inside_quotes(text: np.ndarray, ends: np.ndarray, path: Path) -> np.ndarray:
+    quotes = text == ord('"')
+    inside = np.bitwise_xor.accumulate(quotes.view(np.uint8)).astype(bool)
+    at = np.flatnonzero(quotes)
+    opens = inside[at]
+    neighbours = np.concatenate([[ord("\n")], text, [ord("\n")]])
+    before, after = neighbours[at], neighbours[at + 2]
+    starts_field = np.isin(before, np.frombuffer(b',\n"', np.uint8))
+    ends_field = np.isin(after, np.frombuffer(b',\r\n"', np.uint8))
+    stray = np.flatnonzero(np.where(opens, ~starts_field, ~ends_field))
+    position = int(at[stray[0]]) if len(stray) else int(at[opens][-1]) if inside[-1] else None
+    if position is not None:
+        row = int(np.count_nonzero((ends & ~inside)[:position])) + FIRST_ROW
+        raise ManifestError(
+            f"{path}, row {row}: a quotation mark that does not wrap a whole field, or is never closed."
+        )
+    return inside
+
+
+def _parse(body: bytes, names: list[str], path: Path) -> pl.DataFrame:
+    schema = dict.fromkeys(names, pl.String)
+    if not body:
+        return pl.DataFrame(schema=schema)
+    try:
+        frame = pl.read_csv(body + b"\n", has_header=False, schema=schema, quote_char='"' if b'"' in body else None)
+    except pl.exceptions.PolarsError as error:
+        raise ManifestError(f"{path} cannot be read as CSV: {str(error).splitlines()[0]}") from error
+    return frame.with_columns(pl.all().fill_null(""))

@@ -1,0 +1,400 @@
+"""Charts as inline SVG: pure functions from numbers to a string, without a plotting library.
+
+Two kinds. *Tracks* are one row high and as wide as their table cell (positions in percent), so that a forest plot is an
+ordinary table that also reads on a phone. *Plots* have a fixed frame and scale as a whole. Colours are the variables
+of `report.css`, through the classes `tone-head`, `tone-medium`, `tone-tail`, `tone-plain`, so that light, dark and
+print need no second drawing. Each chart says its numbers in `aria-label`; names and captions are the caller's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from hilum.evaluation.curves import FindingCurve
+from hilum.evaluation.markup import attributes, decimal, text
+
+MARKS: dict[str, str] = {
+    "circle": "M4.5 0A4.5 4.5 0 1 1-4.5 0A4.5 4.5 0 1 1 4.5 0Z",
+    "square": "M-4-4H4V4H-4Z",
+    "diamond": "M0-5.5L5.5 0L0 5.5L-5.5 0Z",
+}
+"""Shapes beside colours, so that groups differ without colour too; centred on 0, 0, in pixels."""
+
+
+def interval_track(
+    value: float | None,
+    ends: tuple[float, float] | None,
+    *,
+    lower: float,
+    upper: float,
+    label: str,
+    ticks: Sequence[float] = (),
+    reference: float | None = None,
+    mark: str = "circle",
+    hollow: bool = False,
+) -> str:
+    """A value with its interval on one line: a row of a forest plot.
+
+    Args:
+        value: None draws the grid alone.
+        ends: low and high of the interval; None draws the mark alone.
+        lower, upper: the range of the track; what lies outside is drawn at the edge.
+        ticks: values with a grid line.
+        reference: a value with a short tick (prevalence, chance).
+        mark: a name of `MARKS`.
+        hollow: an outline only, for a difference that is not shown.
+    """
+    place = _Percent(lower, upper)
+    parts = [_grid(place(tick)) for tick in ticks]
+    if reference is not None:
+        parts.append(_tick(place(reference), "reference"))
+    if value is not None and ends is not None:
+        parts.append(_span(place(ends[0]), place(ends[1]), "interval"))
+    if value is not None:
+        parts.append(_mark(place(value), mark, hollow=hollow))
+    return _track(parts, label)
+
+
+def pair_track(
+    before: float | None,
+    after: float | None,
+    *,
+    lower: float,
+    upper: float,
+    label: str,
+    ticks: Sequence[float] = (),
+    mark: str = "circle",
+) -> str:
+    """Two values joined by a line: hollow before, filled after."""
+    place = _Percent(lower, upper)
+    parts = [_grid(place(tick)) for tick in ticks]
+    if before is not None and after is not None:
+        parts.append(_span(place(before), place(after), "interval thin"))
+    if before is not None:
+        parts.append(_mark(place(before), mark, hollow=True))
+    if after is not None:
+        parts.append(_mark(place(after), mark))
+    return _track(parts, label)
+
+
+def bar_track(value: float | None, *, label: str, threshold: float | None = None, ticks: Sequence[float] = ()) -> str:
+    """A probability as a bar from 0 to 1, with the threshold as a tick across it."""
+    place = _Percent(0.0, 1.0)
+    parts = ['<rect class="groove" x="0" y="50%" width="100%" height="8" rx="1" transform="translate(0 -4)"/>']
+    if value is not None:
+        parts.append(
+            f'<rect class="bar" x="0" y="50%" width="{place(value)}%" height="8" rx="1" transform="translate(0 -4)"/>'
+        )
+    parts += [_grid(place(tick)) for tick in ticks]
+    if threshold is not None:
+        parts.append(_tick(place(threshold), "threshold"))
+    return _track(parts, label)
+
+
+def axis(ticks: Sequence[float], *, lower: float, upper: float, digits: int = 1, plus: bool = False) -> str:
+    """The numbers of a track's range, placed above a column of tracks."""
+    place = _Percent(lower, upper)
+    labels = (
+        f'<i style="left:{place(tick)}%">{"+" if plus and tick > 0 else ""}{decimal(tick, digits)}</i>' for tick in ticks
+    )
+    return f'<span class="axis" aria-hidden="true">{"".join(labels)}</span>'
+
+
+def nice_ticks(lower: float, upper: float, about: int = 4) -> list[float]:
+    """Round values inside [lower, upper] at a step of 1, 2 or 5 times a power of ten; about `about` of them."""
+    extent = upper - lower
+    if not math.isfinite(extent) or extent <= 0:
+        return [lower]
+    rough = extent / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda candidate: abs(candidate - rough))
+    first, last = math.ceil(lower / step - 1e-9), math.floor(upper / step + 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def precision_recall_plot(curve: FindingCurve, *, label: str) -> str:
+    """Precision over recall as steps (the area under them is AP), with the prevalence as a dashed line."""
+    frame = _Frame(left=28, top=6, width=166, height=112)
+    parts = [*frame.box(), *frame.numbers((0, 0.5, 1), (0, 0.5, 1)), *frame.names("recall", "precision")]
+    if curve.prevalence is not None:
+        y = frame.y(curve.prevalence)
+        parts.append(f'<line class="chance" x1="{frame.left}" x2="{frame.right}" y1="{_n(y)}" y2="{_n(y)}"/>')
+    points = _steps(curve, frame)
+    if points:
+        path = "L".join(f"{_n(x)} {_n(y)}" for x, y in points)
+        base = _n(frame.y(0))
+        parts.append(f'<path class="area" d="M{frame.left} {base}L{path}L{_n(points[-1][0])} {base}Z"/>')
+        parts.append(f'<path class="curve" d="M{path}"/>')
+    return _plot(parts, 200, 146, label)
+
+
+def reliability_plot(curve: FindingCurve, *, label: str, before: FindingCurve | None = None) -> str:
+    """Observed share over predicted probability, one dot per bin with its 95 % Wilson interval, counts below.
+
+    The axes end at the smallest of 0.1, 0.25, 0.5 and 1 that holds every dot, so that a rare finding is not one dot in
+    a corner. The area of a dot and the height of a bar (square-root scale) follow the count of the bin.
+
+    Args:
+        before: the same items before calibration, drawn hollow behind.
+        label: for screen readers.
+        curve: the bins to draw.
+    """
+    shown = [part for part in (curve, before) if part is not None]
+    largest = max((float(np.nanmax(values)) for part in shown for values in (part.predicted, part.observed)
+                   if (part.counts > 0).any()), default=1.0)  # fmt: skip
+    limit = next((end for end in (0.1, 0.25, 0.5) if largest <= end), 1.0)
+    frame = _Frame(left=34, top=6, width=160, height=140, limit=limit)
+    half = limit / 2
+    parts = [*frame.box(), *frame.numbers((0, half, limit), (0, half, limit), below=34)]
+    parts += frame.names("predicted", "observed", below=34)
+    parts.append(
+        f'<line class="chance" x1="{_n(frame.x(0))}" y1="{_n(frame.y(0))}" x2="{_n(frame.x(limit))}" y2="{_n(frame.y(limit))}"/>'
+    )
+    parts += _count_bars(curve, frame)
+    if before is not None:
+        parts += _dots(before, frame, hollow=True)
+    parts += _dots(curve, frame, hollow=False)
+    return _plot(parts, 200, 208, label)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a line chart."""
+
+    name: str
+    x: Float[np.ndarray, " P"]
+    y: Float[np.ndarray, " P"]
+    """NaN breaks the line."""
+
+
+def line_chart(
+    series: Sequence[Series], *, x_label: str, y_label: str, label: str, height: int = 260, most_points: int = 600
+) -> str:
+    """Several lines over one axis, as wide as the page; for losses, schedules and learning-rate searches.
+
+    The lines are stretched, the numbers are not: they stay readable on a phone. Lines differ by colour and by dash.
+
+    Args:
+        series: with finite x; empty ones are named in the legend and not drawn.
+        height: of the frame, in CSS pixels.
+        most_points: longer lines are thinned to the lowest and highest value of equal stretches, so spikes survive.
+        x_label, y_label: axis names with units.
+        label: for screen readers.
+    """
+    drawn = [(index, line, np.isfinite(line.y)) for index, line in enumerate(series)]
+    x_ends = _ends([line.x[good] for _, line, good in drawn])
+    y_ends = _ends([line.y[good] for _, line, good in drawn], margin=0.04)
+    across, up = _Percent(*x_ends), _Percent(*y_ends)
+    ticks_x, ticks_y = nice_ticks(*x_ends, about=6), nice_ticks(*y_ends)
+    parts = [f'<path class="grid" d="M0 {_n(100 - up(tick))}H100"/>' for tick in ticks_y]
+    for index, line, _ in drawn:
+        x, y = thin(line.x, line.y, most_points)
+        commands = []
+        broken = True
+        for px, py in zip(x, y, strict=True):
+            if math.isfinite(py):
+                commands.append(f"{'M' if broken else 'L'}{_n(across(px), 2)} {_n(100 - up(py), 2)}")
+            broken = not math.isfinite(py)
+        if commands:
+            parts.append(f'<path class="series series-{index % 6 + 1}" d="{"".join(commands)}"/>')
+    digits_x, digits_y = _digits(ticks_x), _digits(ticks_y)
+    numbers = [f'<i class="x" style="left:{across(tick)}%">{decimal(tick, digits_x)}</i>' for tick in ticks_x]
+    numbers += [f'<i class="y" style="top:{_n(100 - up(tick))}%">{decimal(tick, digits_y)}</i>' for tick in ticks_y]
+    legend = "".join(
+        f'<li><svg class="key" viewBox="0 0 24 8" aria-hidden="true"><path class="series series-{index % 6 + 1}" '
+        f'd="M0 4H24"/></svg>{text(line.name)}</li>'
+        for index, line, _ in drawn
+    )
+    return (
+        f'<div class="line-chart"><ul class="legend">{legend}</ul><p class="axis-name">{text(y_label)}</p>'
+        f'<div class="line-frame" style="height:{height}px"><svg viewBox="0 0 100 100" preserveAspectRatio="none" '
+        f'role="img" aria-label="{text(label)}">{"".join(parts)}</svg><div aria-hidden="true">{"".join(numbers)}</div>'
+        f'</div><p class="axis-name right">{text(x_label)}</p></div>'
+    )
+
+
+def thin(
+    x: Float[np.ndarray, " P"], y: Float[np.ndarray, " P"], most: int
+) -> tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]:
+    """At most about `most` points: the lowest and the highest of each of `most` / 2 equal stretches, in order."""
+    if len(x) <= most:
+        return x, y
+    kept: set[int] = {0, len(x) - 1}
+    for stretch in np.array_split(np.arange(len(x)), max(most // 2, 1)):
+        values = y[stretch]
+        if np.isnan(values).all():
+            kept.add(int(stretch[0]))
+            continue
+        kept.update((int(stretch[np.nanargmin(values)]), int(stretch[np.nanargmax(values)])))
+    chosen = np.array(sorted(kept))
+    return x[chosen], y[chosen]
+
+
+@dataclass(frozen=True)
+class _Percent:
+    """A value's place on a track, 0 to 100, held at the edges."""
+
+    lower: float
+    upper: float
+
+    def __call__(self, value: float) -> float:
+        place = 100.0 * (value - self.lower) / ((self.upper - self.lower) or 1.0)
+        return round(min(max(place, 0.0), 100.0), 2)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The axes of a plot, from 0 to `limit` both ways."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    limit: float = 1.0
+
+    @property
+    def right(self) -> int:
+        return self.left + self.width
+
+    @property
+    def bottom(self) -> int:
+        return self.top + self.height
+
+    def x(self, value: float) -> float:
+        return self.left + self.width * value / self.limit
+
+    def y(self, value: float) -> float:
+        return self.bottom - self.height * min(value / self.limit, 1.0)
+
+    def box(self) -> list[str]:
+        return [
+            f'<path class="frame" d="M{self.left} {self.top}V{self.bottom}H{self.right}"/>',
+            f'<path class="grid" d="M{self.left} {self.top}H{self.right}M{self.left} {_n(self.y(self.limit / 2))}H{self.right}"/>',
+        ]
+
+    def numbers(self, across: Sequence[float], up: Sequence[float], below: int = 0) -> list[str]:
+        y = self.bottom + below + 13
+        anchors = ["start", *["middle"] * (len(across) - 2), "end"]
+        return [
+            f'<text x="{_n(self.x(value))}" y="{y}" text-anchor="{anchor}">{value:g}</text>'
+            for value, anchor in zip(across, anchors, strict=True)
+        ] + [f'<text x="{self.left - 5}" y="{_n(self.y(value) + 3.5)}" text-anchor="end">{value:g}</text>' for value in up]
+
+    def names(self, across: str, up: str, below: int = 0) -> list[str]:
+        return [
+            f'<text class="name" x="{self.right}" y="{self.bottom + below + 24}" text-anchor="end">{across}</text>',
+            f'<text class="name" transform="translate({self.right - 3} {self.top + 10})" text-anchor="end">{up}</text>',
+        ]
+
+
+def _steps(curve: FindingCurve, frame: _Frame) -> list[tuple[float, float]]:
+    """Corners of the precision steps in the frame, at a tenth of a pixel, without repeats."""
+    points: list[tuple[float, float]] = []
+    x = frame.x(0)
+    for recall, precision in zip(curve.recall.tolist(), curve.precision.tolist(), strict=True):
+        y = round(frame.y(precision), 1)
+        following = round(frame.x(recall), 1)
+        if following > x:  # a threshold that adds no true positive has no width
+            points += [(x, y), (following, y)]
+            x = following
+    return points
+
+
+def _dots(curve: FindingCurve, frame: _Frame, *, hollow: bool) -> list[str]:
+    filled = np.flatnonzero(curve.counts > 0)
+    largest = max(float(curve.counts.max()), 1.0)
+    centres = [(frame.x(curve.predicted[k]), frame.y(curve.observed[k])) for k in filled]
+    path = "L".join(f"{_n(x)} {_n(y)}" for x, y in centres)
+    parts = [f'<path class="link{" before" if hollow else ""}" d="M{path}"/>'] if len(centres) > 1 else []
+    for k, (x, y) in zip(filled, centres, strict=True):
+        n = int(curve.counts[k])
+        radius = _n(1.8 + 3.4 * math.sqrt(n / largest))
+        if hollow:
+            parts.append(f'<circle class="dot before" cx="{_n(x)}" cy="{_n(y)}" r="{radius}"/>')
+            continue
+        low, high = _wilson(float(curve.observed[k]), n)
+        numbers = f"predicted {curve.predicted[k]:.3f}, observed {curve.observed[k]:.3f}, n = {n}"
+        parts.append(
+            f'<line class="whisker" x1="{_n(x)}" x2="{_n(x)}" y1="{_n(frame.y(low))}" y2="{_n(frame.y(high))}"/>'
+            f'<circle class="dot" cx="{_n(x)}" cy="{_n(y)}" r="{radius}"><title>{numbers}</title></circle>'
+        )
+    return parts
+
+
+def _count_bars(curve: FindingCurve, frame: _Frame) -> list[str]:
+    """Bars under the frame, one per bin that lies in its range; square-root scale, for bins differ a hundredfold."""
+    top, height = frame.bottom + 6, 26
+    width = frame.width / len(curve.counts) / frame.limit
+    largest = max(float(curve.counts.max()), 1.0)
+    parts = [f'<path class="frame" d="M{frame.left} {top + height}H{frame.right}"/>']
+    for k, n in enumerate(curve.counts.tolist()):
+        left = frame.left + k * width
+        if not n or left >= frame.right:
+            continue
+        tall = max(height * math.sqrt(n / largest), 1.0)
+        wide = min(width - 1, frame.right - left)
+        parts.append(
+            f'<rect class="count" x="{_n(left + 0.5)}" y="{_n(top + height - tall)}" width="{_n(wide)}" height="{_n(tall)}">'
+            f"<title>n = {n}</title></rect>"
+        )
+    parts.append(f'<text x="{frame.left - 5}" y="{top + height}" text-anchor="end">n</text>')
+    return parts
+
+
+def _wilson(observed: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): sensible at 0, at 1 and for few items."""
+    centre = (observed + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(observed * (1 - observed) / n + z * z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def _ends(values: Sequence[Float[np.ndarray, " P"]], margin: float = 0.0) -> tuple[float, float]:
+    together = np.concatenate(values) if values else np.empty(0)
+    if not together.size:
+        return 0.0, 1.0
+    low, high = float(together.min()), float(together.max())
+    if low == high:
+        return low - 0.5, high + 0.5
+    return low - margin * (high - low), high + margin * (high - low)
+
+
+def _digits(ticks: Sequence[float]) -> int:
+    """Decimals that tell neighbouring ticks apart."""
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
+    return max(0, min(6, -math.floor(math.log10(step) + 1e-9)))
+
+
+def _n(value: float, digits: int = 1) -> str:
+    """A coordinate as short text."""
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:.0f}"
+
+
+def _grid(place: float) -> str:
+    return f'<line class="grid" x1="{place}%" x2="{place}%" y1="0" y2="100%"/>'
+
+
+def _tick(place: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{place}%" x2="{place}%" y1="18%" y2="82%"/>'
+
+
+def _span(start: float, end: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{start}%" x2="{end}%" y1="50%" y2="50%"/>'
+
+
+def _mark(place: float, shape: str, *, hollow: bool = False) -> str:
+    kind = "mark hollow" if hollow else "mark"
+    return f'<svg x="{place}%" y="50%" overflow="visible"><path class="{kind}" d="{MARKS[shape]}"/></svg>'
+
+
+def _track(parts: Sequence[str], label: str) -> str:
+    return f'<svg class="track"{attributes({"role": "img", "aria-label": label})}>{"".join(parts)}</svg>'
+
+
+def _plot(parts: Sequence[str], width: int, height: int, label: str) -> str:
+    return (
+        f'<svg class="plot" viewBox="0 0 {width} {height}"{attributes({"role": "img", "aria-label": label})}>'
+        f"{''.join(parts)}</svg>"
+    )

@@ -1,0 +1,80 @@
+"""Small pieces of HTML text: escaping, numbers, shares, the dash that stands for an undefined value.
+
+Everything that a report prints goes through here, so that a finding named `<script>` stays text. Charts are in
+`charts.py`, pages in `report.py`.
+"""
+
+import math
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+DASH = "–"  # noqa: RUF001 - the typographic sign is meant
+MINUS = "\N{MINUS SIGN}"
+
+
+def text(value: object) -> str:
+    """Any value as HTML text or attribute content, with `< > & " '` escaped."""
+    return escape(str(value), quote=True)
+
+
+def finite(value: Any) -> float | None:
+    """A float, or None where the value is absent, NaN or infinite."""
+    if value is None or isinstance(value, bool | str):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def interval(values: Any) -> tuple[float, float] | None:
+    """A pair (low, high), or None where there is none or one end is undefined."""
+    if not values or len(values) != 2:
+        return None
+    low, high = finite(values[0]), finite(values[1])
+    return None if low is None or high is None else (low, high)
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """`0.412`; an en dash for None. Never "-0.000"."""
+    if value is None:
+        return DASH
+    shown = f"{value:.{digits}f}"
+    if float(shown) == 0.0:
+        shown = shown.lstrip("-")
+    return shown.replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """`+0.031`, with a true minus sign below zero."""
+    shown = decimal(value, digits)
+    return shown if value is None or shown.startswith(MINUS) or float(shown) == 0.0 else f"+{shown}"
+
+
+def bracket(ends: tuple[float, float] | None, digits: int = 3) -> str:
+    """`[0.351, 0.470]`, or nothing."""
+    return "" if ends is None else f"[{decimal(ends[0], digits)}, {decimal(ends[1], digits)}]"
+
+
+def share(value: float | None) -> str:
+    """A share of [0, 1] as a percentage with two significant places where it is small: `12 %`, `4.2 %`, `0.31 %`."""
+    if value is None:
+        return DASH
+    percent = 100.0 * value
+    digits = 0 if percent >= 10 or percent == 0 else 1 if percent >= 1 else 2
+    return f"{percent:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def count(value: Any) -> str:
+    """A whole number with thin spaces between thousands; an en dash for None."""
+    number = finite(value)
+    return DASH if number is None else f"{round(number):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def undefined(reason: str) -> str:
+    """The dash of an undefined value; its reason is read by a pointer and by a screen reader."""
+    return f'<abbr class="undefined" title="{text(reason)}">{DASH}</abbr>'
+
+
+def attributes(values: Mapping[str, object]) -> str:
+    """` a="1" b="2"` with escaped values, leaving out those that are None."""
+    return "".join(f' {name}="{text(value)}"' for name, value in values.items() if value is not None)

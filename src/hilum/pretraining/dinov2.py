@@ -1,0 +1,246 @@
+"""Student and teacher of DINOv2: what goes through which network, which tokens meet in which loss, the EMA update.
+
+    global crops, masked ──▶ student ──▶ [CLS] ──▶ dino_head ──┐       ┌── dino_head ◀── [CLS] ◀── teacher ◀── global
+    local crops ───────────▶         └─▶ masked ─▶ ibot_head ──┴▶ loss ◀┴─ ibot_head ◀─ masked ◀─┘            crops
+
+Takes batches that are already on the device; `commands/pretrain.py` owns the loop. Dimensions: G global and L local
+crops an image, 2B = G B rows, N patches of a global crop, M masked patches, K prototypes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from hilum.backbones.vit import VisionTransformer, ViTConfig
+from hilum.core.seeding import forked
+from hilum.pretraining.losses import (
+    centred_targets,
+    dino_losses,
+    effective_rank,
+    ibot_loss,
+    koleo_loss,
+    moved_centre,
+    prototype_usage,
+    sinkhorn_targets,
+    target_entropy,
+)
+from hilum.pretraining.projection import DINOHead, Projection
+
+Centering = Literal["sinkhorn", "centre"]
+PARTS = ("backbone", "dino_head", "ibot_head")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Sizes of the two projection heads."""
+
+    prototypes: int = 131072
+    """K, of each head."""
+    hidden: int = 2048
+    """Width of the inner layers."""
+    dino_bottleneck: int = 384
+    """Width of the normalised vectors of [CLS]."""
+    ibot_bottleneck: int = 256
+    """Width of the normalised vectors of patches."""
+
+    def __post_init__(self) -> None:
+        for name in ("prototypes", "hidden", "dino_bottleneck", "ibot_bottleneck"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"heads.{name}: expected at least 1, found {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and temperatures of the losses."""
+
+    dino: float = 1.0
+    """Weight of the [CLS] losses."""
+    ibot: float = 3.0
+    """Weight of the masked-patch loss; 3 in the slides, 1 in DINOv2."""
+    koleo: float = 0.1
+    """Weight of the spread of [CLS]."""
+    student_temperature: float = 0.1
+    """Divides the student's logits."""
+    centering: Centering = "sinkhorn"
+    """How teacher logits become targets: Sinkhorn-Knopp, or softmax around a moving centre."""
+    sinkhorn_iterations: int = 3
+    """Rounds of Sinkhorn-Knopp."""
+    centre_momentum: float = 0.9
+    """Share of the centre that stays, for centering=centre."""
+    chunk: int = 0
+    """Rows whose student logits are held at once, 0 for all; set it when memory is short (131,072 prototypes)."""
+
+
+class Batch(NamedTuple):
+    """One step's input, on the device. Crop-major: all images of crop 1, then all of crop 2, ..."""
+
+    global_crops: Float[Tensor, "2B 1 S S"]
+    """Normalised."""
+    local_crops: Float[Tensor, "LB 1 s s"]
+    """Normalised."""
+    masks: Bool[Tensor, "2B N"]
+    """True where the student does not see the patch."""
+    masked: Int64[Tensor, " M"]
+    """Positions of the masked patches in the flattened 2B x N."""
+    mask_weights: Float[Tensor, " M"]
+    """1 / (masked patches of the same crop)."""
+
+
+class StudentOutput(NamedTuple):
+    """What the student says of a batch."""
+
+    cls: Projection
+    """Rows of the global crops, then of the local crops."""
+    patches: Projection
+    """Rows of the masked patches."""
+    global_cls: Float[Tensor, "2B D"]
+    """[CLS] of the global crops before the head."""
+
+
+class TeacherOutput(NamedTuple):
+    """Logits of the teacher."""
+
+    cls: Float[Tensor, "2B K"]
+    patches: Float[Tensor, "M K"]
+    global_cls: Float[Tensor, "2B D"]
+
+
+class Centres(NamedTuple):
+    """Moving centres of the teacher's logits; used with centering=centre only."""
+
+    cls: Float[Tensor, " K"]
+    patches: Float[Tensor, " K"]
+
+
+class Targets(NamedTuple):
+    """What the student is asked to say."""
+
+    cls: Float[Tensor, "2 B K"]
+    patches: Float[Tensor, "M K"]
+
+
+class Losses(NamedTuple):
+    """Scalars on the device, before their weights, except `total`."""
+
+    total: Float[Tensor, ""]
+    dino_local: Float[Tensor, ""]
+    dino_global: Float[Tensor, ""]
+    ibot: Float[Tensor, ""]
+    koleo: Float[Tensor, ""]
+    """Sum over the two global crops."""
+    nearest_distance: Float[Tensor, ""]
+    """Mean distance of a [CLS] to its nearest neighbour; falls to 0 in a collapse."""
+
+
+class Network(nn.Module):
+    """Backbone and both heads: the student, and the teacher of the same shape."""
+
+    def __init__(self, architecture: ViTConfig, heads: HeadConfig) -> None:
+        super().__init__()
+        dim = architecture.embed_dim
+        self.backbone = VisionTransformer(architecture)
+        self.dino_head = DINOHead(dim, heads.prototypes, heads.hidden, heads.dino_bottleneck)
+        self.ibot_head = DINOHead(dim, heads.prototypes, heads.hidden, heads.ibot_bottleneck)
+
+    def forward(self, batch: Batch, drop_path: float, generator: torch.Generator | None) -> StudentOutput:
+        """The student's pass: masked global crops and whole local crops through the backbone at once."""
+        has_locals = batch.local_crops.shape[0] > 0
+        crops = [batch.global_crops, batch.local_crops] if has_locals else [batch.global_crops]
+        masks = [batch.masks, None] if has_locals else [batch.masks]
+        global_tokens, *local_tokens = self.backbone.forward_crops(crops, masks, drop_path, generator)
+        cls = torch.cat([global_tokens.cls, *[tokens.cls for tokens in local_tokens]])  # 2B + LB, D
+        masked = global_tokens.patches.flatten(0, 1).index_select(0, batch.masked)  # M D
+        return StudentOutput(self.dino_head(cls), self.ibot_head(masked), global_tokens.cls)
+
+
+def make_networks(architecture: ViTConfig, heads: HeadConfig, seed: int) -> tuple[Network, Network]:
+    """Student and teacher with equal weights; the teacher takes no gradient."""
+    with forked(seed, "initialisation"):
+        student = Network(architecture, heads)
+        teacher = Network(architecture, heads)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    return student, teacher.eval()
+
+
+def make_centres(prototypes: int, device: torch.device) -> Centres:
+    """Centres at zero."""
+    return Centres(torch.zeros(prototypes, device=device), torch.zeros(prototypes, device=device))
+
+
+@torch.no_grad()
+def teacher_forward(teacher: Network, batch: Batch) -> TeacherOutput:
+    """The teacher's pass: unmasked global crops, no stochastic depth."""
+    tokens = teacher.backbone(batch.global_crops)  # cls 2B D, patches 2B N D
+    masked = tokens.patches.flatten(0, 1).index_select(0, batch.masked)  # M D
+    return TeacherOutput(
+        cls=teacher.dino_head(tokens.cls).logits(),  # 2B K
+        patches=teacher.ibot_head(masked).logits(),  # M K
+        global_cls=tokens.cls,
+    )
+
+
+@torch.no_grad()
+def teacher_targets(
+    output: TeacherOutput, centres: Centres, temperature: float, config: LossConfig, views: int = 2
+) -> Targets:
+    """Targets of [CLS] over both global crops of all ranks, and of the masked patches of all ranks."""
+    if config.centering == "sinkhorn":
+        cls = sinkhorn_targets(output.cls, temperature, config.sinkhorn_iterations)  # 2B K
+        patches = sinkhorn_targets(output.patches, temperature, config.sinkhorn_iterations)  # M K
+    else:
+        cls = centred_targets(output.cls, centres.cls, temperature)
+        patches = centred_targets(output.patches, centres.patches, temperature)
+    return Targets(cls.unflatten(0, (views, -1)), patches)
+
+
+def compute_losses(student: StudentOutput, targets: Targets, batch: Batch, config: LossConfig) -> Losses:
+    """The weighted sum of dino (local + global), ibot, and koleo over each global crop; and its terms."""
+    views = targets.cls.shape[0]
+    temperature, chunk = config.student_temperature, config.chunk
+    dino_local, dino_global = dino_losses(student.cls, targets.cls, temperature, chunk)
+    ibot = ibot_loss(student.patches, targets.patches, batch.mask_weights, batch.masks.shape[0], temperature, chunk)
+    per_view = [koleo_loss(tokens) for tokens in student.global_cls.chunk(views)]  # each of B D
+    koleo = torch.stack([loss for loss, _ in per_view]).sum()
+    distance = torch.stack([distance for _, distance in per_view]).mean()
+    total = config.dino * (dino_local + dino_global) + config.ibot * ibot + config.koleo * koleo
+    return Losses(total, dino_local, dino_global, ibot, koleo, distance)
+
+
+@torch.no_grad()
+def update_centres(centres: Centres, output: TeacherOutput, momentum: float) -> Centres:
+    """Centres for the next step."""
+    return Centres(
+        moved_centre(centres.cls, output.cls, momentum), moved_centre(centres.patches, output.patches, momentum)
+    )
+
+
+@torch.no_grad()
+def update_teacher(teacher: Network, student: Network, momentum: float) -> None:
+    """Each teacher parameter becomes momentum * itself + (1 - momentum) * the student's; one pass over memory."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
+
+
+def clip_gradients(student: Network, limit: float) -> dict[str, Tensor]:
+    """Scale the gradient of each part to norm `limit` at most, each part by itself; returns the norms before."""
+    clip: Callable[..., Tensor] = nn.utils.clip_grad_norm_
+    return {part: clip(getattr(student, part).parameters(), limit or float("inf")) for part in PARTS}
+
+
+@torch.no_grad()
+def health(output: TeacherOutput, targets: Targets) -> dict[str, Tensor]:
+    """Signs of collapse or of targets that say nothing, cheap enough for every logged step."""
+    features = output.global_cls.float()  # 2B D
+    unit = nn.functional.normalize(features, dim=-1)
+    return {
+        "cls_prototype_usage": prototype_usage(targets.cls.flatten(0, 1)),
+        "patch_prototype_usage": prototype_usage(targets.patches),
+        "cls_target_entropy": target_entropy(targets.cls.flatten(0, 1)),
+        "patch_target_entropy": target_entropy(targets.patches),
+        "teacher_feature_deviation": unit.std(dim=0).mean() * features.shape[1] ** 0.5,
+        "teacher_effective_rank": effective_rank(features),
+    }

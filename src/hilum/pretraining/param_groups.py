@@ -1,0 +1,72 @@
+"""Which parameter learns at which rate: layer-wise decay, patch-embedding factor, weight decay on or off.
+
+Takes the student (backbone, dino_head, ibot_head), gives optimizer groups that carry multipliers; `set_values` turns
+the scheduled values of a step into each group's own. Rules of facebookresearch/dinov2 utils/param_groups.py.
+"""
+
+import re
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hilum.pretraining.schedules import Values
+
+_EMBEDDING = re.compile(r"pos_embed|patch_embed|mask_token|cls_token|register_tokens")
+_BLOCK = re.compile(r"\bblocks\.(\d+)\.")
+
+
+def layer_multiplier(name: str, depth: int, decay: float) -> float:
+    """decay^(depth + 1 - layer): embeddings are layer 0, block i is layer i + 1, the rest (final norm) is depth + 1.
+
+    Args:
+        name: of a parameter inside the backbone.
+        depth: number of blocks.
+        decay: factor per layer; 1 treats all layers alike.
+    """
+    block = _BLOCK.search(name)
+    layer = 0 if _EMBEDDING.search(name) else int(block[1]) + 1 if block else depth + 1
+    return decay ** (depth + 1 - layer)
+
+
+def takes_weight_decay(name: str) -> bool:
+    """False for biases, norms and LayerScale; true for the rest: position table, tokens and prototypes included."""
+    return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+
+
+def parameter_groups(
+    student: nn.Module, depth: int, layer_decay: float = 0.9, patch_embed_factor: float = 0.2
+) -> list[dict[str, Any]]:
+    """Optimizer groups of a student, one per distinct treatment, each parameter in exactly one.
+
+    Args:
+        student: module whose backbone parameters are named `backbone.*`.
+        depth: number of blocks of the backbone.
+        layer_decay: factor per layer below the top, backbone only.
+        patch_embed_factor: further factor on the learning rate of the patch embedding.
+
+    Returns:
+        Dicts with `params`, `names`, `learning_rate_factor`, `weight_decay_factor` and `last_layer`.
+    """
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    for name, parameter in student.named_parameters():
+        factor = layer_multiplier(name, depth, layer_decay) if name.startswith("backbone.") else 1.0
+        if "patch_embed" in name:
+            factor *= patch_embed_factor
+        treatment = (factor, 1.0 if takes_weight_decay(name) else 0.0, "last_layer" in name)
+        if treatment not in groups:
+            groups[treatment] = {
+                "params": [], "names": [],
+                "learning_rate_factor": factor, "weight_decay_factor": treatment[1], "last_layer": treatment[2],
+            }  # fmt: skip
+        groups[treatment]["params"].append(parameter)
+        groups[treatment]["names"].append(name)
+    return list(groups.values())
+
+
+def set_values(optimizer: Optimizer, values: Values) -> None:
+    """Give every group its learning rate and weight decay of this step."""
+    for group in optimizer.param_groups:
+        rate = values.last_layer_learning_rate if group["last_layer"] else values.learning_rate
+        group["lr"] = rate * group["learning_rate_factor"]
+        group["weight_decay"] = values.weight_decay * group["weight_decay_factor"]

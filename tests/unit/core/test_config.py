@@ -1,0 +1,75 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from hilum.core.config import from_dict, override, read_yaml, to_dict, write_yaml
+from hilum.core.errors import ConfigError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 10
+    flip: bool = True
+    kind: Literal["linear", "decoder"] = "linear"
+    rates: tuple[float, ...] = (1e-5, 1e-4)
+    stop: int | None = None
+    out: Path = Path("runs")
+    optimiser: Optimiser = field(default_factory=Optimiser)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, found {self.steps}")
+
+
+def test_overrides_reach_every_kind_of_field() -> None:
+    config = override(
+        Settings(),
+        ["steps=3", "flip=false", "kind=decoder", "rates=[1e-3]", "stop=2", "out=a/b", "optimiser.betas=[0.8, 0.9]"],
+    )
+    assert config == Settings(3, False, "decoder", (1e-3,), 2, Path("a/b"), Optimiser(betas=(0.8, 0.9)))
+
+
+def test_numbers_without_a_point_are_floats() -> None:
+    assert override(Settings(), ["optimiser.rate=2e-4"]).optimiser.rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("step=3", "'steps'"),
+        ("optimiser.rat=1", "'rate'"),
+        ("kind=decodr", "'decoder'"),
+    ],
+)
+def test_unknown_names_answer_with_the_nearest(text: str, expected: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"Did you mean {expected}"):
+        override(Settings(), [text])
+
+
+@pytest.mark.parametrize("text", ["steps", "=3", "steps=two", "flip=3", "optimiser.betas=[1]", "steps.x=1", "steps=0"])
+def test_wrong_values_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        override(Settings(), [text])
+
+
+def test_yaml_gives_back_what_was_written(tmp_path: Path) -> None:
+    config = override(Settings(), ["stop=4", "rates=[5e-3, 1e-5]"])
+    write_yaml(tmp_path / "config.yaml", config)
+    assert read_yaml(Settings, tmp_path / "config.yaml") == config
+    assert from_dict(Settings, to_dict(config)) == config
+
+
+def test_unreadable_yaml_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        read_yaml(Settings, tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(Settings, tmp_path / "none.yaml")
