@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step_00001000/` with `state.safetensors` and `index.json`. The folder is written under a
 temporary name; the index, with the size and SHA-256 of every file, is written last; then the folder is renamed. The
-loader checks the hashes and takes the newest that is whole. Nothing here is pickle. Knows tensors and names, not models.
+loader checks the hashes and takes the newest that is whole. Nothing here is pickle, and nothing knows a model.
 Also here: the lock that keeps two processes off one run folder.
 """
 
@@ -55,7 +55,7 @@ def save_checkpoint(
 
     Args:
         folder: of the run's checkpoints; created when absent.
-        step: steps made so far; a checkpoint of the same step is replaced.
+        step: steps made so far; a whole checkpoint of that step is left as it is.
         tensors: any device, any names.
         values: JSON values.
         keep: how many to keep, at least 2: with one, a damaged file would be the only copy.
@@ -65,7 +65,9 @@ def save_checkpoint(
     """
     if keep < 2:
         raise HilumError(f"keep={keep}: expected at least 2 checkpoints, because the newest may turn out damaged.")
-    final = folder / f"step_{step:08d}"
+    final = folder / _folder_name(step)
+    if _is_whole(final):
+        return final
     temporary = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -73,15 +75,19 @@ def save_checkpoint(
         save_file({name: _plain(tensor) for name, tensor in tensors.items()}, state)
         flush_to_disk(state)
         files = {STATE_NAME: {"size": state.stat().st_size, "sha256": sha256_file(state)}}
-        write_json(temporary / INDEX_NAME, {"format": FORMAT, "step": step, "files": files, "values": dict(values)})
-        if final.exists():
+        content = {"format": FORMAT, "step": step, "files": files, "values": dict(values)}
+        write_json(temporary / INDEX_NAME, content | {"sha256": _digest_json(content)})
+        if final.exists():  # damaged, and in the way: a folder cannot replace a folder that is not empty
             _remove(final)
-        os.replace(temporary, final)
+        temporary.replace(final)
         flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
-        raise HilumError(f"Could not write the checkpoint {final}: {error}. Older checkpoints are unchanged.") from error
+        raise HilumError(
+            f"Could not write the checkpoint {final}: {error}. Older checkpoints are unchanged."
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in folder.glob(".step_*.tmp"):  # of this save, or of one that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
     for old in _checkpoints(folder)[keep:]:
         try:
             _remove(old)
@@ -93,6 +99,24 @@ def save_checkpoint(
 def _plain(tensor: Tensor) -> Tensor:
     """A copy of its own memory: safetensors refuses tensors that share storage."""
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if not checkpoint.exists():
+        return False
+    try:
+        load_checkpoint(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _digest_json(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _remove(checkpoint: Path) -> None:
@@ -138,6 +162,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         index = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise CheckpointError(f"{path}: {INDEX_NAME} is not of format {FORMAT!r}.")
+        if index.pop("sha256", "") != _digest_json(index) or path.name != _folder_name(index["step"]):
+            raise CheckpointError(f"{path}: {INDEX_NAME} was changed after it was written.")
         for name, expected in index["files"].items():
             size = (path / name).stat().st_size
             if size != expected["size"]:
@@ -157,7 +183,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = _plain(tensors[name])
         total.update(f"{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -15,10 +15,11 @@ import polars as pl
 from hilum.core.errors import EmptyStudyError, ManifestError, PathError, UnknownLabelError
 from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
 from hilum.data.schema import label_column, leaves_root
-from hilum.data.tables import FIRST_ROW, check_values
+from hilum.data.tables import FIRST_ROW, check_values, row_of
 
 EXAMPLES = 3
 """How many of the offending files a message names."""
+ROW_COLUMNS = ("\x1ftable", "\x1frow")
 
 BlankPolicy = Literal["mask", "zero"]
 UncertainPolicy = Literal["mask", "zero", "one"]
@@ -87,11 +88,13 @@ class Scan:
         files: paths relative to the folder, with "/".
         outside: links whose target lies outside the folder.
         links: links whose target lies inside it.
+        unnamed: entries whose names are not UTF-8, which no table can list.
     """
 
     files: list[str]
     outside: frozenset[str]
     links: frozenset[str]
+    unnamed: int = 0
 
 
 def scan(root: Path, under: Sequence[str] = ("",)) -> Scan:
@@ -103,7 +106,14 @@ def scan(root: Path, under: Sequence[str] = ("",)) -> Scan:
     files: list[str] = []
     outside: set[str] = set()
     links: set[str] = set()
-    waiting = [(folder, (home,)) for folder in under]
+    unnamed = 0
+    waiting: list[tuple[str, tuple[str, ...]]] = []
+    for folder in under:
+        target = os.path.realpath(Path(root) / folder)
+        if os.path.commonpath([home, target]) == home:
+            waiting.append((folder, (home, target)))
+        else:
+            outside.add(folder)
     while waiting:
         folder, trail = waiting.pop()
         try:
@@ -113,6 +123,9 @@ def scan(root: Path, under: Sequence[str] = ("",)) -> Scan:
         except OSError as error:
             raise PathError(f"{Path(root) / folder} cannot be listed: {error.strerror or error}.") from error
         for entry in entries:
+            if not _is_text(entry.name):
+                unnamed += 1
+                continue
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_symlink():
                 target = os.path.realpath(entry.path)
@@ -128,7 +141,15 @@ def scan(root: Path, under: Sequence[str] = ("",)) -> Scan:
                 waiting.append((name, trail))
             elif entry.is_file():
                 files.append(name)
-    return Scan(sorted(files), frozenset(outside), frozenset(links))
+    return Scan(sorted(files), frozenset(outside), frozenset(links), unnamed)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def relative_paths(paths: pl.Series, table: Path) -> pl.Series:
@@ -140,10 +161,16 @@ def relative_paths(paths: pl.Series, table: Path) -> pl.Series:
     bad = pl.select(leaves_root(pl.lit(paths)) | pl.lit(paths).str.contains(r"[\\\x00-\x1f]")).to_series()
     if bad.any():
         raise PathError(
-            f"{table}, row {int(bad.arg_max() or 0) + FIRST_ROW}: the path {paths.filter(bad)[0]!r} is absolute, leaves its "
-            f"folder or uses backslashes ({bad.sum()} such rows). Write paths relative to the root, with '/'."
+            f"{table}, row {row_of(bad)}: the path is absolute, leaves its folder (..) or uses backslashes "
+            f"({bad.sum()} such rows). Write paths relative to the root, with '/'."
         )
     return paths.str.replace_all(r"(^|/)(\./)+", "$1").str.replace_all("/+", "/")
+
+
+def located(frame: pl.DataFrame, table: Path) -> pl.DataFrame:
+    """Note for each row the table and spreadsheet row it came from: messages name these, never a patient's path."""
+    rows = pl.int_range(FIRST_ROW, FIRST_ROW + frame.height, eager=True)
+    return frame.with_columns(pl.lit(table.name).alias(ROW_COLUMNS[0]), rows.alias(ROW_COLUMNS[1]))
 
 
 def keep_existing(
@@ -152,7 +179,7 @@ def keep_existing(
     """Drop (with `allow_missing`) or refuse rows whose file is not there.
 
     Args:
-        frame: with `source_relpath`, `patient_id`, `study_id`.
+        frame: with `source_relpath`, `patient_id`, `study_id`, and the columns of `located`, which are dropped.
         found: the scan of `root`.
         root: for messages.
         options: `allow_missing`.
@@ -166,16 +193,18 @@ def keep_existing(
         PathError: files are missing, none is there, or one is a link that leaves the root.
     """
     present = frame["source_relpath"].is_in(found.files)
+    where = frame.select(ROW_COLUMNS).filter(~present)
+    frame = frame.drop(ROW_COLUMNS)
     if present.all():
         return frame, []
     gone = frame.filter(~present)
-    _refuse_outside_links(gone["source_relpath"], found, root)
+    _refuse_outside_links(gone["source_relpath"], where, found, root)
     kept = frame.filter(present)
-    names = ", ".join(gone["source_relpath"][:EXAMPLES])
+    names = ", ".join(f"{table} row {row}" for table, row in where.head(EXAMPLES).iter_rows())
     count = f"{gone.height} of {frame.height} listed images are not under {root}"
     if kept.height == 0:
         raise PathError(
-            f"None of the {frame.height} listed images is under {root}; the first would be {names.split(', ')[0]}. "
+            f"None of the {frame.height} listed images is under {root} ({len(found.files)} files there). "
             f"Say where the images are with --images {options.dataset}=FOLDER."
         )
     keys = ["patient_id", "study_id"]
@@ -187,14 +216,14 @@ def keep_existing(
     raise kind(f"{count} (first: {names}).{lost} Complete them, or leave them out with --allow-missing.")
 
 
-def _refuse_outside_links(paths: pl.Series, found: Scan, root: Path) -> None:
+def _refuse_outside_links(paths: pl.Series, where: pl.DataFrame, found: Scan, root: Path) -> None:
     if not found.outside:
         return
-    for path in paths:
+    for path, (table, row) in zip(paths, where.iter_rows(), strict=True):
         parts = path.split("/")
         if any("/".join(parts[: end + 1]) in found.outside for end in range(len(parts))):
             raise PathError(
-                f"{path} is, or lies behind, a link that leaves {root}. "
+                f"{table}, row {row}: the image is, or lies behind, a link that leaves {root}. "
                 "Give the folder that really holds the images (--images SOURCE=FOLDER)."
             )
 

@@ -78,6 +78,8 @@ OPTIONAL: dict[str, type[pl.DataType] | pl.DataType] = {
 """Columns that a source fills where it can; null elsewhere. `hilum build` fills the last group."""
 
 COLUMNS = REQUIRED | OPTIONAL
+STUDY = ("dataset", "patient_id", "study_id")
+"""What identifies a study: the same study id under two patients is two studies."""
 ORDER = ("dataset", "patient_id", "study_id", "image_id")
 """Rows are sorted by these, so that the same input gives the same file."""
 
@@ -205,16 +207,12 @@ def check_structure(frame: pl.DataFrame, findings: Sequence[str], where: str) ->
         raise MissingColumnError(f"{where}: missing columns {', '.join(missing)}. Found: {', '.join(frame.columns)}.")
     expected = {name: dtype for name, dtype in COLUMNS.items() if name in frame.columns}
     expected |= {label_column(name): pl.Int8 for name in findings}
-    wrong = [
-        f"{name} is {frame.schema[name]}, expected {kind}"
-        for name, kind in expected.items()
-        if frame.schema[name] != kind
-    ]
+    wrong = [name for name, kind in expected.items() if frame.schema[name] != kind]
     if wrong:
-        raise ManifestError(f"{where}: {'; '.join(wrong)}.")
-    stray = [
-        name for name in frame.columns if name.startswith(LABEL_PREFIX) and name[len(LABEL_PREFIX) :] not in findings
-    ]
+        described = "; ".join(f"{name} is {frame.schema[name]}, expected {expected[name]}" for name in wrong)
+        raise ManifestError(f"{where}: {described}.")
+    labels = [name for name in frame.columns if name.startswith(LABEL_PREFIX)]
+    stray = [name for name in labels if name.removeprefix(LABEL_PREFIX) not in findings]
     if stray:
         raise UnknownLabelError(f"{where}: {', '.join(stray)} not among the findings of the header.")
     nulls = [name for name in REQUIRED if frame[name].null_count()]

@@ -19,6 +19,8 @@ from hilum.core.errors import ManifestError, MissingColumnError, PathError
 
 FIRST_ROW = 2
 """Spreadsheet row of the first record."""
+SHOWN_CHARACTERS = 12
+"""Longer values are not shown: free text may name a person."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,14 @@ def read_csv(path: Path, required: Sequence[str] = (), key: str | None = None) -
     digest = hashlib.sha256(content).hexdigest()
     header, body = _split_header(_as_utf8(content, path), path)
     require(header, required, path)
-    _check_fields(body, len(header), path)
+    rows = _check_fields(body, len(header), path)
     names = [name or f"\x1f{position}" for position, name in enumerate(header)]
     frame = _parse(body, names, path).select(pl.col(name) for name in names if not name.startswith("\x1f"))
-    if frame.height == 0:
+    if frame.height != rows:
+        raise ManifestError(
+            f"{path}: {rows} rows were counted and {frame.height} read; its quoting is not that of CSV."
+        )
+    if rows == 0:
         raise ManifestError(f"{path} has a header and no rows.")
     if key is not None:
         unique(frame[key], path)
@@ -118,9 +124,11 @@ def check_values(values: pl.Series, allowed: Iterable[str], path: Path, error: t
     bad = ~values.is_in(allowed)
     if bad.any():
         shown = ", ".join(repr(text) for text in allowed)
+        value = values.filter(bad)[0]
+        found = repr(value) if len(value) <= SHOWN_CHARACTERS else f"a text of {len(value)} characters"
         raise error(
-            f"{path}, row {row_of(bad)}: column {values.name!r} holds {values.filter(bad)[0]!r} "
-            f"({bad.sum()} such rows); expected one of {shown}."
+            f"{path}, row {row_of(bad)}: column {values.name!r} holds {found} ({bad.sum()} such rows); "
+            f"expected one of {shown}."
         )
 
 
@@ -175,16 +183,15 @@ def _split_header(content: bytes, path: Path) -> tuple[list[str], bytes]:
     named = [name for name in header if name]
     repeated = sorted({name for name in named if named.count(name) > 1})
     if repeated:
-        raise ManifestError(
-            f"{path}: the header repeats {', '.join(map(repr, repeated))}. Each column needs its own name."
-        )
+        shown = ", ".join(map(repr, repeated))
+        raise ManifestError(f"{path}: the header repeats {shown}. Each column needs its own name.")
     return header, body.rstrip(b"\r\n")
 
 
-def _check_fields(body: bytes, expected: int, path: Path) -> None:
-    """Every record must have exactly `expected` fields, and quotes may only wrap whole fields (RFC 4180)."""
+def _check_fields(body: bytes, expected: int, path: Path) -> int:
+    """Count records; each must have exactly `expected` fields, and quotes wrap whole fields only (RFC 4180)."""
     if not body:
-        return
+        return 0
     text = np.frombuffer(body, np.uint8)
     separators, ends = text == ord(","), text == ord("\n")
     if b'"' in body:
@@ -199,6 +206,7 @@ def _check_fields(body: bytes, expected: int, path: Path) -> None:
         raise ManifestError(
             f"{path}, row {row + FIRST_ROW}: {fields[row]} fields, the header has {expected} ({len(wrong)} such rows)."
         )
+    return len(fields)
 
 
 def _inside_quotes(text: np.ndarray, ends: np.ndarray, path: Path) -> np.ndarray:
@@ -214,9 +222,7 @@ def _inside_quotes(text: np.ndarray, ends: np.ndarray, path: Path) -> np.ndarray
     position = int(at[stray[0]]) if len(stray) else int(at[opens][-1]) if inside[-1] else None
     if position is not None:
         row = int(np.count_nonzero((ends & ~inside)[:position])) + FIRST_ROW
-        raise ManifestError(
-            f"{path}, row {row}: a quotation mark that does not wrap a whole field, or is never closed."
-        )
+        raise ManifestError(f"{path}, row {row}: a quotation mark inside a field, or one that is never closed.")
     return inside
 
 

@@ -210,7 +210,8 @@ def paired_difference(
         a: one set of predictions.
         b: the other, of the same items in any order, with at least the findings of `a`.
         labels: int8, rows and columns as in `a`.
-        thresholds_a, thresholds_b: of F1@tuned.
+        thresholds_a: of F1@tuned for `a`.
+        thresholds_b: the same for `b`.
         bootstraps: resamples of patients.
         seed: root of the resamples.
         min_positives: findings with fewer are not compared.

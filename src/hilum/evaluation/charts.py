@@ -1,9 +1,8 @@
 """Charts as inline SVG: pure functions from numbers to a string, without a plotting library.
 
-Two kinds. *Tracks* are one row high and as wide as their table cell (positions in percent), so that a forest plot is an
-ordinary table that also reads on a phone. *Plots* have a fixed frame and scale as a whole. Colours are the variables
-of `report.css`, through the classes `tone-head`, `tone-medium`, `tone-tail`, `tone-plain`, so that light, dark and
-print need no second drawing. Each chart says its numbers in `aria-label`; names and captions are the caller's.
+Colours are the variables of `report.css`, through the classes `tone-head`, `tone-medium`, `tone-tail`, `tone-plain` and
+`series-1` to `series-6`, so that light, dark and print need no second drawing. Each chart says its numbers in
+`aria-label`; names and captions are the caller's. Charts inside a table row are in `tracks.py`.
 """
 
 import math
@@ -15,92 +14,7 @@ from jaxtyping import Float
 
 from hilum.evaluation.curves import FindingCurve
 from hilum.evaluation.markup import attributes, decimal, text
-
-MARKS: dict[str, str] = {
-    "circle": "M4.5 0A4.5 4.5 0 1 1-4.5 0A4.5 4.5 0 1 1 4.5 0Z",
-    "square": "M-4-4H4V4H-4Z",
-    "diamond": "M0-5.5L5.5 0L0 5.5L-5.5 0Z",
-}
-"""Shapes beside colours, so that groups differ without colour too; centred on 0, 0, in pixels."""
-
-
-def interval_track(
-    value: float | None,
-    ends: tuple[float, float] | None,
-    *,
-    lower: float,
-    upper: float,
-    label: str,
-    ticks: Sequence[float] = (),
-    reference: float | None = None,
-    mark: str = "circle",
-    hollow: bool = False,
-) -> str:
-    """A value with its interval on one line: a row of a forest plot.
-
-    Args:
-        value: None draws the grid alone.
-        ends: low and high of the interval; None draws the mark alone.
-        lower, upper: the range of the track; what lies outside is drawn at the edge.
-        ticks: values with a grid line.
-        reference: a value with a short tick (prevalence, chance).
-        mark: a name of `MARKS`.
-        hollow: an outline only, for a difference that is not shown.
-    """
-    place = _Percent(lower, upper)
-    parts = [_grid(place(tick)) for tick in ticks]
-    if reference is not None:
-        parts.append(_tick(place(reference), "reference"))
-    if value is not None and ends is not None:
-        parts.append(_span(place(ends[0]), place(ends[1]), "interval"))
-    if value is not None:
-        parts.append(_mark(place(value), mark, hollow=hollow))
-    return _track(parts, label)
-
-
-def pair_track(
-    before: float | None,
-    after: float | None,
-    *,
-    lower: float,
-    upper: float,
-    label: str,
-    ticks: Sequence[float] = (),
-    mark: str = "circle",
-) -> str:
-    """Two values joined by a line: hollow before, filled after."""
-    place = _Percent(lower, upper)
-    parts = [_grid(place(tick)) for tick in ticks]
-    if before is not None and after is not None:
-        parts.append(_span(place(before), place(after), "interval thin"))
-    if before is not None:
-        parts.append(_mark(place(before), mark, hollow=True))
-    if after is not None:
-        parts.append(_mark(place(after), mark))
-    return _track(parts, label)
-
-
-def bar_track(value: float | None, *, label: str, threshold: float | None = None, ticks: Sequence[float] = ()) -> str:
-    """A probability as a bar from 0 to 1, with the threshold as a tick across it."""
-    place = _Percent(0.0, 1.0)
-    parts = ['<rect class="groove" x="0" y="50%" width="100%" height="8" rx="1" transform="translate(0 -4)"/>']
-    if value is not None:
-        parts.append(
-            f'<rect class="bar" x="0" y="50%" width="{place(value)}%" height="8" rx="1" transform="translate(0 -4)"/>'
-        )
-    parts += [_grid(place(tick)) for tick in ticks]
-    if threshold is not None:
-        parts.append(_tick(place(threshold), "threshold"))
-    return _track(parts, label)
-
-
-def axis(ticks: Sequence[float], *, lower: float, upper: float, digits: int = 1, plus: bool = False) -> str:
-    """The numbers of a track's range, placed above a column of tracks."""
-    place = _Percent(lower, upper)
-    labels = (
-        f'<i style="left:{place(tick)}%">{"+" if plus and tick > 0 else ""}{decimal(tick, digits)}</i>' for tick in ticks
-    )
-    return f'<span class="axis" aria-hidden="true">{"".join(labels)}</span>'
+from hilum.evaluation.tracks import Position
 
 
 def nice_ticks(lower: float, upper: float, about: int = 4) -> list[float]:
@@ -117,7 +31,7 @@ def nice_ticks(lower: float, upper: float, about: int = 4) -> list[float]:
 
 def precision_recall_plot(curve: FindingCurve, *, label: str) -> str:
     """Precision over recall as steps (the area under them is AP), with the prevalence as a dashed line."""
-    frame = _Frame(left=28, top=6, width=166, height=112)
+    frame = _Frame(left=28, top=20, width=166, height=112)
     parts = [*frame.box(), *frame.numbers((0, 0.5, 1), (0, 0.5, 1)), *frame.names("recall", "precision")]
     if curve.prevalence is not None:
         y = frame.y(curve.prevalence)
@@ -128,10 +42,12 @@ def precision_recall_plot(curve: FindingCurve, *, label: str) -> str:
         base = _n(frame.y(0))
         parts.append(f'<path class="area" d="M{frame.left} {base}L{path}L{_n(points[-1][0])} {base}Z"/>')
         parts.append(f'<path class="curve" d="M{path}"/>')
-    return _plot(parts, 200, 146, label)
+    return _plot(parts, 200, 158, label)
 
 
-def reliability_plot(curve: FindingCurve, *, label: str, before: FindingCurve | None = None) -> str:
+def reliability_plot(
+    curve: FindingCurve, *, label: str, before: FindingCurve | None = None, linked: bool = False
+) -> str:
     """Observed share over predicted probability, one dot per bin with its 95 % Wilson interval, counts below.
 
     The axes end at the smallest of 0.1, 0.25, 0.5 and 1 that holds every dot, so that a rare finding is not one dot in
@@ -139,6 +55,7 @@ def reliability_plot(curve: FindingCurve, *, label: str, before: FindingCurve | 
 
     Args:
         before: the same items before calibration, drawn hollow behind.
+        linked: join the dots by a line; for many items, where the line is not noise.
         label: for screen readers.
         curve: the bins to draw.
     """
@@ -146,18 +63,16 @@ def reliability_plot(curve: FindingCurve, *, label: str, before: FindingCurve | 
     largest = max((float(np.nanmax(values)) for part in shown for values in (part.predicted, part.observed)
                    if (part.counts > 0).any()), default=1.0)  # fmt: skip
     limit = next((end for end in (0.1, 0.25, 0.5) if largest <= end), 1.0)
-    frame = _Frame(left=34, top=6, width=160, height=140, limit=limit)
+    frame = _Frame(left=34, top=20, width=160, height=140, limit=limit)
     half = limit / 2
     parts = [*frame.box(), *frame.numbers((0, half, limit), (0, half, limit), below=34)]
     parts += frame.names("predicted", "observed", below=34)
-    parts.append(
-        f'<line class="chance" x1="{_n(frame.x(0))}" y1="{_n(frame.y(0))}" x2="{_n(frame.x(limit))}" y2="{_n(frame.y(limit))}"/>'
-    )
+    parts.append(f'<path class="chance" d="M{frame.left} {frame.bottom}L{frame.right} {frame.top}"/>')
     parts += _count_bars(curve, frame)
     if before is not None:
-        parts += _dots(before, frame, hollow=True)
-    parts += _dots(curve, frame, hollow=False)
-    return _plot(parts, 200, 208, label)
+        parts += _dots(before, frame, hollow=True, linked=linked)
+    parts += _dots(curve, frame, hollow=False, linked=linked)
+    return _plot(parts, 200, 220, label)
 
 
 @dataclass(frozen=True)
@@ -181,13 +96,14 @@ def line_chart(
         series: with finite x; empty ones are named in the legend and not drawn.
         height: of the frame, in CSS pixels.
         most_points: longer lines are thinned to the lowest and highest value of equal stretches, so spikes survive.
-        x_label, y_label: axis names with units.
+        x_label: name of the horizontal axis, with its unit.
+        y_label: name of the vertical axis, with its unit.
         label: for screen readers.
     """
     drawn = [(index, line, np.isfinite(line.y)) for index, line in enumerate(series)]
     x_ends = _ends([line.x[good] for _, line, good in drawn])
     y_ends = _ends([line.y[good] for _, line, good in drawn], margin=0.04)
-    across, up = _Percent(*x_ends), _Percent(*y_ends)
+    across, up = Position(*x_ends), Position(*y_ends)
     ticks_x, ticks_y = nice_ticks(*x_ends, about=6), nice_ticks(*y_ends)
     parts = [f'<path class="grid" d="M0 {_n(100 - up(tick))}H100"/>' for tick in ticks_y]
     for index, line, _ in drawn:
@@ -234,18 +150,6 @@ def thin(
 
 
 @dataclass(frozen=True)
-class _Percent:
-    """A value's place on a track, 0 to 100, held at the edges."""
-
-    lower: float
-    upper: float
-
-    def __call__(self, value: float) -> float:
-        place = 100.0 * (value - self.lower) / ((self.upper - self.lower) or 1.0)
-        return round(min(max(place, 0.0), 100.0), 2)
-
-
-@dataclass(frozen=True)
 class _Frame:
     """The axes of a plot, from 0 to `limit` both ways."""
 
@@ -270,9 +174,10 @@ class _Frame:
         return self.bottom - self.height * min(value / self.limit, 1.0)
 
     def box(self) -> list[str]:
+        middle = _n(self.y(self.limit / 2))
         return [
             f'<path class="frame" d="M{self.left} {self.top}V{self.bottom}H{self.right}"/>',
-            f'<path class="grid" d="M{self.left} {self.top}H{self.right}M{self.left} {_n(self.y(self.limit / 2))}H{self.right}"/>',
+            f'<path class="grid" d="M{self.left} {self.top}H{self.right}M{self.left} {middle}H{self.right}"/>',
         ]
 
     def numbers(self, across: Sequence[float], up: Sequence[float], below: int = 0) -> list[str]:
@@ -281,12 +186,15 @@ class _Frame:
         return [
             f'<text x="{_n(self.x(value))}" y="{y}" text-anchor="{anchor}">{value:g}</text>'
             for value, anchor in zip(across, anchors, strict=True)
-        ] + [f'<text x="{self.left - 5}" y="{_n(self.y(value) + 3.5)}" text-anchor="end">{value:g}</text>' for value in up]
+        ] + [
+            f'<text x="{self.left - 5}" y="{_n(self.y(value) + 3.5)}" text-anchor="end">{value:g}</text>'
+            for value in up
+        ]
 
     def names(self, across: str, up: str, below: int = 0) -> list[str]:
         return [
             f'<text class="name" x="{self.right}" y="{self.bottom + below + 24}" text-anchor="end">{across}</text>',
-            f'<text class="name" transform="translate({self.right - 3} {self.top + 10})" text-anchor="end">{up}</text>',
+            f'<text class="name" x="{self.left}" y="{self.top - 7}">{up}</text>',
         ]
 
 
@@ -303,12 +211,12 @@ def _steps(curve: FindingCurve, frame: _Frame) -> list[tuple[float, float]]:
     return points
 
 
-def _dots(curve: FindingCurve, frame: _Frame, *, hollow: bool) -> list[str]:
+def _dots(curve: FindingCurve, frame: _Frame, *, hollow: bool, linked: bool) -> list[str]:
     filled = np.flatnonzero(curve.counts > 0)
     largest = max(float(curve.counts.max()), 1.0)
     centres = [(frame.x(curve.predicted[k]), frame.y(curve.observed[k])) for k in filled]
     path = "L".join(f"{_n(x)} {_n(y)}" for x, y in centres)
-    parts = [f'<path class="link{" before" if hollow else ""}" d="M{path}"/>'] if len(centres) > 1 else []
+    parts = [f'<path class="link{" before" if hollow else ""}" d="M{path}"/>'] if linked else []
     for k, (x, y) in zip(filled, centres, strict=True):
         n = int(curve.counts[k])
         radius = _n(1.8 + 3.4 * math.sqrt(n / largest))
@@ -337,7 +245,8 @@ def _count_bars(curve: FindingCurve, frame: _Frame) -> list[str]:
         tall = max(height * math.sqrt(n / largest), 1.0)
         wide = min(width - 1, frame.right - left)
         parts.append(
-            f'<rect class="count" x="{_n(left + 0.5)}" y="{_n(top + height - tall)}" width="{_n(wide)}" height="{_n(tall)}">'
+            f'<rect class="count" x="{_n(left + 0.5)}" y="{_n(top + height - tall)}" '
+            f'width="{_n(wide)}" height="{_n(tall)}">'
             f"<title>n = {n}</title></rect>"
         )
     parts.append(f'<text x="{frame.left - 5}" y="{top + height}" text-anchor="end">n</text>')
@@ -370,27 +279,6 @@ def _digits(ticks: Sequence[float]) -> int:
 def _n(value: float, digits: int = 1) -> str:
     """A coordinate as short text."""
     return f"{value:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:.0f}"
-
-
-def _grid(place: float) -> str:
-    return f'<line class="grid" x1="{place}%" x2="{place}%" y1="0" y2="100%"/>'
-
-
-def _tick(place: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{place}%" x2="{place}%" y1="18%" y2="82%"/>'
-
-
-def _span(start: float, end: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{start}%" x2="{end}%" y1="50%" y2="50%"/>'
-
-
-def _mark(place: float, shape: str, *, hollow: bool = False) -> str:
-    kind = "mark hollow" if hollow else "mark"
-    return f'<svg x="{place}%" y="50%" overflow="visible"><path class="{kind}" d="{MARKS[shape]}"/></svg>'
-
-
-def _track(parts: Sequence[str], label: str) -> str:
-    return f'<svg class="track"{attributes({"role": "img", "aria-label": label})}>{"".join(parts)}</svg>'
 
 
 def _plot(parts: Sequence[str], width: int, height: int, label: str) -> str:

@@ -11,8 +11,7 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import Float, Int
 
-RELIABILITY_BINS = 15
-"""Equal-width bins of [0, 1], as in mECE_standard."""
+from hilum.evaluation.definitions import BINS, bin_of
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,7 @@ class Curves:
         object.__setattr__(self, "findings", MappingProxyType(dict(self.findings)))
 
 
-def curves(
-    probabilities: Float[np.ndarray, "B C"], labels: Int[np.ndarray, "B C"], findings: Sequence[str]
-) -> Curves:
+def curves(probabilities: Float[np.ndarray, "B C"], labels: Int[np.ndarray, "B C"], findings: Sequence[str]) -> Curves:
     """Precision-recall points and reliability bins of every finding.
 
     Points follow scikit-learn's `precision_recall_curve`: tied scores enter together, no interpolation; the point
@@ -81,7 +78,7 @@ def curves(
 
 def pool(parts: Sequence[FindingCurve]) -> FindingCurve:
     """All findings in one set of reliability bins, every (item, finding) pair counted once; no recall or precision."""
-    counts = np.sum([part.counts for part in parts], axis=0, dtype=np.int64)
+    counts: np.ndarray = np.asarray(np.sum([part.counts for part in parts], axis=0, dtype=np.int64))
     with np.errstate(invalid="ignore"):
         predicted = np.sum([np.nan_to_num(part.predicted) * part.counts for part in parts], axis=0) / counts
         observed = np.sum([np.nan_to_num(part.observed) * part.counts for part in parts], axis=0) / counts
@@ -96,11 +93,11 @@ def _curve(scores: Float[np.ndarray, " B"], labels: Int[np.ndarray, " B"]) -> Fi
     truth = labels[usable] == 1
     positives = int(truth.sum())
 
-    bins = np.clip((kept * RELIABILITY_BINS).astype(np.int64), 0, RELIABILITY_BINS - 1)
-    counts = np.bincount(bins, minlength=RELIABILITY_BINS)
+    bins = bin_of(kept)
+    counts: np.ndarray = np.bincount(bins, minlength=BINS)
     with np.errstate(invalid="ignore"):
-        predicted = np.bincount(bins, weights=kept, minlength=RELIABILITY_BINS) / counts
-        observed = np.bincount(bins, weights=truth, minlength=RELIABILITY_BINS) / counts
+        predicted = np.bincount(bins, weights=kept, minlength=BINS) / counts
+        observed = np.bincount(bins, weights=truth, minlength=BINS) / counts
 
     recall = precision = np.empty(0)
     if positives:

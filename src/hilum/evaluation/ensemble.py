@@ -4,7 +4,7 @@ Runs after study aggregation and before calibration. It never guesses which rows
 joined by uid and findings by name, and members that do not cover the same items are refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -86,3 +86,6 @@ def _aligned(first: Predictions, member: Predictions) -> np.ndarray:
             )
     columns = column_indices(member.findings, first.findings, "a member of the ensemble")
     return member.probabilities[rows][:, columns]
+
+
+ENSEMBLES: dict[str, Callable[[Sequence[Predictions]], Predictions]] = {"mean": mean_over_models}

@@ -13,14 +13,16 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from hilum.evaluation.charts import bar_track
 from hilum.evaluation.markup import decimal, finite, share, text
+from hilum.evaluation.tracks import bar_track
 
 FILM_SIDE = 320
 """Longest side of an embedded view, in pixels."""
 HEAT_SIDE = 160
 """Longest side of an embedded overlay; it is smooth, so the browser's own enlargement loses nothing."""
-HEAT_STEPS = 40
+HEAT_STEPS = 64
+HEAT_CLEAR = 0.1
+"""Share of the highest attention below which an overlay is fully clear."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ def study(example: ReportExample, number: int) -> str:
         f"{text(', '.join(example.view_names))}</p></header>"
         f'<svg class="definitions" aria-hidden="true"><defs>{definitions}</defs></svg>'
         f'<div class="study-top views-{min(len(films), 4)}"><div class="films">{plain}</div>'
-        f'<table class="probabilities"><thead><tr><th>Finding</th><th>Probability, threshold</th><th class="number">p</th>'
-        f"<th>Truth</th></tr></thead><tbody>{rows}</tbody></table></div>"
-        f'<div class="maps">{details}</div></article>'
+        f'<table class="probabilities"><thead><tr><th>Finding</th><th>Probability, threshold</th>'
+        f'<th class="number">p</th><th>Truth</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<div class="maps views-{min(len(films), 4)}">{details}</div></article>'
     )
 
 
@@ -183,9 +185,12 @@ def _heat(level: Float[np.ndarray, "h w"] | None, film: _Film) -> str:
     smooth = np.clip(cv2.resize(level.astype(np.float32), size, interpolation=cv2.INTER_CUBIC), 0, 1)
     steps = np.round(smooth * HEAT_STEPS) / HEAT_STEPS  # fewer colours: a third of the bytes, no visible edge
     colour = cv2.applyColorMap((70 + 185 * steps).astype(np.uint8), cv2.COLORMAP_INFERNO)
-    alpha = (255 * np.minimum(1.15 * steps**0.75, 0.92)).astype(np.uint8)
+    ramp = np.clip((steps - HEAT_CLEAR) / 0.8, 0, 1) ** 0.7
+    alpha = (215 * ramp).astype(np.uint8)
     picture = _embed(".png", np.dstack([colour, alpha]), [cv2.IMWRITE_PNG_COMPRESSION, 9])
-    return f'<image class="heat" width="{film.width}" height="{film.height}" preserveAspectRatio="none" href="{picture}"/>'
+    return (
+        f'<image class="heat" width="{film.width}" height="{film.height}" preserveAspectRatio="none" href="{picture}"/>'
+    )
 
 
 def _embed(suffix: str, pixels: UInt8[np.ndarray, "..."], options: list[int]) -> str:
@@ -218,8 +223,9 @@ def verdict(finding: ExampleFinding) -> tuple[str, str]:
 def _probability_row(finding: ExampleFinding) -> str:
     probability, (kind, words) = finite(finding.probability), verdict(finding)
     label = f"{finding.name}: probability {decimal(probability)}, threshold {decimal(finding.threshold)}, {words}"
+    bar = bar_track(probability, threshold=finding.threshold, label=label)
     return (
-        f'<tr><th scope="row">{text(finding.name)}</th><td>{bar_track(probability, threshold=finding.threshold, label=label)}</td>'
+        f'<tr><th scope="row">{text(finding.name)}</th><td>{bar}</td>'
         f'<td class="number">{decimal(probability, 2)}</td><td class="verdict {kind}">{text(words)}</td></tr>'
     )
 
@@ -245,7 +251,7 @@ def _maps(finding: ExampleFinding, example: ReportExample, films: Sequence[_Film
         f"{share(inside[0])} of the attention lies inside the outline, which takes {share(inside[1])} of the area."
     )  # fmt: skip
     return (
-        f'<section class="map" style="--pairs:{len(pairs)}"><header><h4>{text(finding.name)}</h4>'
+        f'<section class="map"><header><h4>{text(finding.name)}</h4>'
         f'<p><span class="number">p = {decimal(finite(finding.probability), 2)}</span> '
         f'<span class="verdict {kind}">{text(words)}</span></p></header>'
         f'<div class="pairs">{"".join(pairs)}</div><p class="note">{note}</p></section>'

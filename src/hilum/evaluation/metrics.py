@@ -101,7 +101,8 @@ def evaluate(
     return {
         "unit": predictions.unit,
         "stage": predictions.stage,
-        f"n_{'images' if predictions.unit == 'image' else 'rows'}": len(predictions),
+        "n_items": len(predictions),
+        "n_images": len(predictions) if predictions.unit == "image" else None,
         "n_studies": len(set(studies.tolist())),
         "n_patients": count,
         "macro": macro,

@@ -19,6 +19,7 @@ import numpy as np
 
 from hilum.core.errors import PredictionError
 from hilum.core.files import atomic_path, read_json, write_json, write_text
+from hilum.core.tracking import warn
 from hilum.core.types import STAGES, UNITS
 from hilum.data.labels import findings_hash
 
@@ -204,7 +205,7 @@ def read_predictions(path: Path) -> Predictions:
     for key in ("format", "classes_hash"):
         metadata.pop(key, None)
     numbers = [_numbers(columns[name], name, path) for name in findings]
-    probabilities = np.array(numbers, np.float64).reshape(len(findings), -1).T
+    probabilities = np.array(numbers, np.float64).reshape(len(findings), len(columns["image_uid"])).T
     identity = {name: np.array(["" if v is None else v for v in columns[name]], dtype=str) for name in IDENTITY}
     try:
         return Predictions(**identity, findings=tuple(findings), probabilities=probabilities, metadata=metadata)
@@ -265,7 +266,10 @@ def _read_csv(path: Path) -> tuple[Columns, dict[str, Any]]:
         where = f"line {ragged} has another number of columns than the header" if ragged else "a column name repeats"
         raise PredictionError(f"{path}: {where}.")
     columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
-    return columns, read_json(sidecar(path), PredictionError) if sidecar(path).exists() else {}
+    if sidecar(path).exists():
+        return columns, read_json(sidecar(path), PredictionError)
+    warn(f"{path} has no {sidecar(path).name} beside it; taken for raw predictions, one row per image.")
+    return columns, {}
 
 
 def _write_json(p: Predictions, path: Path) -> None:

@@ -38,7 +38,11 @@ def step_table(steps: Sequence[dict[str, Any]]) -> str:
     """
     header = ["step", *STEP_METRICS, "difference (95 % interval)"]
     rows = [
-        [str(step["name"]), *(_cell(step.get(metric)) for metric in STEP_METRICS), describe_difference(step.get("difference"))]
+        [
+            str(step["name"]),
+            *(_cell(step.get(metric)) for metric in STEP_METRICS),
+            describe_difference(step.get("difference")),
+        ]
         for step in steps
     ]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

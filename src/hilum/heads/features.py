@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def extract(
     recipe: Preprocessing,
     blocks: int,
     patches: bool,
-    precision: str = "float32",
+    precision: str = "fp32",
 ) -> Features:
     """Features of a batch of grey images on the backbone's device.
 
@@ -65,11 +65,11 @@ def extract(
         recipe: the backbone's own fixed mean and standard deviation.
         blocks: n, how many last blocks to read.
         patches: also keep the patch tokens.
-        precision: "bfloat16" runs the backbone under autocast; what comes out is float32 either way.
+        precision: "bf16" runs the backbone under autocast; what comes out is float32 either way.
     """
     assert not backbone.training, "features come from a frozen backbone in evaluation mode"
     height, width = images.shape[2] // backbone.config.patch_size, images.shape[3] // backbone.config.patch_size
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         tokens = backbone.intermediate(normalise(images, recipe), blocks)
     return Features(
         cls=torch.cat([block.cls.float() for block in tokens], dim=1),
@@ -79,13 +79,16 @@ def extract(
     )
 
 
+Item = TypeVar("Item")
+
+
 def read_ahead(
-    batches: Iterable[np.ndarray], read: Callable[[int], np.ndarray], workers: int
-) -> Iterator[tuple[np.ndarray, UInt8[Tensor, "B 1 H W"]]]:
-    """Read batches of equally sized grey images with threads, a few batches ahead of their use, in order.
+    batches: Iterable[np.ndarray], read: Callable[[int], Item], workers: int
+) -> Iterator[tuple[np.ndarray, list[Item]]]:
+    """Call `read` on every index of every batch with threads, a few batches ahead of their use, in order.
 
     Yields:
-        the batch's indices and its pixels.
+        a batch's indices and what was read for each.
     """
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         waiting = ((batch, [pool.submit(read, int(index)) for index in batch]) for batch in batches)
@@ -93,12 +96,16 @@ def read_ahead(
         try:
             while queue:
                 batch, futures = queue.popleft()
-                pixels = [future.result() for future in futures]
+                items = [future.result() for future in futures]
                 queue.extend(islice(waiting, 1))
-                shape = (len(pixels), 1, *pixels[0].shape) if pixels else (0, 1, 0, 0)
-                yield batch, torch.from_numpy(np.array(pixels, np.uint8).reshape(shape))
+                yield batch, items
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def to_batch(crops: list[np.ndarray]) -> UInt8[Tensor, "B 1 S S"]:
+    """Square crops of one size as one tensor."""
+    return torch.from_numpy(np.stack(crops)[:, None])
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ class FeatureSource:
         augmentation: Augmentation,
         cached_views: int = 0,
         cache_dtype: str = "float32",
-        precision: str = "float32",
+        precision: str = "fp32",
         workers: int = 2,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -222,12 +229,9 @@ class FeatureSource:
             yield batch, cache.get(self.rows[batch], self.device)
 
     def _compute(self, view: int, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Features]]:
-        for indices, images in read_ahead(batches, lambda index: self.pixels(index, view), self.workers):
-            on_device = images.to(self.device, non_blocking=True)
-            yield (
-                indices,
-                extract(self.backbone, on_device, self.recipe, self.blocks, self.patches, self.precision),
-            )
+        for indices, crops in read_ahead(batches, lambda index: self.pixels(index, view), self.workers):
+            images = to_batch(crops).to(self.device)
+            yield indices, extract(self.backbone, images, self.recipe, self.blocks, self.patches, self.precision)
 
 
 class _CachedView:

@@ -74,11 +74,11 @@ class CrossAttention(nn.Module):
         return self._weights(query, key)
 
     def _project(self, queries: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dim = queries.shape[-1]
-        query = F.linear(queries, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
-        key, value = F.linear(memory, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)
-        # B L D -> B A L d
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        query, key, value = (
+            F.linear(tokens, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B L D -> B A L d
+            for tokens, weight, bias in zip((queries, memory, memory), weights, biases, strict=True)
+        )
         return query, key, value
 
     @staticmethod
@@ -103,14 +103,16 @@ class DecoderLayer(nn.Module):
     ) -> Float[Tensor, "B Q D"]:
         """One decoding step."""
         first, attention, second, hidden, third = masks or (None, None, None, None, None)
-        queries = self.norm1(queries + _masked(queries, first))
-        queries = self.norm2(queries + _masked(self.multihead_attn(queries, memory, attention), second))
-        inner = _masked(F.relu(self.linear1(queries)), hidden)
-        return self.norm3(queries + _masked(self.linear2(inner), third))
+        queries = self.norm1(_add(queries, queries, first))
+        queries = self.norm2(_add(queries, self.multihead_attn(queries, memory, attention), second))
+        inner = F.relu(self.linear1(queries), inplace=True)
+        inner = inner if hidden is None else inner * hidden
+        return self.norm3(_add(queries, self.linear2(inner), third))
 
 
-def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values * mask
+def _add(queries: Tensor, update: Tensor, mask: Tensor | None) -> Tensor:
+    """A residual step, with dropout on the update where a mask is given."""
+    return queries + update if mask is None else torch.addcmul(queries, update.to(queries.dtype), mask)
 
 
 class QueryDecoder(nn.Module):
@@ -153,7 +155,7 @@ class QueryDecoder(nn.Module):
         return layer
 
     def _memory(self, memory: Tensor) -> Tensor:
-        return F.relu(self.embed_standart(memory))
+        return F.relu(self.embed_standart(memory), inplace=True)
 
     def _queries(self, memory: Tensor) -> Tensor:
         return self.query_embed.weight.expand(memory.shape[0], -1, -1)

@@ -47,7 +47,7 @@ class Sweep:
         seed: root seed; heads start from its stream ("head initialisation"), dropout follows ("head dropout", phase).
         phase: name of the training phase ("search", "refit").
         device: where heads live.
-        precision: "bfloat16" runs heads under autocast; losses are float32.
+        precision: "bf16" runs heads under autocast; losses are float32.
         initial: start from these weights (`state`) instead of the seed's.
     """
 
@@ -62,7 +62,7 @@ class Sweep:
         seed: int = 0,
         phase: str = "search",
         device: torch.device | str = "cpu",
-        precision: str = "float32",
+        precision: str = "fp32",
         initial: dict[str, Tensor] | None = None,
     ) -> None:
         if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
@@ -102,7 +102,7 @@ class Sweep:
         masks = self.candidates[0].head.draw_masks(len(labels), tokens, self.generator)
         losses, norms = [], []
         for candidate in self.candidates:  # one graph at a time: backward frees it before the next head's
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 logits = candidate.head(features, masks)  # type: ignore[arg-type]
             loss = self.loss(logits, targets)
             candidate.optimiser.zero_grad(set_to_none=True)
@@ -122,7 +122,7 @@ class Sweep:
         rows = []
         for candidate in self.candidates:
             candidate.head.eval()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 rows.append(candidate.head(features).cpu())
             candidate.head.train()
         return torch.stack(rows)

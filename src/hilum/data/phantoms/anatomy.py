@@ -72,15 +72,17 @@ class Anatomy:
     def rib_cage(self, y: Array) -> Array:
         """Half width of the rib cage at level y."""
         v = np.clip((y + 1.2) / (0.62 * 22.0), 0.0, 1.0)
-        return self.half_width * np.sqrt(np.maximum(1 - (1 - v) ** 1.7, 1e-4)) + 0.03 * np.maximum(y - 12, 0)
+        narrowing = 0.012 * np.maximum(y - 19, 0) ** 2
+        return self.half_width * np.sqrt(np.maximum(1 - (1 - v) ** 1.85, 1e-4)) + 0.05 * np.maximum(y - 11, 0) - narrowing
 
     def medial_border(self, y: Array, side: int) -> Array:
         """Distance of the lung's medial border from the midline: the outline of the mediastinum above the heart."""
-        border = self.vascular_pedicle[side] + 1.3 * np.exp(-np.maximum(y, 0) / 1.8)
+        border = self.vascular_pedicle[side] + 0.9 * np.exp(-np.maximum(y, 0) / 2.2)
         if side == LEFT:
+            border = border + 1.5 * ramp(y, 9.0, 14.0)
             border = border + self.knob * bump(y, 6.3, 1.5) + self.pulmonary_trunk * bump(y, 9.8, 1.3)
         else:
-            border = border + 0.35 * bump(y, 8.2, 0.9)
+            border = border + 0.35 * bump(y, 8.2, 0.9) + 0.5 * ramp(y, 9.0, 14.0)
         return border + self.widening[side] * bump(y, 6.5, 4.2)
 
     def lateral_border(self, y: Array) -> Array:
@@ -93,8 +95,8 @@ class Anatomy:
 
     def lung_front(self, y: Array) -> Array:
         """z of the front of the lungs."""
-        v = np.clip((y + 1.0) / 12.0, 0.0, 1.0)
-        return -self.front_depth * np.sqrt(1 - (1 - v) ** 1.7)
+        v = np.clip((y + 0.5) / 14.0, 0.0, 1.0)
+        return -self.front_depth * np.sqrt(1 - (1 - v) ** 1.3)
 
     def lung_back(self, y: Array) -> Array:
         """z of the back of the lungs."""
@@ -168,6 +170,12 @@ def bump(y: Array, centre: float, width: float) -> Array:
     return np.exp(-(((y - centre) / width) ** 2))
 
 
+def ramp(y: Array, start: float, stop: float) -> Array:
+    """0 before `start`, 1 after `stop`, smooth between."""
+    t = np.clip((y - start) / (stop - start), 0.0, 1.0)
+    return t * t * (3 - 2 * t)
+
+
 def draw_anatomy(rng: np.random.Generator) -> Anatomy:
     """A patient without findings: sex, age, build and proportions vary."""
     female = bool(rng.random() < 0.48)
@@ -184,14 +192,14 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
         dome=float(21.6 + rng.normal(0, 0.8)),
         left_dome_drop=float(rng.uniform(0.4, 1.6)),
         dome_curvature=(float(rng.uniform(0.075, 0.1)), float(rng.uniform(0.055, 0.075))),
-        heart_length=float(np.clip(6.35 + 0.25 * old + rng.normal(0, 0.26), 5.7, 7.1)),
-        heart_breadth=float(4.9 + rng.normal(0, 0.2)),
+        heart_length=float(np.clip(6.7 + 0.25 * old + rng.normal(0, 0.26), 6.0, 7.4)),
+        heart_breadth=float(4.6 + rng.normal(0, 0.2)),
         heart_depth=float(4.6 + rng.normal(0, 0.2)),
         heart_tilt=float(rng.uniform(0.45, 0.8)),
         heart_shift=float(rng.uniform(1.7, 2.5)),
         vascular_pedicle={
-            RIGHT: float(2.2 + rng.normal(0, 0.15) + 0.06 * fat),
-            LEFT: float(2.0 + rng.normal(0, 0.15) + 0.06 * fat),
+            RIGHT: float(2.55 + rng.normal(0, 0.15) + 0.06 * fat),
+            LEFT: float(2.3 + rng.normal(0, 0.15) + 0.06 * fat),
         },
         knob=float(np.clip(0.8 + 0.6 * old + rng.normal(0, 0.18), 0.3, 1.8)),
         pulmonary_trunk=float(np.clip(0.7 + rng.normal(0, 0.2), 0.2, 1.2)),

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from hilum.data.phantoms import textures
-from hilum.data.phantoms.anatomy import BEAM_LEVEL, LEFT, RIGHT, SIDES, Anatomy, Array
+from hilum.data.phantoms.anatomy import BEAM_LEVEL, LEFT, RIGHT, SIDES, Anatomy, Array, ramp
 
 Slices = tuple[slice, slice]
 SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
@@ -78,20 +78,20 @@ class Canvas:
         a, y = self.anatomy, self.y[:, 0]
         torso = a.rib_cage(np.maximum(y, 3.0)) + 2.0 + 0.9 * a.fat + 0.05 * np.maximum(y - 20, 0) * a.fat
         slope = np.clip((y + 6.0) / 6.5, 0, 1)
-        shoulder = 5.6 + 0.4 * a.fat + 14.5 * slope**1.6 * (3 - 2 * slope) / 1.0
-        front = a.lung_front(np.maximum(y, 0)) - 2.0 - 0.9 * a.fat
+        shoulder = 5.6 + 0.4 * a.fat + 14.5 * slope**1.6 * (3 - 2 * slope)
+        front = np.minimum(a.lung_front(np.maximum(y, 0)) - 2.0, -5.8 - 0.25 * np.clip(y, 0, 6)) - 0.9 * a.fat
         back = a.spine(y) + 4.2 + 0.7 * a.fat
         if self.view.lateral:
-            front = np.where(y < 1, np.maximum(front, -4.2 - 0.6 * a.fat) - 0.35 * np.maximum(-1 - y, 0), front)
+            front = front + 1.8 * (1 - ramp(y, -3.0, 3.0))
             middle, half = (front + back) / 2, (back - front) / 2
-            thickness = 2 * (torso - 1.0 + 2.5 * np.clip((2 - y) / 4, 0, 1))
+            thickness = 2 * (torso - 1.0 + 1.5 * (1 - ramp(y, 0.0, 6.0)))
             neck = np.clip((y + 8) / 7, 0.35, 1)
             position = (self.across - middle[:, None]) / half[:, None]
             chord = np.sqrt(np.maximum(1 - position**4, 0)) * (thickness * neck)[:, None]
         else:
             half_width = np.where(y < 4.5, np.minimum(shoulder, 20.0), torso)
             half_width = half_width + (20.0 - torso) * np.clip((6.5 - y) / 2.0, 0, 1) * (y >= 4.5)
-            thickness = (back - front) * np.clip((y + 9) / 15, 0.55, 1)
+            thickness = (back - front) * np.clip((y + 12) / 13, 0.6, 1)
             position = self.across / half_width[:, None]
             chord = np.sqrt(np.maximum(1 - position**4, 0)) * thickness[:, None]
         return chord.astype(np.float32), chord > 0
@@ -112,7 +112,8 @@ class Canvas:
         inside = 1 - along**2 - over**2
         if not self.view.lateral:  # the right atrium rounds the right border
             atrium = 1 - ((u + 3.1 * long / 6.5) / 3.1) ** 2 - ((v - 0.8) / 3.9) ** 2
-            inside = np.maximum(inside, atrium)
+            base = 1 - ((u + 0.5) / (0.62 * long)) ** 2 - ((v + 2.6) / 4.4) ** 2
+            inside = np.maximum(np.maximum(inside, atrium), base)
         return half * np.sqrt(np.maximum(inside, 0)), depth
 
     def _lung(self, side: int) -> Array:
@@ -121,7 +122,7 @@ class Canvas:
         level = np.maximum(y, 0)
         medial, outer = a.medial_border(level, side), a.lateral_border(level)
         front, back = a.lung_front(level), a.lung_back(level)
-        tip = np.sqrt(np.clip(y / 2.6, 0, 1))
+        tip = np.sqrt(1 - np.clip(1 - y / 3.2, 0, 1) ** 2)
         middle_x, half_x = side * (medial + outer) / 2, (outer - medial) / 2 * tip
         middle_z, half_z = (front + back) / 2, (back - front) / 2 * tip
         top_x, top_y, top_z = a.dome_centre(side)

@@ -14,7 +14,7 @@ from hilum.data.phantoms.anatomy import Array
 from hilum.data.phantoms.canvas import View
 
 ATTENUATION = 0.19  # 1 / cm of soft tissue near 70 keV (NIST XCOM: water 0.193)
-WINDOW = {"PA": (1.15, 3.75), "AP": (1.15, 3.75), "LATERAL": (1.35, 4.5), "LL": (1.35, 4.5)}
+WINDOW = {"PA": (1.1, 4.3), "AP": (1.1, 4.2), "LATERAL": (1.2, 4.9), "LL": (1.2, 4.9)}
 SCATTER = {"PA": 0.10, "AP": 0.2, "LATERAL": 0.14, "LL": 0.14}  # share of the primary, behind the grid or without one
 FLOOR = 0.004
 

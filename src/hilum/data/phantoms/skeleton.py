@@ -9,7 +9,7 @@ from hilum.data.phantoms.anatomy import LEFT, RIBS, SIDES, VERTEBRA_SPACING, Ana
 from hilum.data.phantoms.canvas import Canvas
 
 VESSEL_LEVELS = 6
-VESSEL_WIDTHS = (0.62, 0.46, 0.33, 0.24, 0.17, 0.12)
+VESSEL_WIDTHS = (0.85, 0.6, 0.42, 0.3, 0.21, 0.15)
 
 
 def paint_skeleton(canvas: Canvas) -> None:
@@ -23,6 +23,7 @@ def paint_skeleton(canvas: Canvas) -> None:
     _aorta(canvas)
     _abdomen(canvas)
     _soft_tissue(canvas)
+    _mottle(canvas)
 
 
 def _ribs(canvas: Canvas) -> None:
@@ -40,8 +41,8 @@ def _ribs(canvas: Canvas) -> None:
                     if width * scale > 5:
                         canvas.draw(layer, points, width * 0.55, 165)
         weight = 0.5 if canvas.view.lateral else 1.0
-        canvas.extra += back * np.float32(1.05 * weight / 255)
-        canvas.extra += front * np.float32(0.72 * weight / 255)
+        canvas.extra += back * np.float32(0.9 * weight / 255)
+        canvas.extra += front * np.float32(0.55 * weight / 255)
 
 
 def rib_pieces(anatomy: Anatomy, side: int, number: int) -> list[tuple[float, float]]:
@@ -104,7 +105,7 @@ def _frontal_bones(canvas: Canvas) -> None:
             canvas.draw(small, pedicle, 0.55, 255)
         process = np.array([[lean, top + 0.9, z + 4], [lean, top + 2.0, z + 4.6]])
         canvas.draw(small, process, 0.5, 255)
-    canvas.extra += layer * np.float32(2.6 / 255) + small * np.float32(0.9 / 255)
+    canvas.extra += layer * np.float32(1.7 / 255) + small * np.float32(0.6 / 255)
     bones = np.zeros(canvas.shape, np.uint8)
     for side in SIDES:
         for points, width in displaced_clavicle(anatomy, side):
@@ -174,7 +175,7 @@ def _lateral_bones(canvas: Canvas) -> None:
         canvas.draw(layer, np.array([body[0], body[1]]), 0.22, 255)
         canvas.draw(layer, np.array([body[4], body[3]]), 0.22, 255)
         canvas.draw(small, np.array([[0, middle + 0.3, z + half], [0, middle + 1.7, z + half + 2.4]]), 0.9, 200)
-    canvas.extra += layer * np.float32(3.4 / 255) + small * np.float32(1.6 / 255)
+    canvas.extra += layer * np.float32(2.3 / 255) + small * np.float32(1.2 / 255)
     y = np.linspace(3.6, 18.5, 20)
     sternum = np.stack([0 * y, y, a.lung_front(y) - 0.9], 1)
     bones = np.zeros(canvas.shape, np.uint8)
@@ -225,7 +226,14 @@ def _abdomen(canvas: Canvas) -> None:
         return
     x, y, _ = a.dome_centre(LEFT)
     size = 1.0 + 1.7 * a.stomach_gas
-    canvas.ellipsoid(np.array([x - 0.8, y + 1.3 + 0.85 * size, 0.5]), np.array([size * 1.3, size * 0.85, size]), -1.0)
+    centre = np.array([x - 0.8, y + 1.2 + 0.75 * size, 0.5])
+    found = canvas.window(centre, np.array([1.5, 0.75, 1.2]) * size)
+    if found is None:
+        return
+    where, u, v = found
+    radius = (1.2 if canvas.view.lateral else 1.5) * size
+    inside = np.maximum(1 - (u / radius) ** 2 - (v / (0.75 * size)) ** 2, 0) * (v < 0.35 * size)  # gas above fluid
+    canvas.add(where, -np.sqrt(inside) * np.float32(1.3 * size))
 
 
 def _soft_tissue(canvas: Canvas) -> None:
@@ -234,9 +242,26 @@ def _soft_tissue(canvas: Canvas) -> None:
     if a.breast <= 0:
         return
     for side in SIDES:
-        size = 0.75 + 0.35 * a.breast
-        centre = np.array([side * 7.2, 15.5 + 1.3 * a.breast, -a.front_depth - 2.2 - a.fat])
-        canvas.ellipsoid(centre, np.array([5.4, 4.6, 2.6]) * size, 0.75, softness=0.55)
+        size = 0.8 + 0.25 * a.breast
+        centre = np.array([side * 7.4, 15.0 + 1.2 * a.breast, -a.front_depth - 1.0 - a.fat])
+        radii = np.array([5.6, 5.0, 3.4]) * size
+        found = canvas.window(centre, radii)
+        if found is None:
+            continue
+        where, u, v = found
+        across, deep = (radii[2], radii[0]) if canvas.view.lateral else (radii[0], radii[2])
+        upper = np.where(v < 0, np.maximum(1 + v / radii[1], 0), 1.0)  # fades upwards, sharp fold below
+        inside = np.maximum(1 - (u / across) ** 2 - (v / radii[1]) ** 2, 0)
+        weight = np.where(canvas.outline[where], 0.5, 1.6) if canvas.view.lateral else np.float32(0.5)
+        canvas.add(where, (np.sqrt(inside) * upper * weight * deep).astype(np.float32))
+
+
+def _mottle(canvas: Canvas) -> None:
+    """Muscle and fat are not uniform; neither is the lung between its vessels."""
+    rng = np.random.default_rng(canvas.anatomy.vessel_seed)
+    weight = np.minimum(canvas.body / 10, 1.0)
+    canvas.extra += (canvas.texture("cloud", rng) - 0.5) * (np.float32(1.3) * weight)
+    canvas.extra += canvas.texture("grain", rng) * (np.float32(0.09) * canvas.inside)
 
 
 def paint_vessels(canvas: Canvas) -> None:
@@ -249,7 +274,7 @@ def paint_vessels(canvas: Canvas) -> None:
             drawn = np.zeros(canvas.shape, np.uint8)
             ends = np.stack([canvas.view.project(starts), canvas.view.project(stops)], 1)
             _lines(drawn, ends, width)
-            layer += drawn * np.float32(VESSEL_WIDTHS[level] * 0.95 * min(width, 1.0) / 255)
+            layer += drawn * np.float32(VESSEL_WIDTHS[level] * 1.2 * min(width, 1.0) / 255)
         field = np.minimum(canvas.lung[side] / 3.0, 1.0) * layer
         marking = canvas.marking[side]
         canvas.extra += np.float32(a.vessel_gain) * (field if marking is None else field * marking)

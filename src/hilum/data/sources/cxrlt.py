@@ -21,6 +21,7 @@ from hilum.data.rows import (
     existing_folder,
     keep_existing,
     label_columns,
+    located,
     relative_paths,
     scan,
     unknown_label,
@@ -40,6 +41,7 @@ WHOLE = "labels.csv"
 """2024's one table of all images: 45 labels and a column `split`."""
 SPLIT_NAMES = {"train": "train", "development": "val", "dev": "val", "validate": "val", "val": "val", "test": "test"}
 IDS = ("dicom_id", "subject_id", "study_id")
+VIEW_COLUMNS = {"ViewPosition": "stated", "ViewCodeSequence_CodeMeaning": "derived"}
 CELLS = {"0": NEGATIVE, "1": POSITIVE, "0.0": NEGATIVE, "1.0": POSITIVE}
 KNOWN = (*CXRLT_2024_TASK1, *CXRLT_2024_TASK3, "No Finding")
 
@@ -66,10 +68,9 @@ def read(options: SourceOptions) -> SourceRows:
     labelled = {name.removeprefix("label.") for name in frame.columns if name.startswith("label.")}
     findings = ordered(labelled)
     frame = frame.with_columns(pl.col(label_column(name)).fill_null(UNKNOWN) for name in findings)
-    notes += [f"{name} holds other annotators' labels of the same images: left out"
-              for name in TASK2_FILES if (folder / name).is_file()]  # fmt: skip
-    notes += [f"{name}: no labels, kept as unknown"
-              for name in _unlabelled(read_files)]  # fmt: skip
+    others = [name for name in TASK2_FILES if (folder / name).is_file()]
+    notes += [f"{name} holds other annotators' labels of the same images: left out" for name in others]
+    notes += [f"{name}: no labels, kept as unknown" for name in _unlabelled(read_files)]
     if not (home / "files").is_dir():  # --images may name the folder `files` itself
         frame = frame.with_columns(pl.col("source_relpath").str.strip_prefix("files/"))
     found = scan(home, ["files"] if (home / "files").is_dir() else [""])
@@ -116,11 +117,8 @@ def _labels_of(table: Table) -> dict[str, str]:
     for name in table.columns:
         if name not in columns and table.frame[name].is_in(list(CELLS)).all():
             raise unknown_label(name, KNOWN, f"{table.path}, header")
-    twice = len(columns) - len(set(columns.values()))
-    if twice:
-        raise ManifestError(
-            f"{table.path}: {twice} findings have two columns (names are matched without regard to case)."
-        )
+    if len(set(columns.values())) < len(columns):
+        raise ManifestError(f"{table.path}: a finding has two columns (names are matched without regard to case).")
     return columns
 
 
@@ -142,20 +140,19 @@ def _rows(table: Table, split: str | None) -> pl.DataFrame:
         official = names.replace_strict(SPLIT_NAMES, return_dtype=pl.String)
     else:
         official = pl.repeat(split, frame.height, eager=True)
-    views = [pl.col(name) for name in ("ViewPosition", "ViewCodeSequence_CodeMeaning") if name in table.columns]
-    stated = [pl.when(view != "").then(view) for view in views]
+    views = {origin: pl.col(name) for name, origin in VIEW_COLUMNS.items() if name in table.columns}
+    filled = [pl.when(view != "").then(view) for view in views.values()]
+    origins = [pl.when(view != "").then(pl.lit(origin)) for origin, view in views.items()]
     kept = frame.select(
         image_id=pl.col("dicom_id"),
         patient_id=pl.col("subject_id"),
         study_id=pl.lit("s") + pl.col("study_id").str.strip_prefix("s"),
         source_relpath=relative_paths(frame[location or ""], path),
-        view_raw=pl.coalesce(*stated, pl.lit("")),
-        view_source=pl.when(views[0] != "").then(pl.lit("stated")).otherwise(pl.lit("derived"))
-        if views
-        else pl.lit(None),
+        view_raw=pl.coalesce(*filled, pl.lit("")),
+        view_source=pl.coalesce(*origins, pl.lit("unknown")),
         split_official=official,
     )
-    return kept.hstack(label_columns(frame.select(columns), columns, CELLS, path))
+    return located(kept.hstack(label_columns(frame.select(list(columns)), columns, CELLS, path)), path)
 
 
 def _together(frames: list[pl.DataFrame], folder: Path) -> pl.DataFrame:
@@ -171,14 +168,13 @@ def _together(frames: list[pl.DataFrame], folder: Path) -> pl.DataFrame:
 
 def _with_task3(frame: pl.DataFrame, folder: Path) -> tuple[pl.DataFrame, list[Table]]:
     """Add the zero-shot findings of task 3, by dicom_id, to images that task 1 lists."""
-    tables = [
-        read_csv(folder / name, ("dicom_id",), key="dicom_id") for name in TASK3_FILES if (folder / name).is_file()
-    ]
+    present = [folder / name for name in TASK3_FILES if (folder / name).is_file()]
+    tables = [read_csv(path, ("dicom_id",), key="dicom_id") for path in present]
     parts = []
     for table in tables:
         columns = {name: finding for name, finding in _labels_of(table).items() if finding in CXRLT_2024_TASK3}
         require(list(columns.values()), CXRLT_2024_TASK3, table.path)
-        labels = label_columns(table.frame.select(columns), columns, CELLS, table.path)
+        labels = label_columns(table.frame.select(list(columns)), columns, CELLS, table.path)
         parts.append(table.frame.select(image_id="dicom_id").hstack(labels))
     if not parts or label_column(CXRLT_2024_TASK3[0]) in frame.columns:
         return frame, []

@@ -22,15 +22,22 @@ from hilum.data.rows import (
     existing_folder,
     keep_existing,
     label_columns,
+    located,
     relative_paths,
     scan,
 )
-from hilum.data.tables import check_filled, check_values, read_csv, row_of, unique
+from hilum.data.tables import check_filled, check_values, read_csv, unique
 
 TABLE = "labels.csv"
 PICTURES = (".png", ".jpg", ".jpeg")
 DICOM_SUFFIXES = (".dcm", ".dicom")
-HEADER_FIELDS = {"patient_id": "PatientID", "study_id": "StudyInstanceUID", "view_raw": "ViewPosition"}
+HEADER_FIELDS = {
+    "patient_id": "PatientID",
+    "study_id": "StudyInstanceUID",
+    "view_raw": "ViewPosition",
+    "sex": "PatientSex",
+    "age_raw": "PatientAge",
+}
 RESERVED = ("path", "patient_id", "study_id", "view", "split", "sex", "age")
 SPLIT_NAMES = {
     "train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
@@ -51,8 +58,10 @@ def read(options: SourceOptions) -> SourceRows:
     image_root = existing_folder(options.images, "--images") if options.images else root
     path = options.table or (root / TABLE if (root / TABLE).is_file() else None)
     found = scan(image_root)
+    findings: tuple[str, ...] = ()
+    tables: dict[str, str] = {}
     if path is None:
-        frame, findings, tables, notes = _files(found, image_root), (), {}, ["no table: images without labels"]
+        frame, notes = _files(found, image_root), ["no table: images without labels"]
         notes += [f"{len(found.links)} links inside the folder are not counted again"] if found.links else []
     else:
         frame, findings, digest = _table(path, options)
@@ -60,7 +69,9 @@ def read(options: SourceOptions) -> SourceRows:
         tables = {path.name: digest}
         unlisted = len(set(_images(found.files, image_root)) - set(frame["source_relpath"]))
         notes += [f"{unlisted} images in the folder are not in {path.name}: left out"] if unlisted else []
+    notes += [f"{found.unnamed} entries whose names are not UTF-8: left out"] if found.unnamed else []
     frame, more = _identify(frame, image_root)
+    frame = frame.with_columns(pl.col("sex", "age_raw").replace("", None), age_years=ages(pl.col("age_raw")))
     has_split = "split_official" in frame.columns
     if not has_split:
         frame = frame.with_columns(split_official=pl.lit(""))
@@ -73,7 +84,7 @@ def read(options: SourceOptions) -> SourceRows:
 def _files(found: Scan, root: Path) -> pl.DataFrame:
     if found.outside:
         raise PathError(
-            f"{min(found.outside)} is a link that leaves {root} ({len(found.outside)} such links). "
+            f"{root} holds {len(found.outside)} links that leave it (see `find {root} -type l`). "
             "Give the folder that really holds the images."
         )
     names = [name for name in _images(found.files, root) if not _behind(name, found.links)]
@@ -125,7 +136,7 @@ def _table(path: Path, options: SourceOptions) -> tuple[pl.DataFrame, tuple[str,
     codes = {cell: options.code(LABEL_CELLS[cell]) for cell in LABEL_CELLS}
     raw = pl.struct(list(columns)).struct.json_encode() if columns else pl.lit(None, dtype=pl.String)
     frame = frame.with_columns(raw_labels=raw, source_relpath=paths).drop("path")
-    frame = _rename(label_columns(frame, columns, codes, path), path)
+    frame = located(_rename(label_columns(frame, columns, codes, path), path), path)
     return frame, ordered(columns.values()), table.sha256
 
 
@@ -135,8 +146,8 @@ def _check_findings(frame: pl.DataFrame, columns: dict[str, str], path: Path) ->
         bad = ~frame[name].is_in(list(LABEL_CELLS))
         if bad.all():
             raise ManifestError(
-                f"{path}: column {name!r} holds {frame[name][0]!r} in row {row_of(bad)}. Columns other than "
-                f"{', '.join(RESERVED)} are findings with 1, 0, -1 or nothing. Rename or remove it."
+                f"{path}: column {name!r} holds no labels. Columns other than {', '.join(RESERVED)} are findings "
+                "with 1, 0, -1 or nothing. Rename or remove it."
             )
 
 
@@ -144,33 +155,27 @@ def _rename(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
     if "split" in frame.columns:
         split = frame["split"].str.strip_chars().str.to_lowercase().alias("split")
         check_values(split, SPLIT_NAMES, path, ManifestError)
-        frame = frame.with_columns(split_official=split.replace_strict(SPLIT_NAMES, return_dtype=pl.String)).drop(
-            "split"
-        )
-    if "age" in frame.columns:
-        frame = frame.with_columns(age_years=ages(pl.col("age"))).rename({"age": "age_raw"})
-    return frame.rename({"view": "view_raw"}) if "view" in frame.columns else frame
+        official = split.replace_strict(SPLIT_NAMES, return_dtype=pl.String)
+        frame = frame.with_columns(split_official=official).drop("split")
+    return frame.rename({"age": "age_raw", "view": "view_raw"}, strict=False)
 
 
 def _identify(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, list[str]]:
-    """Fill patient, study and view where the table did not give them."""
+    """Fill patient, study, view, sex and age from DICOM headers where the table did not give them."""
     absent = [name for name in HEADER_FIELDS if name not in frame.columns]
     if not absent:
         return frame, []
     headers, unreadable = _headers(frame["source_relpath"].to_list(), root)
     path = pl.col("source_relpath")
     fields = {name: path.replace_strict(_field(headers, name), default="", return_dtype=pl.String) for name in absent}
-    notes = (
-        [f"{unreadable} DICOM headers cannot be read; each such file counts as its own patient"] if unreadable else []
-    )
-    frame = frame.with_columns(expression.alias(name) for name, expression in fields.items())
+    notes = [f"{unreadable} DICOM headers cannot be read"] if unreadable else []
+    frame = frame.with_columns(**fields)
     if "patient_id" in absent:
         alone = (frame["patient_id"] == "").sum()
         # A study that the table names keeps its images together even where nobody names the patient.
         stand_in = path if "study_id" in absent else pl.lit("study:") + pl.col("study_id")
-        frame = frame.with_columns(
-            patient_id=pl.when(pl.col("patient_id") == "").then(stand_in).otherwise("patient_id")
-        )
+        nameless = pl.col("patient_id") == ""
+        frame = frame.with_columns(patient_id=pl.when(nameless).then(stand_in).otherwise("patient_id"))
         if alone:
             unit = "image" if "study_id" in absent else "study"
             notes.append(f"{alone} images name no patient: each {unit} counts as one, which cannot rule out leakage")

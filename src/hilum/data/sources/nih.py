@@ -14,20 +14,21 @@ from hilum.core.errors import LeakageError, ManifestError, PathError
 from hilum.core.files import sha256_file
 from hilum.core.types import NEGATIVE, POSITIVE
 from hilum.data.labels import NIH_TO_CXRLT, ordered
-from hilum.data.rows import SourceOptions, SourceRows, ages, existing_folder, keep_existing, scan, unknown_label
+from hilum.data.rows import (
+    SourceOptions,
+    SourceRows,
+    ages,
+    existing_folder,
+    keep_existing,
+    located,
+    scan,
+    unknown_label,
+)
 from hilum.data.schema import label_column
 from hilum.data.tables import Table, read_csv, read_list, row_of
 
 TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
-REQUIRED = (
-    "Image Index",
-    "Finding Labels",
-    "Follow-up #",
-    "Patient ID",
-    "Patient Age",
-    "Patient Gender",
-    "View Position",
-)
+REQUIRED = ("Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Gender", "View Position")
 LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
 NO_FINDING = "No Finding"
 
@@ -45,7 +46,9 @@ def read(options: SourceOptions) -> SourceRows:
         raise PathError(f"{root} holds neither {TABLES[0]} nor {TABLES[1]}.")
     table = read_csv(path, REQUIRED, key="Image Index")
     found = scan(image_root, _image_folders(image_root))
-    frame = _rows(table).join(_locations(found.files, image_root), on="image_id", how="left", maintain_order="left")
+    frame = located(_rows(table), path).join(
+        _locations(found.files, image_root), on="image_id", how="left", maintain_order="left"
+    )
     frame = frame.with_columns(pl.col("source_relpath").fill_null("images/" + pl.col("image_id")))
     frame, lists = _official_split(frame, root)
     frame, notes = keep_existing(frame, found, image_root, options, studies=False)
@@ -70,7 +73,7 @@ def _rows(table: Table) -> pl.DataFrame:
     bad = ~name.str.contains(r"^\d{8}_\d{3}\.png$")
     if bad.any():
         raise ManifestError(
-            f"{path}, row {row_of(bad)}: 'Image Index' {name.filter(bad)[0]!r} is not of the form 00000001_000.png."
+            f"{path}, row {row_of(bad)}: 'Image Index' is not of the form 00000001_000.png ({bad.sum()} such rows)."
         )
     other = name.str.slice(0, 8) != frame["Patient ID"].str.zfill(8)
     if other.any():
@@ -119,8 +122,9 @@ def _locations(files: list[str], root: Path) -> pl.DataFrame:
     found = found.filter(pl.col("image_id").str.ends_with(".png"))
     twice = found.filter(pl.col("image_id").is_duplicated())
     if twice.height:
+        folders = sorted({path.rpartition("/")[0] for path in twice["source_relpath"]})
         raise ManifestError(
-            f"{root}: {twice['image_id'].n_unique()} images are there twice, e.g. {', '.join(twice['source_relpath'][:2])}. "
+            f"{root}: {twice['image_id'].n_unique()} images are there more than once (in {', '.join(folders)}). "
             "Keep one copy, or name the folder to use with --images nih=FOLDER."
         )
     return found

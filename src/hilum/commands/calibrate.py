@@ -1,0 +1,86 @@
+"""`hilum calibrate`: fit calibrators and operating points on validation predictions, or apply them to others.
+
+Fitting needs predictions of a head that was not trained on the split it is fitted on; files that say otherwise are
+refused, and so is the test split.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from hilum.core.errors import ConfigError, StageError
+from hilum.core.tracking import next_step, say, warn
+from hilum.evaluation.calibration import Calibrator, read_calibrator, write_calibrator
+from hilum.evaluation.predictions import read_predictions, write_predictions
+from hilum.evaluation.truth import join, match_findings, read_truth
+
+
+def run(
+    predictions: Path,
+    labels: Path | None = None,
+    split: str = "val",
+    out: Path = Path("calibration.json"),
+    method: str = "auto",
+    use: Path | None = None,
+) -> None:
+    """Fit on `labels` and write a calibrator, or with `use` apply one and write predictions.
+
+    Args:
+        predictions: raw, study or ensemble predictions; the stage at which the calibrator will be used.
+        labels: a store, a manifest or a CSV.
+        split: the split to fit on, where the labels have splits.
+        out: JSON of the calibrator; with `use`, a prediction file.
+        method: "auto" or a name in CALIBRATORS.
+        use: a calibrator to apply.
+
+    Raises:
+        ConfigError: neither or both of `labels` and `use`.
+        StageError: the test split, a split that the head was trained on, calibrated input, another stage.
+    """
+    if (labels is None) == (use is None):
+        raise ConfigError("Say --labels FILE to fit a calibration, or --use CALIBRATION to apply one.")
+    if use is not None:
+        calibrated = read_calibrator(use).apply_to(read_predictions(predictions))
+        write_predictions(calibrated, out)
+        before = calibrated.metadata["calibrated_from"]
+        say(f"{out}: {len(calibrated)} {calibrated.unit} rows, calibrated from stage {before}")
+        next_step(f"hilum evaluate {out} --labels STORE --out evaluation")
+        return
+    assert labels is not None
+    calibrator = fit(predictions, labels, split, method)
+    write_calibrator(calibrator, out)
+    kinds = Counter(one["flag"] or one["kind"] for one in calibrator.maps.values() if one)
+    items = calibrator.fitted_on["items"] if calibrator.fitted_on else 0
+    say(
+        f"{out}: fitted on {items} {calibrator.unit}s at stage {calibrator.stage}: "
+        + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    )
+    next_step(f"hilum calibrate TEST_PREDICTIONS --use {out} --out calibrated.parquet")
+
+
+def fit(predictions: Path, labels: Path, split: str = "val", method: str = "auto") -> Calibrator:
+    """A calibrator from a prediction file and the labels of one split."""
+    if split == "test":
+        raise StageError("Nothing is fitted on the test split. Predict the validation split and fit there.")
+    table, truth = read_predictions(predictions), read_truth(labels)
+    if split in table.metadata.get("head_splits", ()):
+        raise StageError(
+            f"{predictions} comes from a head that was trained on split {split!r}: its predictions there are not "
+            "out of sample. Use the model's validation_logits.parquet, or a head trained on the training split alone."
+        )
+    if not truth.has_splits:
+        warn(f"{labels} does not say which split an item is in: every predicted item is used.")
+    joined = join(truth, table, split if truth.has_splits else None)
+    _, only = match_findings(table.findings, truth.findings, None, str(labels))
+    if only["unlabelled"]:
+        warn(f"no labels for {', '.join(only['unlabelled'])}: they get the parameters of their group.")
+    joined = joined.select(table.findings)
+    return Calibrator.fit(
+        joined.predictions.probabilities,
+        joined.labels,
+        table.findings,
+        groups=table.metadata.get("groups") or truth.groups(),
+        method=method,
+        stage=table.stage,
+        unit=table.unit,
+        uids=joined.predictions.image_uid.tolist(),
+    )

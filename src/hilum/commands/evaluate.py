@@ -1,0 +1,222 @@
+"""`hilum evaluate`: predictions + labels -> `metrics.json` with intervals by patient, a table, and `report.html`.
+
+Refuses to judge predictions on items that their calibrator or thresholds were fitted on. Chooses nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import hilum
+from hilum.core.errors import PredictionError, StageError, UnknownNameError
+from hilum.core.files import sha256_file, write_json
+from hilum.core.tracking import say, warn
+from hilum.core.types import RESEARCH_NOTICE
+from hilum.data.labels import TASKS, frequency_groups
+from hilum.evaluation.bootstrap import paired_difference
+from hilum.evaluation.calibration import check_out_of_sample, read_calibrator
+from hilum.evaluation.curves import curves
+from hilum.evaluation.metrics import GROUPS, evaluate
+from hilum.evaluation.predictions import Predictions, read_predictions
+from hilum.evaluation.report import write_report
+from hilum.evaluation.truth import Joined, Truth, join, match_findings, read_truth
+
+TABLE = ("mAP", "mAUC", "mF1@0.5", "mF1@tuned", "mECE_standard")
+FORMAT = "hilum-metrics-1"
+
+
+def run(
+    predictions: Path,
+    labels: Path,
+    out: Path,
+    task: str | None = None,
+    split: str | None = None,
+    calibration: Path | None = None,
+    compare: Path | None = None,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    min_positives: int = 0,
+) -> dict[str, Any]:
+    """Judge predictions; returns what `metrics.json` holds.
+
+    Args:
+        predictions: at any stage; per image or per study.
+        labels: a store, a manifest or a CSV with an id column.
+        out: folder for `metrics.json` and `report.html`.
+        task: judge the findings of this challenge task, in its order; all must be there.
+        split: only the items of this split of `labels`; all of them must be predicted.
+        calibration: where F1 thresholds come from; without it, from the predictions' own metadata.
+        compare: other predictions of the same items: macro differences, this file minus that one, with intervals.
+        bootstraps: resamples of patients; 0 for no intervals.
+        seed: of the resamples.
+        min_positives: findings with fewer stay out of the means and are listed.
+
+    Raises:
+        StageError: a calibrator or threshold was fitted on evaluated items, or at another stage.
+        PredictionError: items or findings that cannot be joined.
+    """
+    if task is not None and task not in TASKS:
+        raise UnknownNameError("task", task, TASKS)
+    table, truth = read_predictions(predictions), read_truth(labels)
+    if split is not None and not truth.has_splits:
+        raise PredictionError(f"{labels} does not say which split an item is in; leave out --split.")
+    joined = join(truth, table, split)
+    names, only = match_findings(table.findings, truth.findings, TASKS[task] if task else None, str(labels))
+    joined = joined.select(names)
+    thresholds = f1_thresholds(joined.predictions, calibration)
+    groups, groups_from = _groups(joined, truth)
+    result = evaluate(joined.predictions, joined.labels, groups, thresholds, bootstraps, seed, min_positives)
+    result["excluded"] |= only
+    result = {"format": FORMAT, "hilum": hilum.__version__, "notice": RESEARCH_NOTICE, **result}
+    result |= _context(joined, groups_from, task, split)
+    if compare is not None:
+        result["compare"] = _compare(joined, thresholds, compare, bootstraps, seed, min_positives)
+    result["inputs"] = {
+        "predictions": _input(predictions),
+        "labels": _input(labels / "index.npz" if labels.is_dir() else labels),
+        "compare": _input(compare) if compare else None,
+        "calibration": _input(calibration) if calibration else None,
+    }
+    write_json(out / "metrics.json", result)
+    notes = _warnings(result)
+    write_report(
+        out / "report.html",
+        title=f"Evaluation of {predictions.stem}",
+        metrics=result,
+        curves=curves(joined.predictions.probabilities, joined.labels, names),
+        comparisons=_comparisons(result),
+        notes=notes,
+    )
+    for line in notes:
+        warn(line)
+    say(summary(result))
+    say(
+        f"{out / 'metrics.json'}, {out / 'report.html'}: {len(names)} findings, {len(joined.predictions)} {table.unit}s"
+    )
+    return result
+
+
+def f1_thresholds(table: Predictions, calibration: Path | None) -> dict[str, float] | None:
+    """F1 thresholds at the stage of these predictions, refused where anything was fitted on these items.
+
+    Raises:
+        StageError: a calibrator or its thresholds were fitted on evaluated items, or at another stage.
+    """
+    own = table.metadata.get("calibration") or {}
+    if own.get("fitted_on"):
+        check_out_of_sample(table, own["fitted_on"], "The calibrator of these predictions")
+    if calibration is None:
+        found = table.metadata.get("thresholds") or {}
+        return {name: cuts["f1"] for name, cuts in found.items()} or None
+    calibrator = read_calibrator(calibration)
+    if calibrator.fitted_on:
+        check_out_of_sample(table, calibrator.fitted_on, str(calibration))
+    if table.stage != "calibrated":
+        calibrator.check_stage(table)
+        return {name: cuts["f1"] for name, cuts in calibrator.raw_thresholds.items()}
+    if own.get("fitted_on") != calibrator.fitted_on:
+        raise StageError(f"These predictions were calibrated by something else than {calibration}.")
+    return {name: cuts["f1"] for name, cuts in calibrator.thresholds.items()}
+
+
+def _groups(joined: Joined, truth: Truth) -> tuple[dict[str, str], str]:
+    recorded = joined.predictions.metadata.get("groups")
+    if recorded:
+        return recorded, "training images of the model"
+    if trained := truth.groups():
+        return trained, "training images of the labels file"
+    counts = dict(zip(joined.findings, (joined.labels == 1).sum(axis=0).tolist(), strict=True))
+    return frequency_groups(counts, len(joined.labels)), "evaluated items (no training images at hand)"
+
+
+def _context(joined: Joined, groups_from: str, task: str | None, split: str | None) -> dict[str, Any]:
+    metadata = joined.predictions.metadata
+    fitted = set(metadata.get("head_splits", ()))
+    return {
+        "task": task,
+        "split": split,
+        "groups_from": groups_from,
+        "left_out": joined.left_out,
+        "model": metadata.get("model"),
+        "members": metadata.get("members"),
+        "calibration": _without_digests(metadata.get("calibration")),
+        "exposed_images": int(metadata.get("exposed_images", 0)),
+        "items_of_head_training": sum(name in fitted for name in joined.splits.tolist()),
+    }
+
+
+def _without_digests(calibration: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not calibration or not calibration.get("fitted_on"):
+        return calibration
+    fitted_on = {key: value for key, value in calibration["fitted_on"].items() if key != "digests"}
+    return {**calibration, "fitted_on": fitted_on}
+
+
+def _compare(
+    joined: Joined, thresholds: dict[str, float] | None, path: Path, bootstraps: int, seed: int, min_positives: int
+) -> dict[str, Any]:
+    other = read_predictions(path)
+    other = other.rows(np.flatnonzero(np.isin(other.image_uid, joined.predictions.image_uid)))
+    cuts = f1_thresholds(other, None)
+    differences = paired_difference(
+        joined.predictions, other, joined.labels, thresholds, cuts, bootstraps, seed, min_positives
+    )
+    return {"file": path.name, "model": other.metadata.get("model"), "stage": other.stage, "differences": differences}
+
+
+def _comparisons(result: dict[str, Any]) -> list[dict[str, Any]] | None:
+    compared = result.get("compare")
+    if compared is None:
+        return None
+    return [
+        {"name": f"this file - {compared['file']}", "metric": metric, "value": row["difference"], **row}
+        for metric, row in compared["differences"].items()
+        if row["difference"] is not None
+    ]
+
+
+def _input(path: Path) -> dict[str, str]:
+    return {"file": path.name, "sha256": sha256_file(path)}
+
+
+def _warnings(result: dict[str, Any]) -> list[str]:
+    lines = []
+    if result["exposed_images"]:
+        lines.append(
+            f"{result['exposed_images']} of the predicted images were in the model's pretraining or training data; "
+            "these numbers are not those of unseen images."
+        )
+    if result["items_of_head_training"]:
+        lines.append(f"{result['items_of_head_training']} evaluated items are in splits that the head was trained on.")
+    for reason, names in result["excluded"].items():
+        if names:
+            lines.append(f"{len(names)} findings {reason.replace('_', ' ')}: {', '.join(names)}")
+    return lines
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The macro numbers of all findings and of each group, with intervals, as aligned text."""
+    rows = [["findings", *TABLE]]
+    parts = {"all": result["macro"], **{group: result["groups"][group] for group in GROUPS}}
+    for name, part in parts.items():
+        if part["findings"]:
+            rows.append([f"{name} ({len(part['findings'])})", *(_cell(part, metric) for metric in TABLE)])
+    for metric, row in (result.get("compare") or {}).get("differences", {}).items():
+        if metric in TABLE and row["difference"] is not None:
+            ends = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+            shown = "" if row["shown"] else "  not shown"
+            rows.append(
+                [f"difference from {result['compare']['file']}", f"{metric} {row['difference']:+.3f}{ends}{shown}"]
+            )
+    full = [row for row in rows if len(row) == len(TABLE) + 1]
+    widths = [max(len(row[0]) for row in rows), *(max(len(row[c]) for row in full) for c in range(1, len(TABLE) + 1))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(part: dict[str, Any], metric: str) -> str:
+    value, ends = part[metric], part["ci95"].get(metric)
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")

@@ -1,0 +1,80 @@
+"""`hilum manifest`: sources -> one checked table -> splits -> manifest.parquet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from hilum.commands.audit import print_counts
+from hilum.core.tracking import next_step, say, warn
+from hilum.data.audit import count_images, positives_table
+from hilum.data.labels import frequency_groups
+from hilum.data.manifest import ManifestOptions, build_manifest, parse_folders, parse_source
+from hilum.data.schema import Manifest, write_manifest
+
+
+def run(
+    sources: Sequence[str],
+    out: Path,
+    images: Sequence[str] = (),
+    findings: str = "auto",
+    split: Literal["auto", "official", "project"] = "auto",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    allow_missing: bool = False,
+    uncertain: Literal["mask", "zero", "one"] = "mask",
+    blank: Literal["mask", "zero"] = "mask",
+    tables: Sequence[str] = (),
+) -> None:
+    """Make a manifest of one or more `SOURCE=ROOT` and print what is in it.
+
+    Args:
+        sources: "nih=/data/nih", "cxrlt=/data/cxr-lt", "folder:clinic=/data/clinic".
+        out: the file to write.
+        images: "DATASET=FOLDER" where images lie apart from their tables.
+        findings: "auto", the name of a list ("cxrlt2024-task1", "nih"), or names separated by commas.
+        split: "official", "project" (by patient, stratified), or "auto".
+        val_fraction: share for val.
+        test_fraction: share for test.
+        seed: of the split.
+        allow_missing: leave out listed images that are not there.
+        uncertain: what a source's own uncertain becomes.
+        blank: what an empty label cell becomes.
+        tables: "DATASET=CSV", a table in place of the folder's labels.csv.
+    """
+    options = ManifestOptions(
+        findings=findings,
+        split=split,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        allow_missing=allow_missing,
+        blank=blank,
+        uncertain=uncertain,
+        images=parse_folders(images, "--images"),
+        tables=parse_folders(tables, "--table"),
+    )
+    manifest, notes = build_manifest([parse_source(text) for text in sources], options)
+    write_manifest(manifest, out)
+    for note in notes:
+        warn(note)
+    describe(manifest)
+    next_step(f"hilum audit {out}")
+
+
+def describe(manifest: Manifest) -> None:
+    """Print counts by dataset and split, and findings by frequency."""
+    print_counts(count_images(manifest.frame))
+    if not manifest.findings:
+        say("No labels: the images can be used for pretraining.")
+        return
+    table = positives_table(manifest).filter(pl.col("split") == "train")
+    positives = dict(table.select("finding", "positives").iter_rows())
+    groups = frequency_groups(positives, int((manifest.frame["split_project"] == "train").sum()))
+    for group in ("head", "medium", "tail"):
+        members = sorted((name for name in groups if groups[name] == group), key=lambda name: -positives[name])
+        if members:
+            shown = ", ".join(f"{name} {positives[name]:,}" for name in members)
+            say(f"{group} ({len(members)} findings, positive training images): {shown}")

@@ -1,0 +1,250 @@
+"""From a manifest to a store: decode every image once, in parallel, and lose nothing silently.
+
+The plan (which images go into which shard) is a function of the manifest and the settings alone, so the bytes do not
+depend on the number of processes, on interruptions, or on how the shards were shared out among jobs. A shard is
+finished when its `.done` file is there, written last: it holds what was stored, what was refused and why. When all
+shards are finished, the index, the manifest's copy and at last `store.json` are written. Every image of the manifest
+is in the store or in `quarantine.csv`.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hilum.core.errors import ConfigError, StoreError, UnknownNameError
+from hilum.core.files import read_json, write_text
+from hilum.core.tracking import Bar, progress
+from hilum.data.decoding import Decoders, Settings, Task, decoders, fingerprint
+from hilum.data.finish import REFUSED, STORED, finish_store
+from hilum.data.schema import Manifest, read_manifest
+from hilum.data.shards import ENCODINGS, Shard, new_shard
+
+SHARD_BYTES = 128 * 2**20
+BYTES_PER_PIXEL = {"jpeg95": 0.35, "png": 0.6, "raw": 1.0}
+"""Expected size of a record, generous for noisy films: shards end between half and twice `SHARD_BYTES`."""
+ASPECT = 1.2
+"""Expected longer side over shorter side."""
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """One shard before it is written."""
+
+    name: str
+    dataset: str
+    licence: str
+    tasks: tuple[Task, ...]
+    digest: str
+    """Over the settings and every task's identity and relative path: the same digest means the same bytes."""
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What a build did. `inputs == stored + sum(quarantined.values())` whenever it is finished."""
+
+    inputs: int
+    stored: int
+    quarantined: dict[str, int]
+    flagged: dict[str, int]
+    shards: int
+    shards_kept: int
+    bytes: int
+    seconds: float
+    finished: bool
+    """False where other jobs of an array still have shards to write."""
+
+    @property
+    def refused_share(self) -> float:
+        """Share of the images looked at that went to quarantine."""
+        return sum(self.quarantined.values()) / max(self.stored + sum(self.quarantined.values()), 1)
+
+
+def build_store(
+    manifest_path: Path,
+    out: Path,
+    size: int = 512,
+    encoding: str = "jpeg95",
+    workers: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    roots: Mapping[str, Path] | None = None,
+    refuse: Sequence[str] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> BuildSummary:
+    """Decode, shrink and encode every image of a manifest into a store. Run again, it goes on where it stopped.
+
+    Args:
+        manifest_path: a manifest.parquet.
+        out: the store folder.
+        size: pixels of the shorter side; smaller images stay as they are.
+        encoding: one of `ENCODINGS`.
+        workers: decoding processes; default the processors at hand. 1 decodes in this process.
+        shard: (i, n): write only the shards whose number is i modulo n, for array jobs. The job that finds all shards
+            finished writes the index; so does a later run without `shard`.
+        roots: where the images are, by root key; overrides the manifest's header.
+        refuse: flags of `DecodedImage.quality` that send an image to quarantine.
+        shard_bytes: aimed size of a shard.
+
+    Raises:
+        ManifestError: the manifest is wrong.
+        ConfigError: a setting is wrong, or a root is not known or not there.
+        StoreError: another store is there, another build is writing it, or the disk is full; what was finished stays.
+    """
+    started, out = time.monotonic(), Path(out)
+    settings = _settings(size, encoding, refuse, shard)
+    manifest = read_manifest(Path(manifest_path))
+    plan = _plan(manifest, _roots(manifest, roots or {}), settings, shard_bytes)
+    _check_folder(out, settings)
+    mine = [number for number in range(len(plan)) if number % shard[1] == shard[0]]
+    waiting = [number for number in mine if not _is_done(out, plan[number])]
+    if waiting:
+        (out / "store.json").unlink(missing_ok=True)
+        images = sum(len(plan[number].tasks) for number in waiting)
+        with progress("build", images, "images") as bar, decoders(settings, workers, images) as decode:
+            for number in waiting:
+                _write_shard(out, plan[number], decode, bar)
+    everything = [_done(out, planned) for planned in plan]
+    seen = [done for done in (everything[number] for number in mine) if done is not None]
+    finished = all(done is not None for done in everything)
+    if finished:
+        seen = [done for done in everything if done is not None]
+        shards = [
+            Shard(planned.name, planned.dataset, planned.licence, part["images"], part["bytes"], part["sha256"])
+            for planned, part in zip(plan, seen, strict=True)
+        ]
+        finish_store(out, manifest, shards, seen, settings)
+    return BuildSummary(
+        inputs=len(manifest),
+        stored=sum(done["images"] for done in seen),
+        quarantined=dict(Counter(reason for done in seen for reason in done["refused"]["reason"])),
+        flagged=dict(Counter(flag for done in seen for flags in done["stored"]["flags"] for flag in flags)),
+        shards=len(plan),
+        shards_kept=len(mine) - len(waiting),
+        bytes=sum(done["bytes"] for done in seen),
+        seconds=time.monotonic() - started,
+        finished=finished,
+    )
+
+
+def _settings(size: int, encoding: str, refuse: Sequence[str], shard: tuple[int, int]) -> Settings:
+    if encoding not in ENCODINGS:
+        raise UnknownNameError("encoding", encoding, ENCODINGS)
+    if size < 1:
+        raise ConfigError(f"size: expected at least 1 pixel, found {size}.")
+    if not 0 <= shard[0] < shard[1]:
+        raise ConfigError(f"shard: expected i/n with 0 <= i < n, found {shard[0]}/{shard[1]}.")
+    return Settings(size, encoding, tuple(sorted(refuse)))
+
+
+def _roots(manifest: Manifest, overrides: Mapping[str, Path]) -> dict[str, Path]:
+    roots = {**manifest.roots(), **{key: Path(folder) for key, folder in overrides.items()}}
+    needed = manifest.frame["source_root_key"].unique().sort().to_list()
+    unknown = sorted(set(overrides) - set(needed))
+    if unknown:
+        raise UnknownNameError("root", unknown[0], needed)
+    for key in needed:
+        if key not in roots:
+            raise ConfigError(f"The manifest does not say where root {key!r} is. Add --root {key}=FOLDER.")
+        if not roots[key].is_dir():
+            raise ConfigError(f"Root {key!r} is not a folder: {roots[key]}. Say where it is with --root {key}=FOLDER.")
+    return {key: roots[key].resolve() for key in needed}
+
+
+def _plan(manifest: Manifest, roots: Mapping[str, Path], settings: Settings, shard_bytes: int) -> list[PlannedShard]:
+    expected = settings.size**2 * ASPECT * BYTES_PER_PIXEL[settings.encoding]
+    capacity = max(1, int(shard_bytes / expected))
+    licences = _licences(manifest)
+    groups: dict[tuple[str, str], list[Task]] = {}
+    columns = ("image_uid", "source_relpath", "source_root_key", "dataset")
+    for (uid, path, key, dataset), licence in zip(manifest.frame.select(columns).iter_rows(), licences, strict=True):
+        groups.setdefault((dataset, licence), []).append(Task(uid, path, str(roots[key])))
+    plan: list[PlannedShard] = []
+    for (dataset, licence), tasks in groups.items():
+        for start in range(0, len(tasks), capacity):
+            chosen = tuple(tasks[start : start + capacity])
+            identity = json.dumps([asdict(settings), dataset, licence, [(task.uid, task.path) for task in chosen]])
+            digest = hashlib.sha256(identity.encode()).hexdigest()
+            slug = re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-")[:40] or "dataset"
+            plan.append(PlannedShard(f"{len(plan):05d}-{slug}.bin", dataset, licence, chosen, digest))
+    return plan
+
+
+def _licences(manifest: Manifest) -> list[str]:
+    if "licence_tag" not in manifest.frame.columns:
+        return [""] * len(manifest)
+    return manifest.frame["licence_tag"].fill_null("").to_list()
+
+
+def _check_folder(out: Path, settings: Settings) -> None:
+    """A store of other settings is never overwritten."""
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out} is a file; expected a folder for the store.")
+    if not (out / "store.json").exists():
+        return
+    header = read_json(out / "store.json", StoreError)
+    found = {
+        "size": header.get("size"),
+        "encoding": header.get("encoding"),
+        "preprocess_id": header.get("preprocess_id"),
+    }
+    wanted = {"size": settings.size, "encoding": settings.encoding, "preprocess_id": settings.preprocess_id}
+    if found != wanted:
+        raise StoreError(f"{out} holds a store made with {found}; asked for {wanted}. Choose another --out.")
+
+
+def _marker(out: Path, planned: PlannedShard) -> Path:
+    return out / "shards" / f"{Path(planned.name).stem}.done"
+
+
+def _done(out: Path, planned: PlannedShard) -> dict[str, Any] | None:
+    """What the marker of a finished shard says; None where the shard is not finished, or is another plan's."""
+    marker, file = _marker(out, planned), out / "shards" / planned.name
+    if not marker.exists():
+        return None
+    done = read_json(marker, StoreError)
+    if done["digest"] != planned.digest or not file.is_file() or file.stat().st_size != done["bytes"]:
+        return None
+    return done
+
+
+def _is_done(out: Path, planned: PlannedShard) -> bool:
+    """Finished, and no refused file has changed since."""
+    done = _done(out, planned)
+    if done is None:
+        return False
+    tasks, refused = {task.uid: task for task in planned.tasks}, done["refused"]
+    return all(
+        fingerprint(tasks[uid]) == found for uid, found in zip(refused["image_uid"], refused["found"], strict=True)
+    )
+
+
+def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -> None:
+    """Write one shard in the plan's order, then its marker."""
+    stored: dict[str, list[Any]] = {name: [] for name in STORED if name != "store_shard"}
+    refused: dict[str, list[Any]] = {name: [] for name in REFUSED}
+    _marker(out, planned).unlink(missing_ok=True)
+    with new_shard(out / "shards" / planned.name) as writer:
+        for outcome in decode.in_order(planned.tasks):
+            if outcome.reason:
+                row: tuple[Any, ...] = (outcome.uid, outcome.reason, outcome.message, outcome.found)
+            else:
+                row = (outcome.uid, *writer.append(outcome.record), *outcome.source)
+            for column, value in zip((refused if outcome.reason else stored).values(), row, strict=True):
+                column.append(value)
+            bar.advance()
+        written = len(stored["image_uid"])
+        assert written + len(refused["image_uid"]) == len(planned.tasks), "every image is stored or refused"
+    done = {
+        "digest": planned.digest,
+        "images": written,
+        "bytes": writer.offset,
+        "sha256": writer.digest.hexdigest(),
+        "stored": stored,
+        "refused": refused,
+    }
+    write_text(_marker(out, planned), json.dumps(done, separators=(",", ":")))

@@ -1,0 +1,181 @@
+"""What image files are made of: signatures, PNG chunks, JPEG markers, the Exif orientation.
+
+images.py and dicom.py check a file here before a decoder sees it, because decoders fill in what is missing: a stream
+without its end is truncated, a chunk that does not match its checksum is damaged, a size beyond the limit is refused
+from its header. No pixel is decoded here.
+"""
+
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+
+from hilum.core.errors import UnreadableImageError, UnsupportedImageError
+
+MAX_PIXELS = 64 * 2**20
+"""Larger images are refused from their header, before any pixel is decoded."""
+MAX_SCANS = 100
+"""Scans of one JPEG; a progressive file has about ten, a file made to exhaust a decoder has thousands."""
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+_MARKER_LS = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
+"""In JPEG-LS data, 0xFF is followed by a byte below 0x80, not by zero."""
+_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
+_ORIENTATION_TAG = 274
+
+
+@dataclass(frozen=True)
+class JpegFrame:
+    """What a JPEG or JPEG-LS stream says of itself."""
+
+    height: int
+    width: int
+    components: int
+    precision: int
+
+
+def check_pixels(rows: int, cols: int) -> None:
+    """Refuse a declared size before anything is decoded.
+
+    Raises:
+        UnsupportedImageError: too_large.
+        UnreadableImageError: damaged (no rows or columns).
+    """
+    if rows <= 0 or cols <= 0:
+        raise UnreadableImageError("damaged", f"declared size {rows} x {cols}.")
+    if rows * cols > MAX_PIXELS:
+        raise UnsupportedImageError("too_large", f"{rows} x {cols} pixels; at most {MAX_PIXELS} are decoded.")
+
+
+def kind_of(content: bytes) -> str:
+    """png, jpeg or dicom, by signature.
+
+    Raises:
+        UnreadableImageError: zero_bytes, truncated (only part of a signature), not_an_image.
+    """
+    if not content:
+        raise UnreadableImageError("zero_bytes", "the file is empty (0 bytes).")
+    if content.startswith(PNG_SIGNATURE):
+        return "png"
+    if content.startswith(JPEG_SIGNATURE):
+        return "jpeg"
+    if content[128:132] == b"DICM" or looks_like_dataset(content):
+        return "dicom"
+    if any(signature.startswith(content) for signature in (PNG_SIGNATURE, JPEG_SIGNATURE)):
+        raise UnreadableImageError("truncated", f"only {len(content)} bytes.")
+    raise UnreadableImageError("not_an_image", "expected PNG, JPEG or DICOM, found none of their signatures.")
+
+
+def looks_like_dataset(content: bytes) -> bool:
+    """Whether bytes without the DICOM prefix start like a little-endian data set (group 0002 or 0008).
+
+    Checked instead of reading anything at all as DICOM: the first element must have a known group, a plausible
+    value representation or none, and a length that fits in the file.
+    """
+    if len(content) < 16:
+        return False
+    group, element = struct.unpack_from("<HH", content)
+    if group not in (0x0002, 0x0008) or element > 0x0100:
+        return False
+    if content[4:6].isalpha() and content[4:6].isupper():
+        return struct.unpack_from("<H", content, 6)[0] <= len(content)
+    return struct.unpack_from("<I", content, 4)[0] <= min(len(content), 1024)
+
+
+def check_png(content: bytes) -> tuple[int, bytes]:
+    """Walk the chunks of a PNG; every checksum must match and IEND must come.
+
+    Returns the bit depth and the Exif block (empty where there is none).
+
+    Pillow alone accepts a wrong checksum of the pixel data.
+
+    Raises:
+        UnreadableImageError: truncated, damaged.
+        UnsupportedImageError: multi_frame (an animation).
+    """
+    position, view = len(PNG_SIGNATURE), memoryview(content)
+    bits, exif = 0, b""
+    while position + 12 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, position)
+        end = position + 12 + length
+        if end > len(content):
+            break
+        if zlib.crc32(view[position + 4 : end - 4]) != struct.unpack_from(">I", content, end - 4)[0]:
+            raise UnreadableImageError("damaged", f"a PNG chunk ({name!r}) does not match its checksum.")
+        if name == b"IHDR":
+            bits = content[position + 16]
+        if name == b"eXIf":
+            exif = content[position + 8 : end - 4]
+        if name == b"acTL":
+            raise UnsupportedImageError("multi_frame", "an animated PNG; expected one image.")
+        if name == b"IEND":
+            return bits, exif
+        position = end
+    raise UnreadableImageError("truncated", f"the PNG ends before its last chunk ({len(content)} bytes).")
+
+
+def check_jpeg(content: bytes) -> tuple[JpegFrame, bytes]:
+    """Walk the markers of a JPEG or JPEG-LS stream from start to end of image.
+
+    Decoders fill what is missing at the end with grey; here a stream without its end is truncated.
+    Returns the frame header and the Exif block (empty where there is none).
+
+    Raises:
+        UnreadableImageError: truncated, damaged.
+        UnsupportedImageError: too_large (more scans than any real image has).
+    """
+    short = UnreadableImageError("truncated", f"the JPEG ends before its end marker ({len(content)} bytes).")
+    position, scans, exif = 2, 0, b""
+    frame: JpegFrame | None = None
+    lossless = False
+    while True:
+        found = (_MARKER_LS if lossless else _MARKER).search(content, position)
+        if found is None:
+            raise short
+        marker, position = content[found.end() - 1], found.end()
+        if marker == 0xD9:
+            if frame is None or scans == 0:
+                raise UnreadableImageError("damaged", "the JPEG has no image.")
+            return frame, exif
+        if marker in (0x01, 0xD8):
+            continue
+        if position + 2 > len(content):
+            raise short
+        length = struct.unpack_from(">H", content, position)[0]
+        if position + length > len(content):
+            raise short
+        if marker in _FRAME_MARKERS:
+            lossless = marker == 0xF7
+            if length < 8:
+                raise UnreadableImageError("damaged", "a JPEG frame header is too short.")
+            precision, height, width, components = struct.unpack_from(">BHHB", content, position + 2)
+            frame = JpegFrame(height, width, components, precision)
+        if marker == 0xE1 and content.startswith(b"Exif\x00\x00", position + 2):
+            exif = exif or content[position + 2 : position + length]
+        if marker == 0xDA:
+            scans += 1
+            if scans > MAX_SCANS:
+                raise UnsupportedImageError("too_large", f"a JPEG of more than {MAX_SCANS} scans.")
+        position += max(length, 2)
+
+
+def exif_orientation(exif: bytes) -> int:
+    """The orientation, 1 to 8, in an Exif block; 1 where there is none or it is damaged.
+
+    Viewers obey it, so a photographed or re-saved film is meant to be turned. DICOM pixels never are.
+    """
+    body = exif.removeprefix(b"Exif\x00\x00")
+    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(body[:4])
+    if order is None:
+        return 1
+    try:
+        start = struct.unpack_from(f"{order}I", body, 4)[0]
+        for entry in range(struct.unpack_from(f"{order}H", body, start)[0]):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", body, start + 2 + 12 * entry)
+            if tag == _ORIENTATION_TAG:
+                return value if kind == 3 and 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1

@@ -1,0 +1,203 @@
+"""Decoding many files in parallel: tasks in, outcomes out, in the order of the tasks.
+
+`build` hands over what its plan asks for. Results come back encoded, few at a time, so memory does not grow with the
+number of images. This module imports no table library: the processes it starts import it again.
+"""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from hilum.core.errors import ImageError, StoreError
+from hilum.data.images import read_image
+from hilum.data.shards import PREPROCESS_ID, encode
+
+CHUNK_PIXELS = 2**22
+"""Stored pixels handed over at a time."""
+IMAGES_PER_WORKER = 64
+"""Starting a process costs as much as decoding about so many small images."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to decode."""
+
+    uid: str
+    path: str
+    root: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of a record."""
+
+    size: int
+    encoding: str
+    refuse: tuple[str, ...]
+    preprocess_id: str = PREPROCESS_ID
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image: a record, or a reason."""
+
+    uid: str
+    record: bytes = b""
+    source: tuple[Any, ...] = ()
+    """Stored height and width; rows, cols, bits_stored, photometric, mode, intensity and quality of the file."""
+    reason: str = ""
+    message: str = ""
+    found: list[int] | None = None
+    """Size and modification time of a refused file, so that a repaired one is tried again."""
+
+
+def fingerprint(task: Task) -> list[int] | None:
+    """Size and modification time of a task's file; None where there is none."""
+    try:
+        status = (Path(task.root) / task.path).stat()
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def decode_one(task: Task, settings: Settings) -> Outcome:
+    """Decode, shrink and encode one image, or say why not."""
+    try:
+        image = read_image(_inside(task), name=task.uid, short_side=settings.size)
+        refused = sorted(set(image.quality) & set(settings.refuse))
+        if refused:
+            raise ImageError(refused[0], f"{task.uid}: refused for its quality: {', '.join(refused)}.")
+    except ImageError as error:
+        return Outcome(task.uid, reason=error.reason, message=str(error), found=fingerprint(task))
+    source = (*image.pixels.shape, image.rows, image.cols, image.bits_stored, image.photometric, image.mode,
+              image.intensity, list(image.quality))  # fmt: skip
+    return Outcome(task.uid, encode(image.pixels, settings.encoding), source)
+
+
+def _inside(task: Task) -> Path:
+    """The file of a task, which must lie under its root also after links are followed."""
+    path = Path(task.root) / task.path
+    try:
+        within = not Path(task.path).is_absolute() and path.resolve().is_relative_to(task.root)
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL
+        within = False
+    if not within:
+        raise ImageError("path_leaves_root", f"{task.uid}: the path does not stay inside its root.")
+    return path
+
+
+def _decode_chunk(tasks: Sequence[Task], settings: Settings) -> list[Outcome]:
+    return [decode_one(task, settings) for task in tasks]
+
+
+def _prepare_process() -> None:
+    """One thread a process; a stop is the parent's to handle; when the parent is killed, end too."""
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _ready() -> bool:
+    return True
+
+
+class Decoders:
+    """Decodes tasks in this process or in several, always in order, with few results in memory.
+
+    A file that kills its process (a fault in a decoder's native code) is found by trying its neighbours one by one in
+    processes of their own, and is refused like any other.
+    """
+
+    def __init__(self, settings: Settings, workers: int) -> None:
+        self.settings, self.workers = settings, workers
+        self.pool: ProcessPoolExecutor | None = None
+
+    def in_order(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+        """Outcomes in the order of `tasks`."""
+        length = max(1, min(16, CHUNK_PIXELS // self.settings.size**2))
+        chunks = [tasks[start : start + length] for start in range(0, len(tasks), length)]
+        if self.workers == 1:
+            for chunk in chunks:
+                yield from _decode_chunk(chunk, self.settings)
+            return
+        pending: deque[tuple[Sequence[Task], Future[list[Outcome]]]] = deque()
+        upcoming = deque(chunks)
+        while upcoming or pending:
+            while upcoming and len(pending) < 3 * self.workers:
+                chunk = upcoming.popleft()
+                pending.append((chunk, self._submit(chunk)))
+            chunk, future = pending.popleft()
+            try:
+                outcomes = future.result()
+            except BrokenProcessPool:
+                self.close()
+                outcomes = [self._alone(task) for task in chunk]
+                pending = deque((other, self._submit(other)) for other, _ in pending)
+            yield from outcomes
+
+    def _submit(self, chunk: Sequence[Task]) -> "Future[list[Outcome]]":
+        if self.pool is None:
+            self.pool = _pool(self.workers)
+            try:
+                self.pool.submit(_ready).result()
+            except BrokenProcessPool as error:
+                raise StoreError(
+                    "The decoding processes do not start. In a script of your own, put the call under "
+                    'if __name__ == "__main__":, or use workers=1.'
+                ) from error
+        try:
+            return self.pool.submit(_decode_chunk, chunk, self.settings)
+        except BrokenProcessPool as error:
+            failed: Future[list[Outcome]] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _alone(self, task: Task) -> Outcome:
+        try:
+            with _pool(1) as pool:
+                return pool.submit(decode_one, task, self.settings).result()
+        except BrokenProcessPool:
+            message = f"{task.uid}: the decoder stopped abnormally on this file."
+            return Outcome(task.uid, reason="decoder_crashed", message=message, found=fingerprint(task))
+
+    def close(self) -> None:
+        """Stop the processes; what has not started is dropped."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+            self.pool = None
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Spawned, not forked: the table library's threads do not survive a fork.
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_process)
+
+
+@contextmanager
+def decoders(settings: Settings, workers: int | None, images: int) -> Iterator[Decoders]:
+    """Decoders for about `images` images; their processes end with the block."""
+    chosen = workers or min(len(os.sched_getaffinity(0)), max(1, images // IMAGES_PER_WORKER))
+    pool, threads = Decoders(settings, chosen), cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        cv2.setNumThreads(threads)

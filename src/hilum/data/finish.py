@@ -1,0 +1,121 @@
+"""The last step of a build: the quarantine list, the manifest's copy, the index and at last `store.json`.
+
+Reads nothing but the manifest and what the shards' markers say, so it can be repeated at will, and a manifest whose
+labels or splits changed needs no image decoded again.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from hilum.core.files import write_text
+from hilum.data.decoding import Settings
+from hilum.data.schema import Manifest, complete, write_manifest
+from hilum.data.shards import Shard, write_index
+
+STORED: dict[str, Any] = {
+    "image_uid": pl.String,
+    "store_shard": pl.Int32,
+    "store_offset": pl.Int64,
+    "store_len": pl.Int64,
+    "checksum": pl.UInt32,
+    "store_h": pl.Int32,
+    "store_w": pl.Int32,
+    "rows": pl.Int32,
+    "cols": pl.Int32,
+    "bits_stored": pl.Int32,
+    "photometric": pl.String,
+    "mode": pl.String,
+    "intensity": pl.String,
+    "flags": pl.List(pl.String),
+}
+"""What a shard's marker says of each stored image, one list per column (the shard's number is its own)."""
+REFUSED: dict[str, Any] = {
+    "image_uid": pl.String,
+    "reason": pl.String,
+    "message": pl.String,
+    "found": pl.List(pl.Int64),
+}
+"""And of each refused one; `found` is the size and modification time of the file."""
+
+
+def finish_store(
+    out: Path, manifest: Manifest, shards: Sequence[Shard], done: Sequence[Mapping[str, Any]], settings: Settings
+) -> None:
+    """Make a store complete, and remove shards that its plan no longer has.
+
+    Args:
+        out: the store folder, all its shards finished.
+        manifest: one row per image, stored or refused.
+        shards: in the order of their numbers.
+        done: what the marker of each shard says.
+        settings: what the records were made with.
+    """
+    stored = pl.concat(
+        pl.DataFrame({**part["stored"], "store_shard": [number] * shard.records}, schema=STORED)
+        for number, (shard, part) in enumerate(zip(shards, done, strict=True))
+    )
+    refused = pl.concat(pl.DataFrame(part["refused"], schema=REFUSED) for part in done)
+    write_text(out / "quarantine.csv", _quarantine_list(manifest.frame, refused))
+    write_manifest(_manifest_copy(manifest, stored, refused, settings), out / "manifest.parquet")
+    _write_index(out, manifest, stored, shards, settings, refused.height)
+    current = {shard.name for shard in shards} | {f"{Path(shard.name).stem}.done" for shard in shards}
+    for stale in (out / "shards").iterdir():
+        if stale.suffix in (".bin", ".done") and stale.name not in current:
+            stale.unlink()
+
+
+def _write_index(
+    out: Path, manifest: Manifest, stored: pl.DataFrame, shards: Sequence[Shard], settings: Settings, refused: int
+) -> None:
+    rows = manifest.frame.with_row_index("row").select(
+        "row", "image_uid", "image_id", "patient_id", "study_id", "view", "split_project", "dataset", "ssl_ok"
+    )
+    rows = rows.join(stored, on="image_uid", maintain_order="left")
+    columns = {"uid": "image_uid", "image_id": "image_id", "patient": "patient_id", "study": "study_id", "view": "view",
+               "split": "split_project", "dataset": "dataset"}  # fmt: skip
+    records = {"shard": "store_shard", "offset": "store_offset", "length": "store_len", "height": "store_h",
+               "width": "store_w", "checksum": "checksum"}  # fmt: skip
+    write_index(
+        out,
+        records={name: rows[column].to_numpy() for name, column in records.items()},
+        columns={name: rows[column].to_list() for name, column in columns.items()},
+        labels=manifest.labels()[rows["row"].to_numpy()],
+        ssl_ok=rows["ssl_ok"].to_numpy(),
+        shards=shards,
+        header={
+            "findings": list(manifest.findings),
+            "preprocess_id": settings.preprocess_id,
+            "encoding": settings.encoding,
+            "size": settings.size,
+            "quarantined": refused,
+            "datasets": _counts(rows["dataset"]),
+            "intensity": _counts(rows["intensity"]),
+        },
+    )
+
+
+def _counts(values: pl.Series) -> dict[str, int]:
+    return dict(sorted(Counter(values.to_list()).items()))
+
+
+def _quarantine_list(frame: pl.DataFrame, refused: pl.DataFrame) -> str:
+    """CSV of refused images, by uid and row of the manifest. Paths and source ids may name a patient: not here."""
+    rows = frame.select("image_uid", "dataset").with_row_index("row")
+    listed = rows.join(refused, on="image_uid", maintain_order="left")
+    return listed.select("image_uid", "dataset", "row", "reason", "message").write_csv().rstrip("\n") + "\n"
+
+
+def _manifest_copy(manifest: Manifest, stored: pl.DataFrame, refused: pl.DataFrame, settings: Settings) -> Manifest:
+    """The manifest with what decoding added: where each image is stored, what its file was, why it was refused."""
+    learned = stored.drop("checksum").with_columns(preprocess_id=pl.lit(settings.preprocess_id))
+    learned = pl.concat([learned, refused.select("image_uid", flags=pl.concat_list("reason"))], how="diagonal")
+    noted = "quality" in manifest.frame.columns
+    before = manifest.frame.drop([name for name in learned.columns if name != "image_uid"], strict=False)
+    frame = before.join(learned, on="image_uid", how="left", maintain_order="left")
+    quality = pl.col("quality").fill_null([]) if noted else pl.lit([], dtype=pl.List(pl.String))
+    frame = frame.with_columns(quality=quality.list.set_union(pl.col("flags").fill_null([]))).drop("flags")
+    return Manifest(complete(frame, manifest.findings), manifest.findings, manifest.metadata)

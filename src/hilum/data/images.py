@@ -1,0 +1,246 @@
+"""One function that reads any image file into grey uint8: 8- and 16-bit PNG, JPEG, DICOM.
+
+The type is decided by signature, never by name. Whether a PNG or JPEG is valid is decided strictly: Pillow's PNG and
+JPEG readers (no other) must accept the header, every PNG chunk its checksum, every JPEG its end; then OpenCV decodes,
+which refuses what is short or broken inside. Whatever is wrong becomes an `ImageError` with a reason code; a partial
+image is never returned. Intensity follows intensity.py, DICOM is read in dicom.py. This module writes nothing.
+
+Reason codes: missing, not_a_file, unreadable, zero_bytes, not_an_image, truncated, damaged, too_large, multi_frame,
+unsupported_mode; for DICOM also no_pixel_data, size_mismatch, unsupported_transfer_syntax, missing_decoder,
+unsupported_pixels, damaged_header.
+"""
+
+import errno
+import stat
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import JpegImagePlugin, PngImagePlugin
+
+from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
+from hilum.data.containers import check_jpeg, check_pixels, check_png, exif_orientation, kind_of
+from hilum.data.intensity import luma, over_black, percentile_bounds, quantise, stretch
+
+MAX_FILE_BYTES = 2**30
+_HEADER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, zlib.error)
+_WARNINGS = threading.Lock()
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """A grey image and what its file said about it."""
+
+    pixels: UInt8[np.ndarray, "H W"]
+    """Display values: 0 black, 255 white."""
+    rows: int
+    """Height in the file, before any shrinking."""
+    cols: int
+    """Width in the file."""
+    bits_stored: int
+    photometric: str
+    """DICOM photometric interpretation; MONOCHROME2 or RGB for PNG and JPEG."""
+    mode: str
+    """"png", "jpeg" or "dicom", and how pixels were kept: "png:L", "png:RGBA", "dicom:<transfer syntax>"."""
+    intensity: str
+    """Where the display values came from: voi_lut, window, percentile, or as_is."""
+    quality: tuple[str, ...]
+    """Flags for people; none of them changes a pixel: constant, low_contrast, polarity_suspect, ..."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of file readers: what is wrong with a file becomes a reason or a flag, never a warning.
+
+    One thread at a time, because Python keeps its warning filters for the whole process.
+    """
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def read_image(source: Path | bytes, name: str = "", short_side: int | None = None) -> DecodedImage:
+    """Read one image file.
+
+    Args:
+        source: a path, or the file's bytes.
+        name: how messages call the image; default the path.
+        short_side: shrink to this many pixels on the shorter side, from full precision, before rounding to 8 bits;
+            never grows. None keeps the size.
+
+    Raises:
+        UnreadableImageError: absent, damaged, truncated, or not an image.
+        UnsupportedImageError: sound, but of a kind that Hilum refuses.
+    """
+    name = name or (str(source) if isinstance(source, Path) else "image")
+    try:
+        content = source if isinstance(source, bytes) else read_file(source)
+        kind = kind_of(content)
+        if kind == "dicom":
+            from hilum.data import dicom  # pydicom is loaded only where there is DICOM
+
+            return dicom.render(content, short_side)
+        return _read_raster(content, kind, short_side)
+    except ImageError as error:
+        raise type(error)(error.reason, f"{name}: {error}") from error.__cause__
+    except MemoryError as error:
+        raise UnsupportedImageError("too_large", f"{name}: not enough memory to decode it.") from error
+
+
+def read_dicom_header(source: Path | bytes) -> dict[str, str]:
+    """The identifiers of a DICOM file that group images into studies and patients; "" where absent.
+
+    Keys: PatientID, StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID, ViewPosition, Modality, BodyPartExamined,
+    PatientSex, PatientAge, StudyDate, Laterality, PatientOrientation. They identify people: keep them out of logs.
+
+    Raises:
+        UnreadableImageError: not DICOM, or damaged.
+    """
+    from hilum.data import dicom
+
+    name = str(source) if isinstance(source, Path) else "image"
+    try:
+        content = source if isinstance(source, bytes) else read_file(source)
+        if kind_of(content) != "dicom":
+            raise UnreadableImageError("not_an_image", "expected DICOM, found another kind of file.")
+        return dicom.header(content)
+    except ImageError as error:
+        raise type(error)(error.reason, f"{name}: {error}") from error.__cause__
+
+
+def shrink(pixels: UInt8[np.ndarray, "H W"], short_side: int) -> UInt8[np.ndarray, "h w"]:
+    """Resize so that the shorter side has `short_side` pixels, by area, keeping the aspect; never grows."""
+    return resize_once(pixels, *shrunk_size(pixels.shape, short_side))
+
+
+def shrunk_size(shape: tuple[int, ...], short_side: int | None) -> tuple[int, int]:
+    """Height and width after `shrink`; unchanged where `short_side` is None or not smaller."""
+    height, width = shape
+    shorter = min(height, width)
+    if short_side is None or shorter <= short_side:
+        return height, width
+    return round(height * short_side / shorter), round(width * short_side / shorter)
+
+
+def resize_once(pixels: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, "h w"]:
+    """To a size that is not larger, by area, and to uint8, rounding once.
+
+    Args:
+        pixels: (H, W), uint8, or float32 display values in [0, 255].
+        height: rows of the result.
+        width: columns of the result.
+    """
+    if pixels.shape != (height, width):
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(pixels) if pixels.dtype == np.uint8 else quantise(pixels)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        UnreadableImageError: missing, not_a_file (a folder, a pipe, a device), unreadable, too_large.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImageError("not_a_file", "not a regular file.")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UnsupportedImageError("too_large", f"{status.st_size} bytes; at most {MAX_FILE_BYTES} are read.")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UnreadableImageError("missing", "no such file.") from error
+    except ValueError as error:  # a NUL in the path
+        raise UnreadableImageError("missing", "not a possible path.") from error
+    except OSError as error:
+        reason = "missing" if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG) else "unreadable"
+        raise UnreadableImageError(reason, f"cannot be read: {error.strerror or type(error).__name__}.") from error
+
+
+def _read_raster(content: bytes, kind: str, short_side: int | None) -> DecodedImage:
+    if kind == "png":
+        bits, exif = check_png(content)
+        opener: type[PngImagePlugin.PngImageFile | JpegImagePlugin.JpegImageFile] = PngImagePlugin.PngImageFile
+    else:
+        frame, exif = check_jpeg(content)
+        bits, opener = frame.precision, JpegImagePlugin.JpegImageFile
+        if frame.components not in (1, 3) or bits != 8:
+            what = f"{frame.components} components of {bits} bits"
+            raise UnsupportedImageError("unsupported_mode", f"a JPEG of {what}; expected 8-bit grey or colour.")
+    try:
+        with quiet(), opener(BytesIO(content)) as image:
+            (cols, rows), mode = image.size, image.mode
+    except _HEADER_ERRORS as error:
+        raise UnreadableImageError("damaged", f"not a valid {kind.upper()} header ({type(error).__name__}).") from error
+    check_pixels(rows, cols)
+    pixels = _decode(content, kind, rows, cols)
+    quality: tuple[str, ...] = ()
+    turned = exif_orientation(exif)
+    if turned > 1:
+        pixels, quality = _upright(pixels, turned), ("exif_rotated",)
+    if pixels.dtype == np.uint16:
+        values = np.arange(2.0**16)
+        low, high = percentile_bounds(values, np.bincount(pixels.ravel(), minlength=2**16))
+        pixels = stretch(values, low, high).astype(np.float32)[pixels]
+    grey = resize_once(pixels, *shrunk_size(pixels.shape, short_side))
+    return DecodedImage(
+        pixels=grey,
+        rows=rows,
+        cols=cols,
+        bits_stored=bits,
+        photometric="RGB" if mode in ("RGB", "RGBA", "P") else "MONOCHROME2",
+        mode=f"{kind}:{mode}",
+        intensity="percentile" if bits == 16 else "as_is",
+        quality=(*quality, *quality_flags(grey)),
+    )
+
+
+def _decode(content: bytes, kind: str, rows: int, cols: int) -> np.ndarray:
+    """Grey uint8 or uint16 pixels of a file whose structure has been checked."""
+    how = cv2.IMREAD_UNCHANGED if kind == "png" else cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), how)
+    except cv2.error as error:
+        raise UnreadableImageError("damaged", f"the {kind.upper()} pixel data cannot be decoded.") from error
+    if pixels is None:
+        raise UnreadableImageError("damaged", f"the {kind.upper()} pixel data is short or damaged.")
+    if pixels.shape[:2] != (rows, cols):
+        raise UnreadableImageError("size_mismatch", f"expected {rows} x {cols} pixels, decoded {pixels.shape[:2]}.")
+    if pixels.ndim == 2:
+        return pixels
+    grey = luma(pixels[..., 2::-1])
+    return over_black(grey, pixels[..., 3]) if pixels.shape[2] == 4 else grey
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an Exif orientation: 1 as is, 2 to 4 mirrored or upside down, 5 to 8 also on their side."""
+    if orientation >= 5:
+        pixels = pixels.T
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def quality_flags(pixels: UInt8[np.ndarray, "H W"]) -> tuple[str, ...]:
+    """What a person might want to look at: constant, low_contrast, polarity_suspect. Pixels stay as they are."""
+    small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low, high = np.percentile(small, (1, 99))
+    if int(pixels.max()) == int(pixels.min()):
+        return ("constant",)
+    if high - low < 16:
+        return ("low_contrast",)
+    corners = np.concatenate([small[:4, :4], small[:4, -4:], small[-4:, :4], small[-4:, -4:]]).mean()
+    lungs, mediastinum = np.concatenate([small[8:20, 7:12], small[8:20, 20:25]]).mean(), small[8:24, 14:18].mean()
+    # Air outside the body is darker than the picture as a whole, lungs are darker than what lies between them.
+    return ("polarity_suspect",) if corners + lungs > np.median(small) + mediastinum else ()

@@ -1,0 +1,87 @@
+"""From stored values to display values: the one intensity policy, as curves over the range of stored values.
+
+More than 8 bits, and every DICOM: modality LUT or rescale, then VOI LUT, else window, else percentiles 0.5 to 99.5
+of the pixels that are not padding; inverted once, last, where the photometric interpretation says so. Each step maps
+a value without looking at its neighbours, so the whole policy is one table with an entry per stored value. 8-bit PNG
+and JPEG do not come here: they stay as they are. Curves return [0, 255] before rounding.
+"""
+
+import cv2
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+
+PERCENTILES = (0.5, 99.5)
+WHITE = 255.0
+
+
+def luma(colour: np.ndarray) -> np.ndarray:
+    """Grey (H, W) from red, green, blue (H, W, 3), uint8 or uint16; pixels with equal channels keep their value.
+
+    Weights 0.299, 0.587, 0.114 (ITU-R BT.601), as in JPEG's own luma.
+    """
+    return cv2.cvtColor(np.ascontiguousarray(colour), cv2.COLOR_RGB2GRAY)
+
+
+def over_black(grey: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Drop an alpha channel by showing the image over black; opaque pixels keep their value."""
+    opaque = int(np.iinfo(alpha.dtype).max)
+    if int(alpha.min()) == opaque:
+        return grey
+    return cv2.multiply(grey, np.ascontiguousarray(alpha), scale=1 / opaque)
+
+
+def window(values: Float[np.ndarray, " n"], center: float, width: float, function: str) -> Float[np.ndarray, " n"]:
+    """A DICOM window as a curve (PS3.3 C.11.2.1.2 and C.11.2.1.3).
+
+    Args:
+        values: modality values, ascending or not.
+        center: window centre.
+        width: window width; > 0, and for LINEAR at least 1.
+        function: "LINEAR" (the form with -0.5 and -1), "LINEAR_EXACT" or "SIGMOID".
+    """
+    if function == "SIGMOID":
+        return WHITE / (1.0 + np.exp(np.clip(-4.0 * (values - center) / width, -700.0, 700.0)))
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1.0
+    if width == 0:
+        return np.where(values > center, WHITE, 0.0)
+    return np.clip((values - center) / width + 0.5, 0.0, 1.0) * WHITE
+
+
+def lookup(values: Float[np.ndarray, " n"], table: Float[np.ndarray, " m"], first: float) -> Float[np.ndarray, " n"]:
+    """A DICOM lookup table: entry 0 belongs to the value `first`; values outside take the nearest end."""
+    positions = np.clip(np.rint(values - first), 0, len(table) - 1).astype(np.int64)
+    return table[positions]
+
+
+def percentile_bounds(
+    values: Float[np.ndarray, " n"], counts: Integer[np.ndarray, " n"], percentiles: tuple[float, float] = PERCENTILES
+) -> tuple[float, float]:
+    """Percentiles of pixels given as a histogram; linear interpolation between order statistics, as numpy's default.
+
+    Args:
+        values: pixel values, any order.
+        counts: how many pixels have each; at least one in all.
+        percentiles: in percent.
+    """
+    order = np.argsort(values, kind="stable")
+    ordered, cumulative = values[order], np.cumsum(counts[order])
+    bounds = []
+    for percentile in percentiles:
+        rank = percentile / 100.0 * (cumulative[-1] - 1)
+        below, above = np.floor(rank), np.ceil(rank)
+        low, high = (ordered[np.searchsorted(cumulative, index, side="right")] for index in (below, above))
+        bounds.append(float(low + (rank - below) * (high - low)))
+    return bounds[0], bounds[1]
+
+
+def stretch(values: Float[np.ndarray, " n"], low: float, high: float) -> Float[np.ndarray, " n"]:
+    """Linear from [low, high] to [0, 255], clipped; a constant image becomes 0."""
+    if high <= low:
+        return np.zeros_like(values)
+    return np.clip((values - low) / (high - low), 0.0, 1.0) * WHITE
+
+
+def quantise(values: np.ndarray) -> UInt8[np.ndarray, "..."]:
+    """Round (not truncate) values in [0, 255] to uint8."""
+    return np.rint(np.clip(values, 0.0, WHITE)).astype(np.uint8)

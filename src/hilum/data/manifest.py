@@ -1,0 +1,265 @@
+"""From sources to one manifest: read, align findings, namespace ids, split by patient, record where it came from."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import polars as pl
+
+from hilum.core.errors import ConfigError, UnknownNameError
+from hilum.core.types import UNKNOWN
+from hilum.data.labels import FINDING_SETS, canonical, ordered
+from hilum.data.rows import BlankPolicy, SourceOptions, SourceRows, UncertainPolicy, check_dataset_name
+from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, image_uid, label_column
+from hilum.data.sources import cxrlt, folder, nih
+from hilum.data.splits import assign, check_fractions, mark_ssl
+from hilum.data.views import is_frontal, view_of
+
+SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
+    "cxrlt": cxrlt.read,
+    "folder": folder.read,
+    "nih": nih.read,
+}
+
+SplitRule = Literal["auto", "official", "project"]
+
+
+@dataclass(frozen=True)
+class ManifestOptions:
+    """How a manifest is made of its sources."""
+
+    findings: str = "auto"
+    """auto: all that the sources label. Else the name of a fixed list (cxrlt2024-task1, nih) or names with commas."""
+    split: SplitRule = "auto"
+    """official: the source's own. project: by patient, stratified. auto: official for cxrlt and for a folder whose
+    table has a column `split`, project otherwise."""
+    val_fraction: float = 0.1
+    test_fraction: float = 0.2
+    seed: int = 0
+    allow_missing: bool = False
+    """Leave out listed images that are not there, and count them."""
+    blank: BlankPolicy = "mask"
+    """An empty label cell: mask (unknown) or zero (negative)."""
+    uncertain: UncertainPolicy = "mask"
+    """A source's own uncertain: mask (kept as -2), zero or one."""
+    images: dict[str, Path] = field(default_factory=dict)
+    """Dataset -> folder of its images, where they lie apart from its tables."""
+    tables: dict[str, Path] = field(default_factory=dict)
+    """Dataset -> table to read in place of the one that its source looks for."""
+
+    def __post_init__(self) -> None:
+        check_fractions(self.val_fraction, self.test_fraction)
+        for kind, value, known in (
+            ("split", self.split, get_args(SplitRule)),
+            ("blank policy", self.blank, get_args(BlankPolicy)),
+            ("uncertain policy", self.uncertain, get_args(UncertainPolicy)),
+        ):
+            if value not in known:
+                raise UnknownNameError(kind, value, known)
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One `SOURCE=ROOT` or `SOURCE:NAME=ROOT` of the command line."""
+
+    source: str
+    dataset: str
+    root: Path
+
+
+def parse_source(text: str) -> SourceSpec:
+    """Read `nih=/data/nih` or `folder:clinic=/data/clinic`.
+
+    Raises:
+        ConfigError: not of that form.
+        UnknownNameError: no such source.
+    """
+    left, separator, root = text.partition("=")
+    if not separator or not root:
+        raise ConfigError(f"Expected SOURCE=ROOT, found {text!r}. Sources: {', '.join(SOURCES)}.")
+    source, _, name = left.partition(":")
+    if source not in SOURCES:
+        raise UnknownNameError("source", source, SOURCES)
+    return SourceSpec(source, check_dataset_name(name or source), Path(root).expanduser())
+
+
+def parse_folders(texts: Sequence[str], option: str) -> dict[str, Path]:
+    """Read `NAME=PATH` texts of an option into a dict."""
+    folders = {}
+    for text in texts:
+        name, separator, path = text.partition("=")
+        if not separator or not name or not path:
+            raise ConfigError(f"{option}: expected DATASET=PATH, found {text!r}.")
+        folders[name] = Path(path).expanduser()
+    return folders
+
+
+def build_manifest(specs: Sequence[SourceSpec], options: ManifestOptions) -> tuple[Manifest, list[str]]:
+    """Read all sources into one checked manifest.
+
+    Returns:
+        The manifest, and notes for a person (what was left out or assumed).
+
+    Raises:
+        ManifestError: a subclass for each kind of fault.
+    """
+    _check_names(specs, options)
+    parts, notes = [], []
+    for spec in specs:
+        rows = SOURCES[spec.source](_source_options(spec, options))
+        parts.append(_Part(spec.dataset, rows, _rule(rows, options)))
+        notes += [f"{spec.dataset}: {note}" for note in rows.notes]
+    findings = _findings(parts, options.findings)
+    notes += _ignored(parts, findings)
+    frame = pl.concat([_finish(part, findings, options) for part in parts], how="diagonal")
+    notes += _unused_development(frame)
+    frame = complete(mark_ssl(frame), findings).sort(ORDER)
+    check_rows(frame, "the new manifest")
+    return Manifest(frame, findings, _metadata(parts, frame, options)), notes
+
+
+@dataclass(frozen=True)
+class _Part:
+    dataset: str
+    rows: SourceRows
+    rule: str
+
+
+def _check_names(specs: Sequence[SourceSpec], options: ManifestOptions) -> None:
+    if not specs:
+        raise ConfigError(f"No source given. Expected SOURCE=ROOT, with SOURCE one of {', '.join(SOURCES)}.")
+    names = [spec.dataset for spec in specs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(
+            f"Two sources are named {repeated[0]!r}; their ids would mix. Name one of them: SOURCE:NAME=ROOT."
+        )
+    for option, given in (("--images", options.images), ("--table", options.tables)):
+        for name in given:
+            if name not in names:
+                raise UnknownNameError(f"dataset in {option}", name, names)
+
+
+def _source_options(spec: SourceSpec, options: ManifestOptions) -> SourceOptions:
+    return SourceOptions(
+        dataset=spec.dataset,
+        root=spec.root,
+        images=options.images.get(spec.dataset),
+        table=options.tables.get(spec.dataset),
+        allow_missing=options.allow_missing,
+        blank=options.blank,
+        uncertain=options.uncertain,
+    )
+
+
+def _rule(rows: SourceRows, options: ManifestOptions) -> str:
+    if options.split != "auto":
+        return options.split
+    return "official" if rows.official else "project"
+
+
+def _findings(parts: Sequence[_Part], asked: str) -> tuple[str, ...]:
+    if asked == "auto":
+        return ordered(name for part in parts for name in part.rows.findings)
+    if asked in FINDING_SETS:
+        return FINDING_SETS[asked]
+    known = {name for part in parts for name in part.rows.findings} | {
+        n for names in FINDING_SETS.values() for n in names
+    }
+    names = tuple(canonical(name) for name in asked.split(","))
+    if len(names) == 1 and names[0] not in known:
+        raise UnknownNameError("list of findings", asked, ["auto", *FINDING_SETS])
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("finding", name, known)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--findings names a finding twice: {asked}.")
+    return names
+
+
+def _ignored(parts: Sequence[_Part], findings: Sequence[str]) -> list[str]:
+    notes = []
+    for part in parts:
+        extra = [name for name in part.rows.findings if name not in findings]
+        if extra:
+            notes.append(f"{part.dataset}: labels not asked for, left out: {', '.join(extra)}")
+    return notes
+
+
+def _unused_development(frame: pl.DataFrame) -> list[str]:
+    official = pl.col("split_official") == "val"
+    moved = frame.filter(official & (pl.col("split_project") == "")).group_by("dataset").len().sort("dataset")
+    return [
+        f"{name}: the official development set ({count} images) has no labels; val was taken from train by patient"
+        for name, count in moved.iter_rows()
+    ]
+
+
+def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> pl.DataFrame:
+    """One dataset's rows with namespaced ids, views, a split and exactly the manifest's findings."""
+    frame, dataset = part.rows.frame, part.dataset
+    own = [frame[label_column(name)].to_numpy() for name in part.rows.findings]
+    labels = np.stack(own, axis=1) if own else np.zeros((frame.height, 0), np.int8)
+    split = assign(
+        dataset, frame, labels, part.rule, options.val_fraction, options.test_fraction, options.seed
+    )  # on all labels of the source: the split does not depend on which findings are kept
+    frame = frame.with_columns(
+        image_uid=pl.Series([image_uid(dataset, name) for name in frame["image_id"]], dtype=pl.String),
+        dataset=pl.lit(dataset),
+        source_root_key=pl.lit(dataset),
+        patient_id=pl.format("{}/{}", pl.lit(dataset), "patient_id"),
+        study_id=pl.format("{}/{}/{}", pl.lit(dataset), "patient_id", "study_id"),
+        view=view_of(pl.col("view_raw")),
+        split_project=pl.Series(split, dtype=pl.String),
+        label_policy_id=pl.lit(_source_policy(options)),
+    )
+    known_view = pl.col("view") != "UNKNOWN"
+    stated = pl.col("view_source") if "view_source" in frame.columns else pl.lit("stated")
+    frame = frame.with_columns(
+        is_frontal=is_frontal(pl.col("view")),
+        view_source=pl.when(known_view).then(stated).otherwise(pl.lit("unknown")),
+        is_pediatric=pl.col("age_years") < 18 if "age_years" in frame.columns else pl.lit(None, dtype=pl.Boolean),
+        study_order=_rank(frame),
+    )
+    absent = [name for name in findings if name not in part.rows.findings]
+    frame = frame.drop([label_column(name) for name in part.rows.findings if name not in findings])
+    return frame.with_columns(pl.lit(UNKNOWN, dtype=pl.Int8).alias(label_column(name)) for name in absent)
+
+
+def _rank(frame: pl.DataFrame) -> pl.Expr:
+    """Place of the study in the patient's sequence, where the source says one; never a claim about dates."""
+    if "study_seq" not in frame.columns:
+        return pl.lit(None, dtype=pl.Int32)
+    return pl.col("study_seq").rank("dense").over("patient_id").cast(pl.Int32)
+
+
+def _source_policy(options: ManifestOptions) -> str:
+    return f"uncertain={options.uncertain},blank={options.blank}"
+
+
+def _metadata(parts: Sequence[_Part], frame: pl.DataFrame, options: ManifestOptions) -> dict[str, str]:
+    counts = frame.group_by("dataset").agg(
+        images=pl.len(), patients=pl.col("patient_id").n_unique(), studies=pl.struct(STUDY).n_unique()
+    )
+    return {
+        "tool_version": version("hilum"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": str(options.seed),
+        "label_policy": _source_policy(options),
+        "split": json.dumps(
+            {
+                "rules": {part.dataset: part.rule for part in parts},
+                "val_fraction": options.val_fraction,
+                "test_fraction": options.test_fraction,
+            }
+        ),
+        "counts": json.dumps({row.pop("dataset"): row for row in counts.sort("dataset").to_dicts()}),
+        "roots": json.dumps({part.dataset: str(part.rows.root) for part in parts}, ensure_ascii=False),
+        "source_sha256": json.dumps({part.dataset: dict(part.rows.tables) for part in parts}, ensure_ascii=False),
+        "notes": json.dumps([f"{part.dataset}: {note}" for part in parts for note in part.rows.notes]),
+    }

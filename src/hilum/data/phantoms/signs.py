@@ -1,0 +1,81 @@
+"""Finding -> how it is drawn. One line per finding; the order is the order of drawing.
+
+A sign may change the anatomy before projection (`shape`), paint on the projection (`paint`), and name its region
+(`region`) where the painted change alone is not its extent. The finding's mask is the union of both.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hilum.data.phantoms import signs_chest as chest
+from hilum.data.phantoms import signs_lung as lung
+from hilum.data.phantoms import signs_pleura as pleura
+from hilum.data.phantoms.anatomy import Anatomy, Array
+from hilum.data.phantoms.canvas import Canvas
+from hilum.data.phantoms.signs_devices import support_devices
+
+Shape = Callable[[Anatomy, np.random.Generator, float], None]
+Paint = Callable[[Canvas, np.random.Generator, float], None]
+Region = Callable[[Canvas], Array]
+
+
+@dataclass(frozen=True)
+class Sign:
+    """How one finding is drawn."""
+
+    paint: Paint | None = None
+    shape: Shape | None = None
+    region: Region | None = None
+
+
+SIGNS: dict[str, Sign] = {
+    "Emphysema": Sign(lung.emphysema, lung.shape_emphysema, lung.emphysema_region),
+    "Kyphosis": Sign(None, chest.shape_kyphosis, chest.spine_region),
+    "Cardiomegaly": Sign(None, chest.shape_cardiomegaly, chest.heart_region),
+    "Enlarged Cardiomediastinum": Sign(None, chest.shape_enlarged_cardiomediastinum, chest.mediastinum_region),
+    "Tortuous Aorta": Sign(None, chest.shape_tortuous_aorta, chest.aorta_region),
+    "Calcification of the Aorta": Sign(chest.calcification_of_the_aorta),
+    "Pulmonary Hypertension": Sign(chest.pulmonary_hypertension, chest.shape_pulmonary_hypertension),
+    "Pulmonary Embolism": Sign(chest.pulmonary_embolism),
+    "Adenopathy": Sign(chest.adenopathy),
+    "Hernia": Sign(chest.hernia),
+    "Clavicle Fracture": Sign(None, chest.shape_clavicle_fracture, chest.clavicle_fracture_region),
+    "Rib Fracture": Sign(chest.rib_fracture, chest.shape_rib_fracture, chest.rib_fracture_region),
+    "Fracture": Sign(None, chest.shape_fracture, chest.fracture_region),
+    "Fibrosis": Sign(lung.fibrosis, lung.shape_fibrosis),
+    "Edema": Sign(lung.edema),
+    "Infiltration": Sign(lung.infiltration),
+    "Lung Opacity": Sign(lung.lung_opacity),
+    "Pneumonia": Sign(lung.pneumonia),
+    "Consolidation": Sign(lung.consolidation),
+    "Atelectasis": Sign(lung.atelectasis),
+    "Lobar Atelectasis": Sign(lung.lobar_atelectasis),
+    "Round(ed) Atelectasis": Sign(lung.rounded_atelectasis),
+    "Infarction": Sign(lung.infarction),
+    "Tuberculosis": Sign(lung.tuberculosis),
+    "Lung Lesion": Sign(lung.lung_lesion),
+    "Mass": Sign(lung.mass),
+    "Nodule": Sign(lung.nodule),
+    "Granuloma": Sign(lung.granuloma),
+    "Fissure": Sign(pleura.fissure),
+    "Azygos Lobe": Sign(pleura.azygos_lobe),
+    "Pleural Thickening": Sign(pleura.pleural_thickening),
+    "Pleural Other": Sign(pleura.pleural_other),
+    "Pleural Effusion": Sign(pleura.pleural_effusion),
+    "Pneumothorax": Sign(pleura.pneumothorax),
+    "Hydropneumothorax": Sign(pleura.hydropneumothorax),
+    "Pneumomediastinum": Sign(pleura.pneumomediastinum),
+    "Pneumoperitoneum": Sign(pleura.pneumoperitoneum),
+    "Subcutaneous Emphysema": Sign(pleura.subcutaneous_emphysema),
+    "Support Devices": Sign(support_devices),
+}
+
+CHILDREN: dict[str, tuple[str, ...]] = {
+    "Fracture": ("Rib Fracture", "Clavicle Fracture"),
+    "Atelectasis": ("Lobar Atelectasis", "Round(ed) Atelectasis"),
+    "Pneumothorax": ("Hydropneumothorax",),
+    "Pleural Effusion": ("Hydropneumothorax",),
+}
+"""Parent -> findings that imply it. A parent that is there only by a child has no sign of its own: it is the child's."""

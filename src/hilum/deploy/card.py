@@ -1,0 +1,58 @@
+"""The model card of a MODEL directory, from what `config.json` says. It claims nothing that was not recorded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hilum.core.types import RESEARCH_NOTICE
+
+
+def model_card(content: Mapping[str, Any]) -> str:
+    """README.md for people who are handed the directory."""
+    backbone, head = content["architecture"]["backbone"], content["architecture"]["head"]
+    recipe, training = content["preprocessing"], content["training"]
+    images = content["exposure"]["images"]
+    fitted = content["fitted_on"]
+    findings = content["findings"]
+    untrained = [finding["name"] for finding in findings if not finding["trained"]]
+    few = content["calibration"]["image"]["maps"]
+    flagged = [name for name, one in few.items() if one and one["flag"]]
+    lines = [
+        f"# {len(findings)} findings on chest X-rays",
+        "",
+        RESEARCH_NOTICE,
+        "",
+        f"A {_NAMES[head['name']]} on a frozen vision transformer ({backbone['depth']} blocks of "
+        f"{backbone['embed_dim']} channels, patch {backbone['patch_size']}), {recipe['resolution']} x "
+        f"{recipe['resolution']} pixels. Made by Hilum {content['hilum']}.",
+        "",
+        "```python",
+        "import hilum",
+        'result = hilum.load("THIS_FOLDER").predict(["frontal.dcm", "lateral.dcm"])  # one study',
+        f'result.probabilities["{findings[0]["name"]}"]',
+        "```",
+        "",
+        "## Data",
+        "",
+        f"Pretraining: {images['pretraining']} images. Head: {images['train']} training images and, in the last fit, "
+        f"{images['val']} validation images. Their identities are in `exposure.npz`; an evaluation on any of them is "
+        "not one on unseen images.",
+        "",
+        "## Calibration",
+        "",
+        f"Calibrators and operating points were fitted on {fitted['images']} validation images, predicted by the head of "
+        f"the learning-rate search (rate {training['learning_rate']:g}, epoch {fitted['epoch']}), which had not been "
+        "trained on them; the head in this folder inherits them.",
+        *([f"Too few positives for a calibration of their own: {', '.join(flagged)}."] if flagged else []),
+        "",
+        "## Findings",
+        "",
+        "| finding | group | positive training images | known |",
+        "|---|---|---|---|",
+        *(f"| {one['name']} | {one['group']} | {one['positives']} | {one['known']} |" for one in findings),
+        "",
+        *([f"Never trained, and always null: {', '.join(untrained)}."] if untrained else []),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_NAMES = {"linear": "linear head", "ml_decoder": "ML-Decoder head"}

@@ -1,0 +1,284 @@
+"""The files of a MODEL and of an ENSEMBLE directory (docs/reference/model.md): written whole, read strictly.
+
+`config.json` is written last, so that a directory that has one is complete. Nothing is pickle. What the files mean to
+a prediction is `predictor.py`'s business.
+"""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt64
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hilum.backbones.vit import VisionTransformer, ViTConfig
+from hilum.core.config import from_dict, to_dict
+from hilum.core.errors import CheckpointError, ConfigError, PredictionError
+from hilum.core.files import atomic_file, atomic_path, read_json, sha256_file, write_json
+from hilum.evaluation.calibration import Calibrator
+from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
+from hilum.heads.registry import Head, HeadConfig, build_head
+from hilum.pretraining.exposure import seen_digest, uid_numbers
+
+MODEL_FORMAT, ENSEMBLE_FORMAT = "hilum-model-1", "hilum-ensemble-1"
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+LOGITS_NAME, LABELS_NAME = "validation_logits.parquet", "validation_labels.npz"
+EXPOSURE_NAME, SEARCH_NAME = "exposure.npz", "search.json"
+EXPOSURES = ("pretraining", "train", "val")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One output of a model."""
+
+    name: str
+    group: str
+    """head, medium or tail, by share of training images."""
+    trained: bool
+    """False: no training image was positive; its prediction is null."""
+    positives: int
+    """Positive training images."""
+    known: int
+    """Training images with a known label."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What is needed to rebuild a network and to feed it."""
+
+    backbone: ViTConfig
+    head: HeadConfig
+    findings: tuple[Finding, ...]
+    preprocess_id: str
+    """Normalisation and intensity recipe."""
+    resolution: int
+    """Side of the square images, pixels."""
+    short_side: int | None
+    """Source files are first shrunk to this, as the training store was; None: they are not."""
+    flip_average: bool = False
+    """Mean of the probabilities of an image and its mirror image."""
+    precision: str = "fp32"
+    """fp32 or bf16 (autocast), in prediction."""
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Identities (uint64) of the images that a model has met, by use."""
+
+    pretraining: UInt64[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    train: UInt64[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    val: UInt64[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    def count(self, uids: np.ndarray) -> dict[str, int]:
+        """How many of these images the model has met, by use and in all ("any")."""
+        numbers = uid_numbers(uids)
+        met = {name: np.isin(numbers, getattr(self, name)) for name in EXPOSURES}
+        return {
+            **{name: int(hit.sum()) for name, hit in met.items()},
+            "any": int(np.any([*met.values()], axis=0).sum()),
+        }
+
+
+Calibrators = dict[str, Calibrator]
+"""By unit: image, study."""
+
+
+def require_new(path: Path) -> None:
+    """Refuse to write over a model.
+
+    Raises:
+        ConfigError: there is one already.
+    """
+    if (path / CONFIG_NAME).exists():
+        raise ConfigError(f"{path} already holds {CONFIG_NAME}. Choose another folder, or move this one away.")
+
+
+def write_weights(path: Path, backbone: VisionTransformer, head: Head) -> dict[str, str]:
+    """Write `model.safetensors` (`backbone.*`, `head.*`, float32); returns its name and digest."""
+    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    with atomic_path(path / WEIGHTS_NAME) as temporary:
+        save_file(
+            {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in state.items()}, temporary
+        )
+    return {"file": WEIGHTS_NAME, "sha256": sha256_file(path / WEIGHTS_NAME)}
+
+
+def read_weights(path: Path, network: NetworkConfig, digest: str) -> tuple[VisionTransformer, Head]:
+    """Rebuild backbone and head, in evaluation mode, without gradients.
+
+    Raises:
+        CheckpointError: absent, damaged, or not the tensors that the description asks for.
+    """
+    file = path / WEIGHTS_NAME
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; the model is incomplete. Copy it again or run `hilum fit` again.")
+    if sha256_file(file) != digest:
+        raise CheckpointError(f"{file} is not the file that {CONFIG_NAME} was written for (its SHA-256 differs).")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    with torch.device("meta"):
+        backbone, head = VisionTransformer(network.backbone), build_head(network.head)
+    for prefix, module in (("backbone.", backbone), ("head.", head)):
+        part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        _fill(module, part, file, prefix)
+    return backbone, head
+
+
+def _fill(module: torch.nn.Module, state: Mapping[str, Tensor], file: Path, prefix: str) -> None:
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{file}: {len(wrong)} tensors under {prefix!r} are missing, unexpected or of another shape than "
+            f"{CONFIG_NAME} says, for example {wrong[0]}: {found.get(wrong[0])}, expected {expected.get(wrong[0])}."
+        )
+    module.load_state_dict(state, strict=True, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def describe(network: NetworkConfig) -> dict[str, Any]:
+    """The part of `config.json` that rebuilds the network."""
+    return {
+        "architecture": {"backbone": to_dict(network.backbone), "head": to_dict(network.head)},
+        "findings": [to_dict(finding) for finding in network.findings],
+        "preprocessing": {
+            "id": network.preprocess_id, "resolution": network.resolution, "short_side": network.short_side,
+        },
+        "inference": {"flip_average": network.flip_average, "precision": network.precision},
+    }  # fmt: skip
+
+
+def read_network(path: Path, content: Mapping[str, Any]) -> NetworkConfig:
+    """The inverse of `describe`.
+
+    Raises:
+        CheckpointError: an entry is missing or of the wrong kind.
+    """
+    try:
+        return NetworkConfig(
+            backbone=from_dict(ViTConfig, content["architecture"]["backbone"], "architecture.backbone."),
+            head=from_dict(HeadConfig, content["architecture"]["head"], "architecture.head."),
+            findings=tuple(from_dict(Finding, finding, "findings.") for finding in content["findings"]),
+            preprocess_id=str(content["preprocessing"]["id"]),
+            resolution=int(content["preprocessing"]["resolution"]),
+            short_side=content["preprocessing"]["short_side"],
+            flip_average=bool(content["inference"]["flip_average"]),
+            precision=str(content["inference"]["precision"]),
+        )
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG_NAME} does not describe a model: {type(error).__name__} {error}."
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a model or an ensemble.
+
+    Raises:
+        CheckpointError: no such directory, incomplete, or of another format.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a model directory; expected one made by `hilum fit` or `hilum combine`.")
+    content = read_json(path / CONFIG_NAME, CheckpointError)
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found not in (MODEL_FORMAT, ENSEMBLE_FORMAT):
+        raise CheckpointError(
+            f"{path / CONFIG_NAME}: expected format {MODEL_FORMAT!r} or {ENSEMBLE_FORMAT!r}, found {found!r}. "
+            "A pretraining run becomes a model by `hilum fit`."
+        )
+    return content
+
+
+def write_config(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `config.json`: the last file of a directory."""
+    write_json(path / CONFIG_NAME, content)
+
+
+def digest_of(path: Path) -> str:
+    """Identity of a model: SHA-256 of its `config.json`, which holds the digest of its weights; 16 hex digits."""
+    return sha256_file(path / CONFIG_NAME)[:16]
+
+
+def describe_calibrators(calibrators: Calibrators) -> dict[str, Any]:
+    """The `calibration` entry of `config.json`."""
+    return {unit: calibrator.to_dict() for unit, calibrator in calibrators.items()}
+
+
+def read_calibrators(path: Path, content: Mapping[str, Any]) -> Calibrators:
+    """The inverse of `describe_calibrators`.
+
+    Raises:
+        CheckpointError: a unit is missing, or a calibrator is malformed.
+    """
+    try:
+        return {unit: Calibrator.from_dict(content["calibration"][unit]) for unit in ("image", "study")}
+    except (KeyError, TypeError, PredictionError) as error:
+        raise CheckpointError(f"{path / CONFIG_NAME}: the calibration cannot be read: {error}.") from error
+
+
+def write_exposure(path: Path, exposure: Exposure) -> dict[str, Any]:
+    """Write `exposure.npz`; returns counts and digests for `config.json`."""
+    arrays = {name: np.unique(getattr(exposure, name)) for name in EXPOSURES}
+    with atomic_file(path / EXPOSURE_NAME) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    return {
+        "file": EXPOSURE_NAME,
+        "images": {name: len(values) for name, values in arrays.items()},
+        "sha256": {name: seen_digest(values) for name, values in arrays.items()},
+    }
+
+
+def read_exposure(path: Path, content: Mapping[str, Any]) -> Exposure:
+    """Read `exposure.npz` and hold it against the digests in `config.json`.
+
+    Raises:
+        CheckpointError: absent, damaged, or another file.
+    """
+    file = path / EXPOSURE_NAME
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            exposure = Exposure(*(arrays[name] for name in EXPOSURES))
+        digests = content["exposure"]["sha256"]
+        if any(seen_digest(getattr(exposure, name)) != digests[name] for name in EXPOSURES):
+            raise ValueError("it is not the file that config.json was written for")
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Copy the model again.") from error
+    return exposure
+
+
+def write_validation(path: Path, predictions: Predictions, labels: Int[np.ndarray, "N C"]) -> None:
+    """Write `validation_logits.parquet` and, with the labels of the same images, `validation_labels.npz`."""
+    write_predictions(predictions, path / LOGITS_NAME)
+    with atomic_file(path / LABELS_NAME) as file:
+        uids = predictions.image_uid.astype("S16")
+        np.savez(file, uid=uids, labels=labels.astype(np.int8), findings=np.array(predictions.findings))
+
+
+def read_validation(path: Path) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
+    """Raw out-of-sample validation predictions of a model, and the labels of the same rows.
+
+    Raises:
+        PredictionError: a file is missing or malformed, or the two do not belong together.
+    """
+    predictions = read_predictions(path / LOGITS_NAME)
+    file = path / LABELS_NAME
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            uids, labels, findings = arrays["uid"].astype(str), arrays["labels"], tuple(arrays["findings"].tolist())
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise PredictionError(f"{file} cannot be read: {error}. Copy the model again.") from error
+    order = np.argsort(uids)
+    if findings != predictions.findings or set(uids.tolist()) != set(predictions.image_uid.tolist()):
+        raise PredictionError(f"{file} and {LOGITS_NAME} do not cover the same images and findings.")
+    return predictions, labels[order][np.searchsorted(uids[order], predictions.image_uid)]

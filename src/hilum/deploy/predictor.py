@@ -1,0 +1,338 @@
+"""A trained model, or several as one: images or a study in, findings out. The only way to a prediction.
+
+Order of operations, everywhere: sigmoid, mean with the mirror image, mean over the images of a study, mean over
+models, the calibrator that was fitted at that stage (docs/reference/model.md). Files are in `model_files.py`, the
+forward pass in `network.py`.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from hilum.core.errors import CheckpointError, EmptyStudyError, PreprocessingMismatchError, UnsupportedImageError
+from hilum.core.types import RESEARCH_NOTICE
+from hilum.data.images import read_image, shrink
+from hilum.data.store import Store, uid_of
+from hilum.deploy import model_files as files
+from hilum.deploy.network import Network, Read, choose_device, raw_probabilities
+from hilum.evaluation.ensemble import mean_over_models
+from hilum.evaluation.predictions import IDENTITY, Predictions
+from hilum.evaluation.studies import mean_over_studies
+from hilum.heads.features import to_batch
+
+Image = Path | str | bytes | np.ndarray
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a model says of one study. Research use only; not a medical device."""
+
+    findings: tuple[str, ...]
+    """Names, in the model's order."""
+    probabilities: dict[str, float | None]
+    """Of the study, in [0, 1]; None for a finding that was never trained."""
+    image_probabilities: list[dict[str, float | None]]
+    """Of each view alone, calibrated as images are (or raw)."""
+    attention: dict[str, list[Float[np.ndarray, "h w"]] | None]
+    """One map per view on the patch grid, each summing to 1; None where the head has none. Maps cover `boxes`."""
+    boxes: list[Box]
+    """Per view, the part of the image that was looked at: top, left, height, width as shares of its sides."""
+    thresholds: dict[str, dict[str, float] | None]
+    """Operating points (f1, youden, sens_at_spec95) for `probabilities`, from validation."""
+    flags: dict[str, str]
+    """Findings whose calibration has a reservation, with the reason."""
+    quality: list[tuple[str, ...]]
+    """Per view, flags of the decoder (constant, polarity_suspect, ...)."""
+    calibrated: bool
+    """Whether calibrators were applied."""
+    model: str
+    """Identity of the model."""
+    notice: str = RESEARCH_NOTICE
+
+
+class Model:
+    """One network, or an ensemble of several, with calibrators for images and for studies.
+
+    Args:
+        networks: one or more, with the same findings by name.
+        calibrators: by unit.
+        digest: identity.
+        exposure: images met in pretraining and training, all networks together.
+        groups: head, medium or tail per finding.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        calibrators: files.Calibrators,
+        digest: str,
+        exposure: files.Exposure,
+        groups: Mapping[str, str],
+    ) -> None:
+        self.networks, self.calibrators, self.digest = tuple(networks), calibrators, digest
+        self.exposure, self.groups = exposure, dict(groups)
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Names, in order."""
+        return self.networks[0].findings
+
+    def predict(self, views: Sequence[Image], raw: bool = False, attention: bool = True) -> StudyResult:
+        """Findings of one study.
+
+        Args:
+            views: its images, in any order: paths or contents of DICOM, PNG or JPEG files, or uint8 (H, W) arrays.
+            raw: without calibration.
+            attention: also attention maps.
+
+        Raises:
+            EmptyStudyError: no image.
+            ImageError: a view cannot be used; names it by its position.
+        """
+        if isinstance(views, Path | str | bytes | np.ndarray):
+            views = [views]
+        if not len(views):
+            raise EmptyStudyError("A study needs at least one image, found none.")
+        decoded = [_decode(view, number, self._short_side()) for number, view in enumerate(views, 1)]
+        members, maps = [], []
+        for network in self.networks:
+            squares = to_batch([network.crop(pixels) for pixels, _ in decoded])
+            features = network.features(squares)
+            members.append(_as_study(network.probabilities(squares, features), [p for p, _ in decoded], self.findings))
+            found = network.attention(features) if attention else None
+            if found is not None:
+                maps.append(found)
+        image, study = self._finish(members, raw), self._finish(members, raw, unit="study")
+        trained = {name: bool(known) for name, known in zip(self.findings, study.trained, strict=True)}
+        joined = _mean_of_maps(maps, len(decoded))
+        calibrator = self.calibrators["study"]
+        points = calibrator.raw_thresholds if raw else calibrator.thresholds
+        return StudyResult(
+            findings=self.findings,
+            probabilities=_by_name(self.findings, study.probabilities[0]),
+            image_probabilities=[_by_name(self.findings, row) for row in image.probabilities],
+            attention={
+                name: [view[column] for view in joined] if joined and trained[name] else None
+                for column, name in enumerate(self.findings)
+            },
+            boxes=[_box(pixels) for pixels, _ in decoded],
+            thresholds={name: points.get(name) for name in self.findings},
+            flags=calibrator.provenance()["flags"],
+            quality=[quality for _, quality in decoded],
+            calibrated=not raw,
+            model=self.digest,
+        )
+
+    def predict_store(
+        self,
+        store: Store,
+        indices: Iterable[int],
+        raw: bool = False,
+        unit: str = "image",
+        batch_size: int = 32,
+        workers: int = 2,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> Predictions:
+        """Findings of images of a store.
+
+        Args:
+            store: made with the preprocessing recipe of this model.
+            indices: which images; their labels are not looked at.
+            raw: without calibration.
+            unit: "image", or "study" for one row per study.
+            batch_size: images at a time.
+            workers: threads that read.
+            done: told how many images were finished, after each batch.
+
+        Raises:
+            PreprocessingMismatchError: a store of another recipe.
+            StoreError: a damaged record.
+        """
+        wanted = {network.config.preprocess_id for network in self.networks}
+        if wanted != {store.preprocess_id}:
+            raise PreprocessingMismatchError(
+                f"{store.path} was built for preprocessing {store.preprocess_id!r}, this model needs "
+                f"{' and '.join(sorted(wanted))}. Build the store again with this version of Hilum."
+            )
+        chosen = np.asarray(list(indices), dtype=np.int64)
+        columns = (store.uids, store.image_ids, store.studies, store.patients, store.datasets, store.views)
+        identity = {name: column[chosen] for name, column in zip(IDENTITY, columns, strict=True)}
+        return self.predict_images(identity, chosen, store.read, raw, unit, batch_size, workers, done)
+
+    def predict_images(
+        self,
+        identity: Mapping[str, np.ndarray],
+        indices: Iterable[int],
+        read: Read,
+        raw: bool = False,
+        unit: str = "image",
+        batch_size: int = 32,
+        workers: int = 2,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> Predictions:
+        """Findings of any images; those for which `read` gives None are left out.
+
+        Args:
+            identity: the columns of a prediction table that say who is predicted, one entry per index.
+            indices: what `read` takes.
+            read: decoded pixels, uint8 (H, W), shrunk as `short_side` says.
+            raw: without calibration.
+            unit: "image", or "study" for one row per study.
+            batch_size: images at a time.
+            workers: threads that read.
+            done: told how many images were finished, after each batch.
+
+        Raises:
+            EmptyStudyError: no image is left.
+        """
+        outputs, kept = raw_probabilities(self.networks, indices, read, batch_size, workers, done)
+        if len(kept) == 0:
+            raise EmptyStudyError("There is no image to predict.")
+        rows = {name: np.asarray(column)[kept] for name, column in identity.items()}
+        met = self.exposure.count(rows["image_uid"])
+        facts = {
+            "model": self.digest,
+            "groups": self.groups,
+            "head_splits": [name for name in ("train", "val") if len(getattr(self.exposure, name))],
+            "exposed_images": met["any"],
+            "exposure": met,
+        }
+        members = [
+            Predictions(**rows, findings=network.findings, probabilities=values, metadata=facts)
+            for network, values in zip(self.networks, outputs, strict=True)
+        ]
+        combined = self._finish(members, raw, unit)
+        return combined.replace(combined.probabilities, model=self.digest)
+
+    @property
+    def short_side(self) -> int | None:
+        """What source files are shrunk to before anything else, pixels on the shorter side; None: nothing."""
+        return self._short_side()
+
+    def _short_side(self) -> int | None:
+        sizes = {network.config.short_side for network in self.networks}
+        return None if None in sizes else max(size for size in sizes if size is not None)
+
+    def _finish(self, members: list[Predictions], raw: bool, unit: str = "image") -> Predictions:
+        """From raw image predictions of every network to this model's predictions per image or study."""
+        if unit == "study":
+            members = [mean_over_studies(member, unit="study") for member in members]
+        combined = members[0] if len(members) == 1 else mean_over_models(members)
+        return combined if raw else self.calibrators[unit].apply_to(combined)
+
+
+def load(path: Path | str, device: str = "auto") -> Model:
+    """Load a MODEL directory made by `hilum fit`, or an ensemble directory made by `hilum combine`.
+
+    Args:
+        path: the directory.
+        device: auto, cpu or cuda.
+
+    Raises:
+        CheckpointError: absent, incomplete, damaged, or a member of an ensemble has changed.
+        PreprocessingMismatchError: a preprocessing recipe that this version does not know.
+    """
+    path, place = Path(path), choose_device(device)
+    content = files.read_config(path)
+    folders = [path] if content["format"] == files.MODEL_FORMAT else member_folders(path, content)
+    networks, exposures = [], []
+    groups: dict[str, str] = {}
+    for folder in folders:
+        described = files.read_config(folder)
+        config = files.read_network(folder, described)
+        networks.append(Network(config, *files.read_weights(folder, config, _weights_digest(folder, described)), place))
+        exposures.append(files.read_exposure(folder, described))
+        groups |= {finding.name: finding.group for finding in config.findings}
+    if len(exposures) > 1:
+        merged = (np.unique(np.concatenate([getattr(one, use) for one in exposures])) for use in files.EXPOSURES)
+        exposures = [files.Exposure(*merged)]
+    return Model(networks, files.read_calibrators(path, content), files.digest_of(path), exposures[0], groups)
+
+
+def member_folders(path: Path, content: Mapping[str, Any]) -> list[Path]:
+    """The model directories of an ensemble, each checked to be the one it was made from.
+
+    Raises:
+        CheckpointError: a member is missing, changed, or itself an ensemble.
+    """
+    folders = []
+    for member in content["members"]:
+        folder = path / member["path"]  # an absolute path stands for itself
+        if not (folder / files.CONFIG_NAME).is_file():
+            raise CheckpointError(f"{path}: its member {folder} is missing. Put it back, or combine again.")
+        if files.digest_of(folder) != member["digest"]:
+            raise CheckpointError(f"{path}: its member {folder} has changed since they were combined. Combine again.")
+        if files.read_config(folder)["format"] != files.MODEL_FORMAT:
+            raise CheckpointError(f"{path}: its member {folder} is itself an ensemble; combine the models directly.")
+        folders.append(folder)
+    if not folders:
+        raise CheckpointError(f"{path / files.CONFIG_NAME} names no members.")
+    return folders
+
+
+def _weights_digest(folder: Path, content: Mapping[str, Any]) -> str:
+    try:
+        return str(content["weights"]["sha256"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / files.CONFIG_NAME} does not name its weights ({error}).") from error
+
+
+def _decode(view: Image, number: int, short_side: int | None) -> tuple[UInt8[np.ndarray, "H W"], tuple[str, ...]]:
+    if isinstance(view, np.ndarray):
+        if view.dtype != np.uint8 or view.ndim != 2 or view.size == 0:
+            raise UnsupportedImageError(
+                "unsupported_mode", f"View {number}: expected a uint8 array (H, W), found {view.dtype} {view.shape}."
+            )
+        return (shrink(view, short_side) if short_side else view), ()
+    name = f"view {number}" if isinstance(view, bytes) else f"view {number} ({Path(view).name})"
+    decoded = read_image(view if isinstance(view, bytes) else Path(view), name, short_side=short_side)
+    return decoded.pixels, decoded.quality
+
+
+def _as_study(probabilities: np.ndarray, pixels: Sequence[np.ndarray], findings: tuple[str, ...]) -> Predictions:
+    """Images of one study as a table; uids follow the content, so that the order of views does not matter."""
+    count = len(pixels)
+    content = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+    ranks = np.argsort(np.argsort(content, kind="stable"))
+    study = uid_of("study", "".join(sorted(content)))
+    empty = np.full(count, "", dtype=str)
+    return Predictions(
+        image_uid=np.array([f"{rank:016d}" for rank in ranks]), image_id=empty,
+        study_id=np.full(count, study), patient_id=empty, dataset=empty, view=empty, findings=findings,
+        probabilities=probabilities,
+    )  # fmt: skip
+
+
+def _by_name(findings: tuple[str, ...], values: np.ndarray) -> dict[str, float | None]:
+    return {
+        name: None if np.isnan(value) else float(value) for name, value in zip(findings, values.tolist(), strict=True)
+    }
+
+
+def _box(pixels: UInt8[np.ndarray, "H W"]) -> Box:
+    height, width = pixels.shape
+    short = min(height, width)
+    return (1 - short / height) / 2, (1 - short / width) / 2, short / height, short / width
+
+
+def _mean_of_maps(maps: Sequence[Float[np.ndarray, "B C h w"]], views: int) -> list[Float[np.ndarray, "C h w"]]:
+    """Mean of the attention of several networks, on the finest grid among them."""
+    if not maps:
+        return []
+    rows, columns = max(one.shape[2:] for one in maps)
+    joined = []
+    for view in range(views):
+        resized = [
+            np.stack([cv2.resize(plane, (columns, rows), interpolation=cv2.INTER_LINEAR) for plane in one[view]])
+            for one in maps
+        ]
+        mean = np.mean([planes / planes.sum(axis=(1, 2), keepdims=True) for planes in resized], axis=0)
+        joined.append(mean)
+    return joined

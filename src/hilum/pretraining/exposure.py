@@ -1,0 +1,113 @@
+"""Which images self-supervision may use, and the record of those it has seen: `seen.npz` of a run.
+
+Held-out images never enter the pool, nor does any other image of a held-out patient. The record follows the weights
+from stage to stage, so that an evaluation can tell whether a backbone has met its images. Knows stores, not networks.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from hilum.core.errors import CheckpointError, ConfigError, UnknownNameError
+from hilum.core.files import atomic_file
+from hilum.core.types import SPLITS
+from hilum.data.store import Store
+
+SEEN_NAME = "seen.npz"
+
+
+class Pool(NamedTuple):
+    """The images that a run draws from."""
+
+    indices: Int64[np.ndarray, " n"]
+    """Positions in the store, ascending."""
+    not_allowed: int
+    """Left out because their source does not allow it (ssl_ok)."""
+    held_out: int
+    """Left out because of their split."""
+    held_out_patients: int
+    """Left out because their patient has images in a split that is held out."""
+
+
+def select(store: Store, train_on: Sequence[str]) -> Pool:
+    """Images that are allowed, in one of the splits `train_on`, and of no patient with images in another named split.
+
+    Args:
+        store: all images.
+        train_on: splits; "" is the images that belong to none.
+
+    Raises:
+        UnknownNameError: a split that does not exist.
+        ConfigError: nothing is left.
+    """
+    for split in train_on:
+        if split not in SPLITS:
+            raise UnknownNameError("split", split, [name for name in SPLITS if name])
+    splits, patients = store.splits, np.char.add(np.char.add(store.datasets, "\x1f"), store.patients)
+    wanted = np.isin(splits, list(train_on))
+    held_out = ~wanted & (splits != "")
+    shared = wanted & np.isin(patients, np.unique(patients[held_out]))
+    chosen = store.ssl_ok & wanted & ~shared
+    if not chosen.any():
+        named = ", ".join(repr(split) for split in train_on)
+        raise ConfigError(
+            f"{store.path}: none of its {len(store)} images can be used: {int(wanted.sum())} are in the splits {named}; "
+            f"{int((~store.ssl_ok).sum())} are not allowed for pretraining (ssl_ok); {int(shared.sum())} share a patient "
+            "with held-out images. Check the splits of the manifest, or set train_on."
+        )
+    return Pool(
+        np.flatnonzero(chosen).astype(np.int64),
+        not_allowed=int((wanted & ~store.ssl_ok).sum()),
+        held_out=int((~wanted).sum()),
+        held_out_patients=int((shared & store.ssl_ok).sum()),
+    )
+
+
+def uid_numbers(uids: np.ndarray) -> UInt64[np.ndarray, " n"]:
+    """Image identities (16 hex digits) as numbers.
+
+    Raises:
+        ConfigError: an identity of another form.
+    """
+    try:
+        return np.array([int(uid, 16) for uid in uids.tolist()], np.uint64)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"Expected image identities of 16 hex digits: {error}.") from error
+
+
+def seen_digest(uids: UInt64[np.ndarray, " n"]) -> str:
+    """SHA-256 of the sorted identities."""
+    return hashlib.sha256(np.sort(uids).astype("<u8").tobytes()).hexdigest()
+
+
+def write_seen(folder: Path, uids: UInt64[np.ndarray, " n"]) -> str:
+    """Write `seen.npz` (`uids`: sorted uint64; `sha256`: their digest) and return the digest."""
+    ordered = np.unique(uids)
+    digest = seen_digest(ordered)
+    with atomic_file(folder / SEEN_NAME) as file:
+        np.savez(file, uids=ordered, sha256=np.array(digest))
+    return digest
+
+
+def read_seen(folder: Path) -> UInt64[np.ndarray, " n"]:
+    """The identities in a run's `seen.npz`; none when there is no such file.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    path = folder / SEEN_NAME
+    if not path.exists():
+        return np.zeros(0, np.uint64)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            uids, digest = arrays["uids"], str(arrays["sha256"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Copy it again from its run.") from error
+    if uids.dtype != np.uint64 or seen_digest(uids) != digest:
+        raise CheckpointError(f"{path} is damaged: its digest is not the one recorded. Copy it again from its run.")
+    return uids

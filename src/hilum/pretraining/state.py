@@ -1,0 +1,155 @@
+"""Everything that a run of DINOv2 carries from step to step, as named tensors; and where a run starts from.
+
+A stage at another resolution starts from the last checkpoint of a run: student into student, teacher into teacher,
+heads into heads, positions resampled in both networks. Files are `core.checkpoint`'s and `backbones.weights`' business.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hilum.backbones.pos_embed import resize_positions
+from hilum.backbones.vit import ViTConfig
+from hilum.backbones.weights import load_backbone, read_backbone_config
+from hilum.core.checkpoint import (
+    Checkpoint,
+    flatten_optimizer,
+    load_newest,
+    load_strictly,
+    restore_optimizer,
+)
+from hilum.core.errors import CheckpointError, PreprocessingMismatchError
+from hilum.core.tracking import warn
+from hilum.pretraining.dinov2 import Centres, Network
+from hilum.pretraining.exposure import read_seen
+
+CHECKPOINTS = "checkpoints"
+_POSITIONS = "backbone.pos_embed"
+
+
+@dataclass
+class TrainingState:
+    """What is saved and restored. Random streams are functions of (seed, step) and need no saving."""
+
+    student: Network
+    teacher: Network
+    optimizer: Optimizer
+    centres: Centres
+    seen: Tensor
+    """bool, one per image of the store: used by this run."""
+    inherited: Tensor
+    """int64 bit patterns of the identities that earlier stages have seen."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, under one name each."""
+        return {
+            **_prefixed("student", self.student.state_dict()),
+            **_prefixed("teacher", self.teacher.state_dict()),
+            **_prefixed("optimizer", flatten_optimizer(self.optimizer, self._names())),
+            **_prefixed("centres", self.centres._asdict()),
+            "seen": self.seen,
+            "inherited": self.inherited,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint of the same run.
+
+        Raises:
+            CheckpointError: tensors that do not fit.
+        """
+        parts, where = checkpoint.tensors, str(checkpoint.path)
+        load_strictly(self.student, _part(parts, "student"), where)
+        load_strictly(self.teacher, _part(parts, "teacher"), where)
+        restore_optimizer(self.optimizer, self._names(), _part(parts, "optimizer"))
+        device = self.centres.cls.device
+        self.centres = Centres(**{name: value.to(device) for name, value in _part(parts, "centres").items()})
+        if parts["seen"].shape != self.seen.shape:
+            raise CheckpointError(
+                f"{where} was written with a store of {len(parts['seen'])} images, this one has {len(self.seen)}."
+            )
+        self.seen, self.inherited = parts["seen"].clone(), parts["inherited"].clone()
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.student.named_parameters()}
+
+    def seen_uids(self, uids: np.ndarray) -> np.ndarray:
+        """Identities seen by this run and the stages before it; `uids` are those of the store, uint64."""
+        return np.union1d(uids[self.seen.numpy()], self.inherited.numpy().view(np.uint64))
+
+
+def start_from(init: Path, student: Network, teacher: Network, preprocess_id: str) -> Tensor:
+    """Give both networks the weights of an earlier run, or of a backbone file; returns what those have seen.
+
+    From a run with checkpoints: backbones and heads of its student and its teacher. From weights alone: the same
+    backbone for both, heads as they are.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another architecture.
+        PreprocessingMismatchError: trained with another normalisation.
+    """
+    checkpoint = load_newest(init / CHECKPOINTS)
+    if checkpoint is None:
+        _start_from_weights(init, student, teacher, preprocess_id)
+    else:
+        _start_from_run(checkpoint, student, teacher, preprocess_id)
+    folder = init if init.is_dir() else init.parent
+    return torch.from_numpy(read_seen(folder).view(np.int64))
+
+
+def _start_from_run(checkpoint: Checkpoint, student: Network, teacher: Network, preprocess_id: str) -> None:
+    values, where = checkpoint.values, str(checkpoint.path)
+    architecture = student.backbone.config
+    _check_architecture(values["architecture"], architecture, where)
+    _check_preprocessing(values["preprocess_id"], preprocess_id, where)
+    if checkpoint.step < values["steps"]:
+        warn(f"{where} is step {checkpoint.step} of {values['steps']}: the earlier stage was not finished")
+    for network, part in ((student, "student"), (teacher, "teacher")):
+        tensors = _part(checkpoint.tensors, part)
+        grid = (architecture.grid, architecture.grid)
+        tensors[_POSITIONS] = resize_positions(
+            tensors[_POSITIONS], grid, architecture.interpolate_offset, architecture.interpolate_antialias
+        )
+        load_strictly(network, tensors, f"The {part} in {where}")
+
+
+def _start_from_weights(init: Path, student: Network, teacher: Network, preprocess_id: str) -> None:
+    architecture = student.backbone.config
+    _check_preprocessing(read_backbone_config(init)["preprocess_id"], preprocess_id, str(init))
+    backbone = load_backbone(init, image_size=architecture.image_size)
+    _check_architecture(asdict(backbone.config), architecture, str(init))
+    for network in (student, teacher):
+        load_strictly(network.backbone, backbone.state_dict(), str(init))
+
+
+def _check_architecture(found: dict[str, object], expected: ViTConfig, where: str) -> None:
+    """Shapes alone do not tell the number of heads or how positions are resampled. Not what only matters at birth."""
+    free = ("image_size", "layer_scale", "swiglu_multiple")
+    differences = [
+        f"{name} {found.get(name)}, here {value}"
+        for name, value in asdict(expected).items()
+        if name not in free and found.get(name) != value
+    ]
+    if differences:
+        raise CheckpointError(f"{where} has another architecture: {'; '.join(differences)}.")
+
+
+def _check_preprocessing(found: str, expected: str, where: str) -> None:
+    if not found:
+        warn(f"{where} does not say how its images were normalised; training goes on with {expected}")
+    elif found != expected:
+        raise PreprocessingMismatchError(
+            f"{where} was trained with preprocessing {found!r}, the store is meant for {expected!r}. Build the store "
+            "with the version that wrote the weights."
+        )
+
+
+def _prefixed(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}

@@ -1,0 +1,275 @@
+"""Checkpoints under kills, full disks, flipped bits and cut files; the digest; the optimizer state; the folder lock."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hilum.core import checkpoint
+from hilum.core.errors import CheckpointError, HilumError
+
+
+def tensors(step: int) -> dict[str, Tensor]:
+    weight = torch.arange(12, dtype=torch.float32).reshape(3, 4) + step
+    return {"student.weight": weight, "tied": weight, "view": weight.T, "count": torch.tensor(step), "none": weight[:0]}
+
+
+def save(folder: Path, step: int, keep: int = 3) -> Path:
+    return checkpoint.save_checkpoint(folder, step, tensors(step), {"step_again": step, "text": "é"}, keep)
+
+
+def test_round_trip_with_shared_strided_and_empty_tensors(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 5
+    assert loaded.values == {"step_again": 5, "text": "é"}
+    assert checkpoint.digest(loaded.tensors) == checkpoint.digest(tensors(5))
+    assert sorted(path.name for path in loaded.path.iterdir()) == ["index.json", "state.safetensors"]
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert checkpoint.load_newest(tmp_path) is None
+    assert checkpoint.load_newest(tmp_path / "absent") is None
+
+
+def test_keeps_the_last_few_and_refuses_to_keep_one(tmp_path: Path) -> None:
+    for step in (1, 2, 30, 4):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004", "step_00000030"]
+    with pytest.raises(HilumError, match="at least 2"):
+        save(tmp_path, 5, keep=1)
+
+
+def test_a_failed_removal_of_an_old_checkpoint_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, keep=2)
+    monkeypatch.setattr(checkpoint, "_remove", lambda path: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    save(tmp_path, 3, keep=2)
+    assert "could not remove the old checkpoint" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert checkpoint.load_newest(tmp_path).step == 3
+
+
+def test_digest_sees_names_types_shapes_and_every_bit() -> None:
+    base = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
+    same = {"b": torch.ones(1), "a": torch.zeros(3, 2).T.contiguous()}
+    assert checkpoint.digest(base) == checkpoint.digest(same)
+    for other in (
+        {"a": torch.zeros(2, 3), "c": torch.ones(1)},
+        {"a": torch.zeros(3, 2), "b": torch.ones(1)},
+        {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.ones(1)},
+        {"a": torch.zeros(2, 3), "b": torch.nextafter(torch.ones(1), torch.tensor(2.0))},
+        {"a": -torch.zeros(2, 3), "b": torch.ones(1)},
+    ):
+        assert checkpoint.digest(other) != checkpoint.digest(base)
+    assert len(checkpoint.digest({"half": torch.ones(3, dtype=torch.bfloat16), "flag": torch.ones(2) > 0})) == 64
+
+
+def test_every_flipped_bit_and_every_cut_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    generator = np.random.default_rng(0)
+    trials = 0
+    for name in ("state.safetensors", "index.json"):
+        original = (bad / name).read_bytes()
+        for trial in range(125):
+            damaged = bytearray(original)
+            if trial % 5 == 4:
+                damaged = damaged[: int(generator.integers(len(original)))]
+            else:
+                damaged[int(generator.integers(len(original)))] ^= 1 << int(generator.integers(8))
+            (bad / name).write_bytes(bytes(damaged))
+            loaded = checkpoint.load_newest(tmp_path)
+            assert loaded is not None
+            assert loaded.step == 1, (name, trial)
+            trials += 1
+        (bad / name).write_bytes(original)
+    assert trials == 250
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 250
+    assert all(line.startswith("warning: skipped") and "step_00000002" in line for line in lines)
+    assert checkpoint.load_newest(tmp_path).step == 2
+    assert good.exists()
+
+
+def test_missing_files_and_a_copied_folder_are_not_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for name in ("state.safetensors", "index.json"):
+        broken = save(tmp_path, 2)
+        (broken / name).unlink()
+        assert checkpoint.load_newest(tmp_path).step == 1
+        shutil.rmtree(broken)
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000009")
+    assert checkpoint.load_newest(tmp_path).step == 1
+
+
+def test_nothing_whole_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "index.json").unlink()
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_kept(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    written = (path / "index.json").stat().st_mtime_ns
+    assert save(tmp_path, 1) == path
+    assert (path / "index.json").stat().st_mtime_ns == written
+    (path / "state.safetensors").write_bytes(b"")
+    save(tmp_path, 1)
+    assert checkpoint.load_newest(tmp_path).step == 1
+
+
+KILLED_SAVE = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_checkpoint
+count, limit = 0, int(sys.argv[2])
+WATCHED = {{"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.fsync", "os.truncate"}}
+def hook(event, arguments):
+    global count
+    if event in WATCHED and sys.argv[1] in str(arguments[:2]):
+        count += 1
+        if count == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+test_checkpoint.save(Path(sys.argv[1]), 3, keep=2)
+print(count)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Real SIGKILLs. The newest whole checkpoint is the old or the new one, never a mixture, and saving works again."""
+    script = tmp_path / "kill.py"
+    script.write_text(textwrap.dedent(KILLED_SAVE.format(tests=str(Path(__file__).parent))))
+    point, survived = 1, False
+    while not survived:
+        folder = tmp_path / f"run{point}"
+        for step in (1, 2):
+            save(folder, step, keep=2)
+        done = subprocess.run([sys.executable, script, folder, str(point)], capture_output=True, text=True, check=False)
+        survived = done.returncode == 0
+        loaded = checkpoint.load_newest(folder)
+        assert loaded is not None
+        assert loaded.step in ((3,) if survived else (2, 3)), done.stderr
+        assert checkpoint.digest(loaded.tensors) == checkpoint.digest(tensors(loaded.step))
+        save(folder, 4, keep=2)
+        assert not list(folder.glob(".*tmp"))
+        assert checkpoint.load_newest(folder).step == 4
+        point += 1
+    assert point > 8
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_a_failing_disk_names_the_path_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save(tmp_path, 1)
+    real, calls = getattr(os, name), 0
+
+    def failing(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == limit:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, name, failing)
+    limit = 0
+    save(tmp_path, 2)
+    total = calls
+    for step in range(3, total + 3):
+        calls, limit = 0, step - 2
+        with pytest.raises(HilumError, match=str(tmp_path)):
+            save(tmp_path, step)
+        newest = checkpoint.load_newest(tmp_path)
+        assert checkpoint.digest(newest.tensors) == checkpoint.digest(tensors(newest.step))
+        assert not list(tmp_path.glob(".*tmp"))
+
+
+def make_optimizer(fused: bool) -> tuple[nn.Module, torch.optim.AdamW, dict[Tensor, str]]:
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=fused)
+    return module, optimizer, {parameter: name for name, parameter in module.named_parameters()}
+
+
+def advance(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        module(inputs).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizer_state_resumes_bit_for_bit(tmp_path: Path, fused: bool) -> None:
+    straight, optimizer, names = make_optimizer(fused)
+    advance(straight, optimizer, range(4))
+    wanted = checkpoint.digest(straight.state_dict() | checkpoint.flatten_optimizer(optimizer, names))
+
+    first, optimizer, names = make_optimizer(fused)
+    advance(first, optimizer, range(2))
+    flat = checkpoint.flatten_optimizer(optimizer, names)
+    assert {"0.weight.exp_avg", "0.weight.exp_avg_sq", "1.bias.step"} <= set(flat)
+    checkpoint.save_checkpoint(tmp_path, 2, first.state_dict() | {f"optimizer.{k}": v for k, v in flat.items()}, {})
+
+    loaded = checkpoint.load_newest(tmp_path).tensors
+    second, optimizer, names = make_optimizer(fused)
+    state = {key: value for key, value in loaded.items() if not key.startswith("optimizer.")}
+    checkpoint.load_strictly(second, state, "the test")
+    flat = {key.removeprefix("optimizer."): value for key, value in loaded.items() if key.startswith("optimizer.")}
+    checkpoint.restore_optimizer(optimizer, names, flat)
+    advance(second, optimizer, range(2, 4))
+    assert checkpoint.digest(second.state_dict() | checkpoint.flatten_optimizer(optimizer, names)) == wanted
+
+
+def test_optimizer_state_of_another_model_is_refused() -> None:
+    _, optimizer, names = make_optimizer(False)
+    with pytest.raises(CheckpointError, match="no parameter"):
+        checkpoint.restore_optimizer(optimizer, names, {"2.weight.exp_avg": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="shape"):
+        checkpoint.restore_optimizer(optimizer, names, {"0.weight.exp_avg": torch.zeros(9, 9)})
+
+
+def test_strict_loading_names_what_does_not_fit() -> None:
+    module = nn.Linear(2, 3)
+    for state, found in (
+        ({"weight": module.weight}, r"1 missing \(bias\)"),
+        (module.state_dict() | {"gain": module.bias}, r"1 unexpected \(gain\)"),
+        ({"weight": torch.zeros(3, 9), "bias": module.bias}, r"weight is \(3, 9\), expected \(3, 2\)"),
+    ):
+        with pytest.raises(CheckpointError, match=found):
+            checkpoint.load_strictly(module, state, "x")
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    program = "\n".join([
+        "import sys, time", "from pathlib import Path", "from hilum.core.checkpoint import folder_lock",
+        f"with folder_lock(Path({str(tmp_path)!r})):", "    print('held', flush=True)", "    time.sleep(60)",
+    ])  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline().strip() == "held"
+        with pytest.raises(HilumError, match=f"in use by process {holder.pid}"), checkpoint.folder_lock(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with checkpoint.folder_lock(tmp_path):
+        assert (tmp_path / ".lock").read_text().strip() == str(os.getpid())
+    with checkpoint.folder_lock(tmp_path):
+        pass

@@ -1,0 +1,179 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hilum.core.errors import PredictionError
+from hilum.core.seeding import stream
+from hilum.evaluation import definitions
+from hilum.evaluation.bootstrap import (
+    FAST,
+    WeightedFinding,
+    interval,
+    mean_over_findings,
+    paired_difference,
+    patient_clusters,
+    replicates,
+    resample_weights,
+)
+from hilum.evaluation.metrics import METRICS, average_precision, evaluate
+
+
+@pytest.mark.parametrize("digits", [1, 2, 17])
+@pytest.mark.parametrize("name", FAST)
+def test_weighted_metrics_equal_the_definition_on_the_repeated_rows(digits, name):
+    rng = np.random.default_rng(digits)
+    p, clusters = np.round(rng.random(70), digits), rng.integers(0, 25, 70)
+    y = rng.choice([0, 0, 0, 1, -1], 70).astype(np.int8)
+    finding = WeightedFinding(p, y, clusters, 25, 0.3)
+    weights = resample_weights(25, 0, 40, seed=1)
+    fast = finding.measure(weights, [name])[name]
+    for column in range(40):
+        copies = weights[clusters, column].astype(int)
+        repeated = np.repeat(y, copies)
+        slow = METRICS[name](np.repeat(p, copies), repeated, 0.3) if (repeated == 1).any() else None
+        if slow is None:
+            assert np.isnan(fast[column]) or name in ("ECE", "ECE_challenge_inferred", "Brier")
+        else:
+            assert fast[column] == pytest.approx(slow, abs=1e-12)
+
+
+def test_a_metric_without_a_fast_form_gets_the_same_resamples(monkeypatch, made_up):
+    table, labels = made_up()
+    monkeypatch.setitem(definitions.METRICS, "AP_again", lambda p, y, _: average_precision(p, y))
+    result = evaluate(table, labels, bootstraps=25)
+    assert result["findings"]["B"]["ci95"]["AP_again"] == pytest.approx(
+        result["findings"]["B"]["ci95"]["AP"], abs=1e-12
+    )
+    assert result["macro"]["mAP_again"] == result["macro"]["mAP"]
+
+
+def test_patients_are_drawn_whole():
+    weights = resample_weights(30, 0, 50, seed=0)
+    assert (weights.sum(axis=0) == 30).all()
+    assert (weights == np.round(weights)).all()
+    np.testing.assert_array_equal(resample_weights(30, 7, 9, seed=0), weights[:, 7:9])
+    assert not np.array_equal(resample_weights(30, 0, 50, seed=1), weights)
+
+
+def test_the_block_size_changes_nothing(monkeypatch, made_up):
+    table, labels = made_up()
+    before = evaluate(table, labels, bootstraps=23)
+    monkeypatch.setattr("hilum.evaluation.bootstrap.BLOCK", 4)
+    assert evaluate(table, labels, bootstraps=23) == before
+
+
+def test_clusters_are_patients_of_a_dataset():
+    dataset, patient = np.array(["d", "d", "e", "d", "d"]), np.array(["1", "1", "1", "", ""])
+    found = patient_clusters(dataset, patient, np.array(["a", "b", "c", "s", "t"]))
+    assert found[0] == found[1] and len(set(found.tolist())) == 4
+
+
+def test_copies_of_a_patient_do_not_narrow_the_interval(made_up):
+    table, labels = made_up(count=80, patients=40)
+    single = evaluate(table, labels, bootstraps=200)["findings"]["A"]["ci95"]["AUC"]
+    copies = np.repeat(np.arange(80), 10)
+    many = table.rows(np.arange(80))
+    many = dataclasses.replace(
+        many.rows(copies[:0]),
+        **{
+            name: getattr(table, name)[copies]
+            for name in ("image_id", "study_id", "patient_id", "dataset", "view", "probabilities")
+        },
+        image_uid=np.array([f"u{index}" for index in range(800)]),
+    )
+    assert evaluate(many, labels[copies], bootstraps=200)["findings"]["A"]["ci95"]["AUC"] == pytest.approx(single)
+
+
+def test_resamples_without_positives_are_skipped_and_counted(made_up):
+    table, labels = made_up(patients=30)
+    labels[:, 3] = 0
+    labels[0, 3] = 1
+    result = evaluate(table, labels, bootstraps=100)
+    skipped = result["findings"]["D"]["skipped_resamples"]["AP"]
+    weights = resample_weights(result["n_patients"], 0, 100, 0)
+    ids = sorted(f"p\x1fd\x1f{name}" for name in set(table.patient_id.tolist()))
+    assert skipped == (weights[ids.index(f"p\x1fd\x1f{table.patient_id[0]}")] == 0).sum() > 0
+    assert "AP" not in result["findings"]["A"]["skipped_resamples"]
+
+
+def test_no_interval_from_nothing():
+    assert interval(np.full(10, np.nan)) is None
+    assert interval(np.array([0.3])) is None
+    assert interval(np.array([0.0, 1.0])) == pytest.approx([0.025, 0.975])
+    np.testing.assert_array_equal(mean_over_findings(np.array([[0.2, np.nan], [np.nan, np.nan]])), [0.2, np.nan])
+    assert replicates([], 5, 0)["AP"].shape == (5, 0)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    hits = 0
+    for trial in range(60):
+        rng = stream(trial, "coverage")
+        y = (rng.random(400) < 0.3).astype(np.int8)
+        p = 1 / (1 + np.exp(-(rng.normal(size=400) + y)))
+        finding = WeightedFinding(p, y, np.arange(400), 400, None)
+        low, high = interval(finding.measure(resample_weights(400, 0, 200, trial), ["AUC"])["AUC"])
+        hits += low <= 0.7602 <= high  # Phi(1 / sqrt 2)
+    assert 51 <= hits <= 60
+
+
+def test_a_file_does_not_differ_from_itself(made_up):
+    table, labels = made_up()
+    order = np.random.default_rng(0).permutation(len(table))
+    other = table.rows(order).select(["D", "B", "A", "C"])
+    for row in paired_difference(table, other, labels, bootstraps=30).values():
+        assert (row["difference"], row["low"], row["high"]) in ((0, 0, 0), (None, None, None)) or row["high"] < 1e-12
+        assert row["shown"] is False or abs(row["difference"]) > 0
+
+
+def test_the_pairing_narrows_the_interval_of_a_difference(made_up):
+    table, labels = made_up(count=400, patients=150)
+    noise = np.random.default_rng(1).normal(0, 0.05, labels.shape)
+    worse = table.replace(np.clip(table.probabilities + noise, 0, 1))
+    a, b = evaluate(table, labels, bootstraps=200), evaluate(worse, labels, bootstraps=200)
+    row = paired_difference(table, worse, labels, bootstraps=200)["mAP"]
+    assert row["difference"] == pytest.approx(a["macro"]["mAP"] - b["macro"]["mAP"])
+    width = row["high"] - row["low"]
+    assert width < 0.5 * (a["macro"]["ci95"]["mAP"][1] - a["macro"]["ci95"]["mAP"][0])
+    assert row["findings"] == 4
+
+
+def test_a_clear_difference_is_shown_and_none_is_not(made_up):
+    table, labels = made_up(count=400, patients=150)
+    noise = table.replace(np.random.default_rng(1).random(labels.shape))
+    assert paired_difference(table, noise, labels, bootstraps=100)["mAUC"]["shown"] is True
+    assert paired_difference(noise, table, labels, bootstraps=100)["mAUC"]["difference"] < 0
+    other = table.replace(np.random.default_rng(2).random(labels.shape))
+    assert paired_difference(noise, other, labels, bootstraps=100)["mAUC"]["shown"] is False
+
+
+def test_only_findings_trained_in_both_with_enough_positives_are_compared(made_up):
+    table, labels = made_up()
+    values = table.probabilities.copy()
+    values[:, 0] = np.nan
+    labels[np.flatnonzero(labels[:, 3])[2:], 3] = 0
+    row = paired_difference(table, table.replace(values), labels, bootstraps=5, min_positives=3)["mAP"]
+    assert row["findings"] == 2
+
+
+def test_other_items_cannot_be_compared(made_up):
+    table, labels = made_up()
+    with pytest.raises(PredictionError, match="only in the first"):
+        paired_difference(table, table.rows(np.arange(59)), labels, bootstraps=2)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_images_forty_findings_a_thousand_resamples_take_minutes():
+    """Timed, so that a change which makes it hours is seen; the bound is generous."""
+    import time
+
+    rng = np.random.default_rng(0)
+    clusters = rng.integers(0, 15_000, 50_000)
+    start = time.monotonic()
+    findings = []
+    for share in np.geomspace(0.3, 0.001, 40):
+        y = (rng.random(50_000) < share).astype(np.int8)
+        findings.append(WeightedFinding(1 / (1 + np.exp(-(rng.normal(size=50_000) + y))), y, clusters, 15_000, 0.5))
+    values = replicates(findings, 100, 0)
+    assert not np.isnan(values["AP"]).any()
+    assert time.monotonic() - start < 60

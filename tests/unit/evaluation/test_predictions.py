@@ -1,0 +1,146 @@
+import dataclasses
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from hilum.core.errors import PredictionError
+from hilum.evaluation.metrics import evaluate
+from hilum.evaluation.predictions import IDENTITY, bare_ids, read_predictions, sidecar, write_predictions
+
+
+def same(a, b):
+    assert a.findings == b.findings
+    assert a.metadata == b.metadata
+    for name in IDENTITY:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    np.testing.assert_array_equal(a.probabilities, b.probabilities)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".json"])
+def test_round_trip_keeps_every_bit_and_the_metadata(tmp_path, made_up, suffix):
+    table, _ = made_up(stage="study", model="m", head_splits=["train"])
+    values = np.random.default_rng(0).random(table.probabilities.shape)
+    values[0, 0], values[1, 0], values[:, 2] = 5e-324, 1 - 2**-53, np.nan
+    table = table.replace(values)
+    write_predictions(table, tmp_path / f"p{suffix}")
+    same(read_predictions(tmp_path / f"p{suffix}"), table)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_finding_never_trained_is_empty_in_csv_and_null_in_parquet(tmp_path, made_up):
+    table, _ = made_up(count=3)
+    values = table.probabilities.copy()
+    values[:, 1] = np.nan
+    write_predictions(table.replace(values), tmp_path / "p.csv")
+    write_predictions(table.replace(values), tmp_path / "p.parquet")
+    assert (tmp_path / "p.csv").read_text().splitlines()[1].split(",")[7] == ""
+    assert pl.read_parquet(tmp_path / "p.parquet")["B"].null_count() == 3
+
+
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_columns_are_found_by_name_in_any_order(tmp_path, made_up, with_metadata):
+    table, labels = made_up()
+    write_predictions(table, tmp_path / "p.csv")
+    frame = pl.read_csv(tmp_path / "p.csv", infer_schema=False)
+    frame.select(reversed(frame.columns)).write_csv(tmp_path / "q.csv")
+    if with_metadata:
+        sidecar(tmp_path / "q.csv").write_text(sidecar(tmp_path / "p.csv").read_text())
+    back = read_predictions(tmp_path / "q.csv")
+    columns = [table.findings.index(name) for name in back.findings]
+    assert (columns == [0, 1, 2, 3]) is with_metadata
+    assert evaluate(back, labels[:, columns])["findings"] == {
+        name: evaluate(table, labels)["findings"][name] for name in back.findings
+    }
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".json"])
+@pytest.mark.parametrize(("old", "new"), [("B", "Bee"), ("patient_id", "patient")])
+def test_a_renamed_column_is_named(tmp_path, made_up, suffix, old, new):
+    table, _ = made_up(count=4)
+    path = tmp_path / f"p{suffix}"
+    write_predictions(table, path)
+    if suffix == ".parquet":
+        meta = pl.read_parquet_metadata(path)
+        meta.pop("ARROW:schema")
+        pl.read_parquet(path).rename({old: new}).write_parquet(path, metadata=meta)
+    elif suffix == ".csv":
+        path.write_text(path.read_text().replace(f"{old},", f"{new},", 1))
+    else:
+        content = json.loads(path.read_text())
+        for row in content["predictions"]:
+            row[new] = row.pop(old)
+        path.write_text(json.dumps(content))
+    with pytest.raises(PredictionError, match=f"'{old}'"):
+        read_predictions(path)
+
+
+def test_a_removed_finding_is_named(tmp_path, made_up):
+    table, _ = made_up(count=4)
+    write_predictions(table, tmp_path / "p.parquet")
+    meta = pl.read_parquet_metadata(tmp_path / "p.parquet")
+    meta.pop("ARROW:schema")
+    pl.read_parquet(tmp_path / "p.parquet").drop("C").write_parquet(tmp_path / "p.parquet", metadata=meta)
+    with pytest.raises(PredictionError, match="'C'"):
+        read_predictions(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 1.1, np.float16("inf")])
+def test_a_value_that_is_no_probability_is_refused_with_item_and_finding(made_up, value):
+    table, _ = made_up()
+    values = table.probabilities.copy()
+    values[7, 2] = value
+    with pytest.raises(PredictionError, match=rf"{table.image_uid[7]}.*'C'"):
+        table.replace(values)
+
+
+def test_duplicate_ids_are_refused(made_up):
+    table, _ = made_up()
+    uids = table.image_uid.copy()
+    uids[3] = uids[4]
+    with pytest.raises(PredictionError, match=uids[4]):
+        dataclasses.replace(table, image_uid=uids)
+
+
+@pytest.mark.parametrize("change", [{"stage": "done"}, {"unit": "patient"}, {"note": float("nan")}])
+def test_metadata_is_checked(made_up, change):
+    table, _ = made_up()
+    with pytest.raises(PredictionError):
+        table.replace(table.probabilities, **change)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "image_uid,image_id\n1,2\n", "image_uid,image_id,study_id,patient_id,dataset,view,A\na,b,c,d,e,PA,high\n",
+     "image_uid,image_id,study_id,patient_id,dataset,view,A\na,b,c,d,e,PA\n",
+     "image_uid,image_id,study_id,patient_id,dataset,view,A,A\na,b,c,d,e,PA,1,0\n",
+     "image_uid,image_id,study_id,patient_id,dataset,view\na,b,c,d,e,PA\n"],
+)  # fmt: skip
+def test_a_malformed_csv_is_refused(tmp_path, content):
+    (tmp_path / "p.csv").write_text(content)
+    with pytest.raises(PredictionError, match=r"p\.csv"):
+        read_predictions(tmp_path / "p.csv")
+
+
+def test_files_of_another_kind_are_refused(tmp_path, made_up):
+    table, _ = made_up()
+    with pytest.raises(PredictionError, match="does not exist"):
+        read_predictions(tmp_path / "absent.csv")
+    with pytest.raises(PredictionError, match=r"\.xlsx"):
+        write_predictions(table, tmp_path / "p.xlsx")
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(PredictionError, match="Parquet"):
+        read_predictions(tmp_path / "p.parquet")
+
+
+def test_select_is_by_name_and_names_what_is_missing(made_up):
+    table, _ = made_up()
+    np.testing.assert_array_equal(table.select(["C", "A"]).probabilities, table.probabilities[:, [2, 0]])
+    with pytest.raises(PredictionError, match="'Z'"):
+        table.select(["A", "Z"])
+
+
+def test_bare_ids_drop_only_their_own_dataset():
+    ids, datasets = np.array(["nih/1.png", "2.png", "mimic/3"]), np.array(["nih", "nih", "nih"])
+    assert bare_ids(ids, datasets).tolist() == ["1.png", "2.png", "mimic/3"]
