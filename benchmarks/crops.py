@@ -38,7 +38,7 @@ from hilum.pretraining import crops as hilum_crops
 from hilum.pretraining.crops import CropConfig, make_crops
 
 SIZES = ((224, 96), (512, 144))
-IMAGES, ROUNDS, SAMPLES_A_ROUND = 16, 9, 12
+IMAGES, WARM_UP, ROUNDS, SAMPLES_A_ROUND = 16, 4, 9, 12
 SIDE, QUALITY = 512, 95
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -114,7 +114,7 @@ def peer_blur(view: Image.Image, sigma: float) -> Image.Image:
 
 def pil_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """PIL's antialiased bicubic on one channel."""
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(pixels.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def measure(global_size: int, local_size: int, images: list[np.ndarray], folder: Path) -> dict[str, dict[str, float]]:
@@ -146,7 +146,7 @@ def measure(global_size: int, local_size: int, images: list[np.ndarray], folder:
         "  cxr preset, JPEG store": ours(stores["jpeg95"], cxr),
     }
     times: dict[str, list[float]] = {name: [] for name in rows}
-    for round_number in range(-1, ROUNDS):  # the first is a warm-up
+    for round_number in range(-WARM_UP, ROUNDS):
         for name, sample in rows.items():
             samples = SAMPLES_A_ROUND if name.startswith("peer") else 4 * SAMPLES_A_ROUND
             start = time.process_time()

@@ -6,7 +6,7 @@ status 1; a mistake in the options is exit status 2.
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -71,13 +71,20 @@ def manifest(
     out: Out = Path("manifest.parquet"),
     images: Annotated[list[str] | None, typer.Option(help="SOURCE=ROOT where the images are, if elsewhere.")] = None,
     findings: Annotated[str, typer.Option(help="auto, or a task such as cxrlt2024-task1.")] = "auto",
-    split: Annotated[str, typer.Option(help="auto, official or project.")] = "auto",
+    split: Annotated[
+        Literal["auto", "official", "project"], typer.Option(help="official: the source's own; project: by patient.")
+    ] = "auto",
     val_fraction: Annotated[float, typer.Option(help="Share of patients for validation.")] = 0.1,
     test_fraction: Annotated[float, typer.Option(help="Share of patients for testing.")] = 0.2,
     seed: Seed = 0,
     allow_missing: Annotated[
         bool, typer.Option(help="Drop listed images that are not there, and say how many.")
     ] = False,
+    uncertain: Annotated[
+        Literal["mask", "zero", "one"], typer.Option(help="What a source's own uncertain becomes.")
+    ] = "mask",
+    blank: Annotated[Literal["mask", "zero"], typer.Option(help="What an empty label cell becomes.")] = "mask",
+    table: Annotated[list[str] | None, typer.Option(help="SOURCE=CSV in place of the folder's labels.csv.")] = None,
 ) -> None:
     """Read datasets into one checked table: images, patients, studies, views, labels, splits."""
     from hilum.commands import manifest as program
@@ -92,6 +99,9 @@ def manifest(
         test_fraction=test_fraction,
         seed=seed,
         allow_missing=allow_missing,
+        uncertain=uncertain,
+        blank=blank,
+        tables=table or [],
     )
 
 
@@ -228,6 +238,10 @@ def evaluate(
     calibration: Annotated[Path | None, typer.Option(help="Where the thresholds come from.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Other predictions, for the paired difference.")] = None,
     bootstraps: Annotated[int, typer.Option(help="Resamples of patients for the intervals.")] = 1000,
+    min_positives: Annotated[int, typer.Option(help="Findings with fewer are left out of means, and listed.")] = 0,
+    explain: Annotated[
+        Path | None, typer.Option(help="A model that shows example studies in the report; labels must be a store.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Metrics with intervals by patient: metrics.json and report.html."""
@@ -243,6 +257,8 @@ def evaluate(
         compare=compare,
         bootstraps=bootstraps,
         seed=seed,
+        min_positives=min_positives,
+        explain=explain,
     )
 
 
@@ -254,11 +270,14 @@ def submit(
     out: Out = Path("submission.csv"),
     scale: Annotated[str | None, typer.Option(help="f1: move each finding's F1-optimal cut to 0.5.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Where the thresholds come from, for --scale.")] = None,
+    fill_untrained: Annotated[
+        str | None, typer.Option(help="prevalence: what findings never trained get instead of an error.")
+    ] = None,
 ) -> None:
     """Write a validated CXR-LT submission."""
     from hilum.commands import submit as program
 
-    program.run(predictions, task, ids, out, scale=scale, calibration=calibration)
+    program.run(predictions, task, ids, out, scale=scale, calibration=calibration, fill_untrained=fill_untrained)
 
 
 @app.command(epilog=example("hilum bench crops"))

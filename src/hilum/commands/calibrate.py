@@ -10,8 +10,9 @@ from pathlib import Path
 from hilum.core.errors import ConfigError, StageError
 from hilum.core.tracking import next_step, say, warn
 from hilum.evaluation.calibration import Calibrator, read_calibrator, write_calibrator
+from hilum.evaluation.joining import join, match_findings
 from hilum.evaluation.predictions import read_predictions, write_predictions
-from hilum.evaluation.truth import join, match_findings, read_truth
+from hilum.evaluation.truth import read_truth
 
 
 def run(
@@ -51,7 +52,7 @@ def run(
     kinds = Counter(one["flag"] or one["kind"] for one in calibrator.maps.values() if one)
     items = calibrator.fitted_on["items"] if calibrator.fitted_on else 0
     say(
-        f"{out}: fitted on {items} {calibrator.unit}s at stage {calibrator.stage}: "
+        f"{out}: fitted on {items} items ({calibrator.unit}) at stage {calibrator.stage}: "
         + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     )
     next_step(f"hilum calibrate TEST_PREDICTIONS --use {out} --out calibrated.parquet")

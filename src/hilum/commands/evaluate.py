@@ -17,13 +17,16 @@ from hilum.data.labels import TASKS, frequency_groups
 from hilum.evaluation.bootstrap import paired_difference
 from hilum.evaluation.calibration import check_out_of_sample, read_calibrator
 from hilum.evaluation.curves import curves
+from hilum.evaluation.joining import Joined, join, match_findings
 from hilum.evaluation.metrics import GROUPS, evaluate
 from hilum.evaluation.predictions import Predictions, read_predictions
-from hilum.evaluation.report import write_report
-from hilum.evaluation.truth import Joined, Truth, join, match_findings, read_truth
+from hilum.evaluation.report import ReportExample, write_report
+from hilum.evaluation.truth import Truth, read_truth
 
 TABLE = ("mAP", "mAUC", "mF1@0.5", "mF1@tuned", "mECE_standard")
 FORMAT = "hilum-metrics-1"
+EXAMPLES = 6
+"""Studies shown in the report."""
 
 
 def run(
@@ -37,6 +40,7 @@ def run(
     bootstraps: int = 1000,
     seed: int = 0,
     min_positives: int = 0,
+    explain: Path | None = None,
 ) -> dict[str, Any]:
     """Judge predictions; returns what `metrics.json` holds.
 
@@ -51,6 +55,7 @@ def run(
         bootstraps: resamples of patients; 0 for no intervals.
         seed: of the resamples.
         min_positives: findings with fewer stay out of the means and are listed.
+        explain: a model that shows example studies of the report; `labels` must be a store.
 
     Raises:
         StageError: a calibrator or threshold was fitted on evaluated items, or at another stage.
@@ -86,15 +91,36 @@ def run(
         metrics=result,
         curves=curves(joined.predictions.probabilities, joined.labels, names),
         comparisons=_comparisons(result),
+        examples=_examples(explain, labels, joined) if explain else (),
         notes=notes,
     )
     for line in notes:
         warn(line)
     say(summary(result))
     say(
-        f"{out / 'metrics.json'}, {out / 'report.html'}: {len(names)} findings, {len(joined.predictions)} {table.unit}s"
+        f"{out / 'metrics.json'}, {out / 'report.html'}: {len(names)} findings, {len(joined.predictions)} {table.unit} rows"
     )
     return result
+
+
+def _examples(explain: Path, labels: Path, joined: Joined) -> list[ReportExample]:
+    """Some of the judged studies as the model sees them."""
+    from hilum.data.store import Store  # numbers need neither a store nor torch; pictures need both
+    from hilum.deploy.examples import choose_studies, explain_study
+    from hilum.deploy.predictor import load
+
+    if not labels.is_dir():
+        raise PredictionError(f"Example studies are read from a store; {labels} is not one. Leave out --explain.")
+    store, model = Store.open(labels), load(explain)
+    position = {uid: index for index, uid in enumerate(store.uids.tolist())}
+    uids = joined.predictions.image_uid
+    if joined.predictions.unit != "image" or not set(uids.tolist()) <= set(position):
+        raise PredictionError("Example studies need predictions per image of this store. Leave out --explain.")
+    chosen = choose_studies(joined.predictions, joined.labels, EXAMPLES)
+    return [
+        explain_study(model, store, [position[uid] for uid in uids[rows]], f"Study {number}")
+        for number, rows in enumerate(chosen, 1)
+    ]
 
 
 def f1_thresholds(table: Predictions, calibration: Path | None) -> dict[str, float] | None:

@@ -25,5 +25,7 @@ def run(
         table.add_row(name, *(str(findings[name][unit]) for unit in ("patients", "studies", "images", "masks")))
     Console().print(table)
     splits = summary["patients_by_split"]
-    say(f"Patients: {splits['train']} train, {splits['val']} development, {splits['test']} test. Masks: {out}/masks.csv")
+    say(
+        f"Patients: {splits['train']} train, {splits['val']} development, {splits['test']} test. Masks: {out}/masks.csv"
+    )
     next_step(f"hilum manifest {SOURCE_OF_LAYOUT[layout]}={out} --out {out}/manifest.parquet")

@@ -274,6 +274,8 @@ def run(
                     state.centres = dinov2.update_centres(state.centres, taught, config.losses.centre_momentum)
                 state.seen[loaded.indices] = True
 
+                if engine.world_size == 1:  # several processes agree once a step, before it; one may look again
+                    stopping = stop.requested
                 done, last = step + 1, step + 1 == config.steps
                 if done % config.log_every == 0 or done == start + 1 or last or stopping:
                     line = _measure(losses, norms, values, taught, targets, loaded)
@@ -350,7 +352,7 @@ def _facts(
         "architecture": to_dict(vit),
         "preprocess_id": store.preprocess_id,
         "steps": config.steps,
-        "images": store.fingerprint(pool.indices),
+        "images": store.fingerprint(pool.indices.tolist()),
         "processes": engine.world_size,
         "threads": torch.get_num_threads(),
         "init": str(Path(init).resolve()) if init else None,
@@ -424,7 +426,7 @@ def _check_finite(
     The one place where a step waits for the device.
     """
     numbers = torch.stack([*losses, *norms.values()]).detach()
-    flags = torch.stack([(~torch.isfinite(numbers)).any(), torch.tensor(stop.name != "", device=numbers.device)])
+    flags = torch.stack([(~torch.isfinite(numbers)).any(), torch.tensor(stop.requested, device=numbers.device)])
     broken, stopping = max_over_ranks(flags.to(torch.int32)).tolist()
     if broken:
         uids = store.uids[loaded.indices.numpy()].tolist()
@@ -522,9 +524,9 @@ def _bar(steps: int, shown: bool) -> AbstractContextManager[Bar]:
 
 
 class _Stop:
-    """Which signal has asked this run to stop; "" for none."""
+    """Whether a signal has asked this run to stop."""
 
-    name = ""
+    requested = False
 
 
 @contextmanager
@@ -535,8 +537,8 @@ def _stop_signals() -> Iterator[_Stop]:
         yield stop
         return
 
-    def note(number: int, _frame: object) -> None:
-        stop.name = signal.Signals(number).name
+    def note(_number: int, _frame: object) -> None:
+        stop.requested = True
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:

@@ -73,6 +73,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         state = temporary / STATE_NAME
         save_file({name: _plain(tensor) for name, tensor in tensors.items()}, state)
+        state.chmod(temporary.stat().st_mode & 0o666)  # the library makes it private; the folder follows the umask
         flush_to_disk(state)
         files = {STATE_NAME: {"size": state.stat().st_size, "sha256": sha256_file(state)}}
         content = {"format": FORMAT, "step": step, "files": files, "values": dict(values)}

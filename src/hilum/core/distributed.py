@@ -6,12 +6,13 @@ The sums (`sum_over_ranks` ...) are plain functions that do nothing in a single 
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from hilum.core.errors import ConfigError
 Accelerator = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 
+_SECONDS_TO_DRAIN = 1.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for another before it gives up; longer than any checkpoint takes to write."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What a training loop needs to know of the machine."""
 
@@ -73,6 +76,9 @@ def launch(devices: int = 1, precision: Precision = "fp32", accelerator: Acceler
         yield engine
     finally:
         if is_distributed():
+            # Gloo's thread needs the interpreter lock to free its last work, and the group's destructor, which holds
+            # that lock, waits for the thread: freed at once, the two can wait for each other for ever (torch 2.13).
+            time.sleep(_SECONDS_TO_DRAIN)
             torch.distributed.destroy_process_group()
 
 

@@ -22,6 +22,7 @@ from hilum.data.schema import STUDY, Manifest, evaluation_in_pretraining, label_
 FEW_POSITIVES = 30
 """Below this many positives an average precision says little (its interval is wide)."""
 EXAMPLES = 3
+SHOWN_FINDINGS = 8
 Z_95 = 1.959963984540054
 
 IDENTITIES: dict[str, tuple[str, ...]] = {
@@ -204,7 +205,9 @@ def _thin(frame: pl.DataFrame, positives: pl.DataFrame) -> list[Problem]:
             continue
         few = positives.filter((pl.col("split") == split) & (pl.col("positives") < FEW_POSITIVES))
         if few.height:
-            shown = ", ".join(f"{row['finding']} {row['positives']}" for row in few.sort("positives").to_dicts())
+            rarest = few.sort("positives", "finding").head(SHOWN_FINDINGS).to_dicts()
+            shown = ", ".join(f"{row['finding']} {row['positives']}" for row in rarest)
+            shown += f", ... {few.height - len(rarest)} more" if few.height > len(rarest) else ""
             message = f"{split}: {few.height} findings have under {FEW_POSITIVES} positives ({shown})"
             found.append(Problem("few positives", message, 0))
     return found

@@ -8,7 +8,7 @@ from its header. No pixel is decoded here.
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hilum.core.errors import UnreadableImageError, UnsupportedImageError
 
@@ -22,6 +22,8 @@ JPEG_SIGNATURE = b"\xff\xd8\xff"
 _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 _MARKER_LS = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
 """In JPEG-LS data, 0xFF is followed by a byte below 0x80, not by zero."""
+_TABLE_MARKERS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xDA, 0xF8, 0xFE})
+_APPLICATION_MARKERS = frozenset(range(0xE0, 0xF0))
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
 _ORIENTATION_TAG = 274
 
@@ -34,6 +36,8 @@ class JpegFrame:
     width: int
     components: int
     precision: int
+    simple: bool = True
+    """Baseline and in one scan: the kind that decoders cannot disagree about."""
 
 
 def check_pixels(rows: int, cols: int) -> None:
@@ -129,32 +133,36 @@ def check_jpeg(content: bytes) -> tuple[JpegFrame, bytes]:
     short = UnreadableImageError("truncated", f"the JPEG ends before its end marker ({len(content)} bytes).")
     position, scans, exif = 2, 0, b""
     frame: JpegFrame | None = None
-    lossless = False
+    lossless = baseline = in_data = False
     while True:
         found = (_MARKER_LS if lossless else _MARKER).search(content, position)
         if found is None:
             raise short
+        if found.start() != position and not in_data:
+            raise UnreadableImageError("damaged", "a JPEG segment is not followed by a marker.")
         marker, position = content[found.end() - 1], found.end()
         if marker == 0xD9:
             if frame is None or scans == 0:
                 raise UnreadableImageError("damaged", "the JPEG has no image.")
-            return frame, exif
-        if marker in (0x01, 0xD8):
-            continue
+            return replace(frame, simple=baseline and scans == 1), exif
+        known = _TABLE_MARKERS if scans else _TABLE_MARKERS | _APPLICATION_MARKERS | _FRAME_MARKERS
+        if marker not in known:
+            raise UnreadableImageError("damaged", f"an unexpected JPEG marker, 0x{marker:02x}.")
         if position + 2 > len(content):
             raise short
         length = struct.unpack_from(">H", content, position)[0]
         if position + length > len(content):
             raise short
         if marker in _FRAME_MARKERS:
-            lossless = marker == 0xF7
+            lossless, baseline = marker == 0xF7, marker == 0xC0
             if length < 8:
                 raise UnreadableImageError("damaged", "a JPEG frame header is too short.")
             precision, height, width, components = struct.unpack_from(">BHHB", content, position + 2)
             frame = JpegFrame(height, width, components, precision)
         if marker == 0xE1 and content.startswith(b"Exif\x00\x00", position + 2):
             exif = exif or content[position + 2 : position + length]
-        if marker == 0xDA:
+        in_data = marker == 0xDA
+        if in_data:
             scans += 1
             if scans > MAX_SCANS:
                 raise UnsupportedImageError("too_large", f"a JPEG of more than {MAX_SCANS} scans.")

@@ -1,14 +1,17 @@
 """The DICOM half of images.py: header repair, decoding with declared sizes checked, and the display curve.
 
 Never used directly: `images.read_image` and `images.read_dicom_header` decide what is DICOM and come here. Decoders
-are chosen by name: python-gdcm for JPEG, lossless JPEG and JPEG-LS, OpenJPEG (pylibjpeg-openjpeg) for JPEG 2000 and
-HTJ2K, Pillow last and for 8-bit baseline only. Nothing here follows a path or a reference found inside a file, and no
+are chosen by name: python-gdcm for lossless JPEG and JPEG-LS, OpenJPEG (pylibjpeg-openjpeg) for JPEG 2000 and HTJ2K,
+Pillow for lossy 8-bit JPEG, on whose damaged headers GDCM ends the process. A stream is checked before any sees it. Nothing here follows a path or a reference found inside a file, and no
 message holds a value read from a header, which may identify a person. Reference: PS3.3 C.7.6.3, C.11; PS3.5 A.5.
 """
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -20,7 +23,7 @@ from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImage
 from hilum.data import intensity
 from hilum.data.containers import MAX_PIXELS, check_jpeg, check_pixels
 from hilum.data.dicom_display import display_curve, fits, levels, padding_levels, square_size, text
-from hilum.data.images import DecodedImage, quality_flags, quiet, resize_once, shrunk_size
+from hilum.data.images import DecodedImage, apply_curve, quality_flags, quiet, resize_once, shrunk_size
 
 MAX_INFLATED = 4 * MAX_PIXELS + 2**24
 """Bytes that a deflated data set may grow to."""
@@ -36,8 +39,8 @@ NATIVE = frozenset(
 )
 DECODERS: dict[str, tuple[str, ...]] = {
     uid.RLELossless: ("pydicom",),
-    uid.JPEGBaseline8Bit: ("gdcm", "pillow"),
-    uid.JPEGExtended12Bit: ("gdcm", "pillow"),
+    uid.JPEGBaseline8Bit: ("pillow", "gdcm"),
+    uid.JPEGExtended12Bit: ("pillow", "gdcm"),
     uid.JPEGLossless: ("gdcm",),
     uid.JPEGLosslessSV1: ("gdcm",),
     uid.JPEGLSLossless: ("gdcm",),
@@ -60,7 +63,7 @@ HEADER_KEYS: tuple[str, ...] = (
 
 def header(content: bytes) -> dict[str, str]:
     """See `images.read_dicom_header`."""
-    with quiet():
+    with _silent():
         try:
             dataset = _parse(content, stop_before_pixels=True)
             return {key: text(dataset.get(key)) for key in HEADER_KEYS}
@@ -72,13 +75,25 @@ def header(content: bytes) -> dict[str, str]:
 
 def render(content: bytes, short_side: int | None) -> DecodedImage:
     """Decode one DICOM image into display values, see `images.read_image`."""
-    with quiet():
+    with _silent():
         try:
             return _render(_parse(content), short_side)
         except (ImageError, MemoryError):
             raise
         except Exception as error:  # as above: the one boundary where every failure of the parser gets a reason
             raise UnreadableImageError("damaged", f"damaged DICOM ({type(error).__name__}).") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without pydicom's warnings and log lines, which quote values from headers."""
+    log = pydicom.config.logger
+    with quiet():
+        before, log.disabled = log.disabled, True
+        try:
+            yield
+        finally:
+            log.disabled = before
 
 
 def _parse(content: bytes, stop_before_pixels: bool = False) -> pydicom.FileDataset:
@@ -125,26 +140,24 @@ def _refuse_meta() -> bytes:
 
 def _render(dataset: pydicom.FileDataset, short_side: int | None) -> DecodedImage:
     rows, cols = _check_header(dataset)
-    stored = _decode(dataset, rows, cols)
+    stored = _meaningful_bits(dataset, _decode(dataset, rows, cols))
     photometric = str(dataset.PhotometricInterpretation)
     flags: list[str] = []
+    size = shrunk_size(square_size(dataset, rows, cols, flags), short_side)
     if stored.ndim == 3 or photometric == "PALETTE COLOR":
-        source, inverted = "as_is", False
-        display: np.ndarray = _grey_from_colour(dataset, stored)
+        source, grey = "as_is", resize_once(_grey_from_colour(dataset, stored), *size)
     else:
-        smallest, index, values = levels(stored)
+        index, values = levels(stored)
         padding = padding_levels(dataset, values)
-        counts = np.bincount(index.ravel(), minlength=len(values))
+        counts = intensity.histogram(index, len(values))
         counts[padding] = 0
         curve, source = display_curve(dataset, values, counts, flags)
-        inverted = photometric == "MONOCHROME1" or text(dataset.get("PresentationLUTShape")).upper() == "INVERSE"
-        if inverted:
+        if photometric == "MONOCHROME1" or text(dataset.get("PresentationLUTShape")).upper() == "INVERSE":
             curve = intensity.WHITE - curve
         curve[padding] = 0.0
-        display = curve.astype(np.float32)[index] if short_side else intensity.quantise(curve)[index]
-        if int(dataset.BitsStored) < 32 and not fits(values, smallest, dataset):
+        grey = apply_curve(index, curve, *size)
+        if not fits(dataset, values[0], values[-1]):
             flags.append("bits_stored_mismatch")
-    grey = resize_once(display, *shrunk_size(square_size(dataset, rows, cols, flags), short_side))
     if text(dataset.get("PresentationIntentType")).upper() == "FOR PROCESSING":
         flags.append("for_processing")
     return DecodedImage(
@@ -202,17 +215,40 @@ def _decode(dataset: pydicom.FileDataset, rows: int, cols: int) -> np.ndarray:
             )
         plugin = ""
     elif syntax in DECODERS:
-        _check_stream(next(generate_frames(value, number_of_frames=1)), syntax, rows, cols)
+        _check_stream(next(generate_frames(value, number_of_frames=1)), dataset)
         plugin = _plugin(syntax)
     else:
         raise UnsupportedImageError("unsupported_transfer_syntax", f"transfer syntax {syntax.name}.")
     try:
-        pixels, _ = get_decoder(syntax).as_array(dataset, decoding_plugin=plugin)
+        options: dict[str, Any] = {"decoding_plugin": plugin, "correct_unused_bits": False}
+        pixels, _ = get_decoder(syntax).as_array(dataset, **options)
     except NotImplementedError as error:
         raise UnsupportedImageError("unsupported_transfer_syntax", f"{syntax.name}: this variant.") from error
     if pixels.shape[:2] != (rows, cols) or pixels.ndim not in (2, 3):
         raise UnreadableImageError("size_mismatch", f"declared {rows} x {cols}, decoded {pixels.shape}.")
     return pixels
+
+
+def _meaningful_bits(dataset: pydicom.FileDataset, stored: np.ndarray) -> np.ndarray:
+    """Values without what else their words hold: overlays in unused bits, a shift, signs that were not extended.
+
+    Unused bits are cut off only where the header says that something else is there: a Bits Stored that is too small
+    must not fold the values over.
+    """
+    bits, allocated = int(dataset.BitsStored), int(dataset.BitsAllocated)
+    if stored.ndim != 2 or not 0 < bits < allocated:
+        return stored
+    if dataset.file_meta.TransferSyntaxUID in NATIVE | {uid.RLELossless}:
+        shift = int(dataset.get("HighBit") or bits - 1) + 1 - bits
+        groups = range(0x6000, 0x6020, 2)
+        overlaid = any((group, 0x0102) in dataset and (group, 0x3000) not in dataset for group in groups)
+        if shift > 0 or overlaid:
+            word = stored.view(f"u{stored.dtype.itemsize}") >> max(shift, 0)
+            stored = (word & (2**bits - 1)).astype(word.dtype).view(stored.dtype)
+    smallest, largest = int(stored.min()), int(stored.max())
+    if dataset.get("PixelRepresentation") and smallest >= 0 and 2 ** (bits - 1) <= largest < 2**bits:
+        stored = (stored << (allocated - bits)) >> (allocated - bits)
+    return stored
 
 
 def _plugin(syntax: uid.UID) -> str:
@@ -224,14 +260,19 @@ def _plugin(syntax: uid.UID) -> str:
     raise UnsupportedImageError("missing_decoder", f"{syntax.name} needs a decoder: pip install {install}.")
 
 
-def _check_stream(stream: bytes, syntax: uid.UID, rows: int, cols: int) -> None:
-    """The compressed stream must be whole and of the declared size, before a decoder sees it."""
+def _check_stream(stream: bytes, dataset: pydicom.FileDataset) -> None:
+    """The compressed stream must be whole and of the declared kind and size, before a decoder sees it."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    declared = (int(dataset.Rows), int(dataset.Columns))
     if syntax in _JPEG_FAMILY:
         if not stream.startswith(b"\xff\xd8"):
             raise UnreadableImageError("damaged", "the compressed pixels are not a JPEG stream.")
         frame, _ = check_jpeg(stream)
         if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) and frame.precision != 8:
             raise UnsupportedImageError("unsupported_transfer_syntax", f"lossy JPEG of {frame.precision} bits.")
+        if not 2 <= frame.precision <= int(dataset.BitsAllocated) or frame.components != dataset.SamplesPerPixel:
+            found = f"{frame.components} components of {frame.precision} bits"
+            raise UnreadableImageError("damaged", f"the stream holds {found}, which is not what is declared.")
         size = (frame.height, frame.width)
     elif syntax in _JPEG_2000_FAMILY:
         start = stream.find(b"\xff\x4f\xff\x51")
@@ -243,10 +284,9 @@ def _check_stream(stream: bytes, syntax: uid.UID, rows: int, cols: int) -> None:
             raise UnreadableImageError("truncated", "the JPEG 2000 stream ends before its end marker.")
     else:
         return
-    if size != (rows, cols):
-        raise UnreadableImageError(
-            "size_mismatch", f"declared {rows} x {cols}, the stream holds {size[0]} x {size[1]}."
-        )
+    if size != declared:
+        found = f"the stream holds {size[0]} x {size[1]}"
+        raise UnreadableImageError("size_mismatch", f"declared {declared[0]} x {declared[1]}, {found}.")
 
 
 def _grey_from_colour(dataset: pydicom.FileDataset, stored: np.ndarray) -> np.ndarray:

@@ -8,26 +8,27 @@ Reference: PS3.3 C.11.1 (modality), C.11.2 (VOI), C.7.5.1.1.2 (padding), C.7.6.3
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from pydicom import Dataset
 
 from hilum.data import intensity
 
 
-def levels(stored: np.ndarray) -> tuple[int, np.ndarray, Float[np.ndarray, " n"]]:
-    """Smallest value, the position of each pixel's value in a table, and the values of that table."""
+def levels(stored: Integer[np.ndarray, "H W"]) -> tuple[Integer[np.ndarray, "H W"], Float[np.ndarray, " n"]]:
+    """The position of each pixel's value in a table, and the stored values of that table, ascending."""
     smallest, largest = int(stored.min()), int(stored.max())
     if largest - smallest < 2**16:
-        index = stored if smallest == 0 else (stored.astype(np.int64) - smallest)
-        return smallest, index, np.arange(smallest, largest + 1, dtype=np.float64)
-    levels, positions = np.unique(stored, return_inverse=True)
-    return smallest, positions.reshape(stored.shape), levels.astype(np.float64)
+        fits_already = smallest == 0 and stored.dtype.itemsize <= 2
+        index = stored if fits_already else (stored.astype(np.int64) - smallest).astype(np.uint16)
+        return index, np.arange(smallest, largest + 1, dtype=np.float64)
+    found, positions = np.unique(stored, return_inverse=True)
+    return positions.reshape(stored.shape), found.astype(np.float64)
 
 
-def fits(values: Float[np.ndarray, " n"], smallest: int, dataset: Dataset) -> bool:
+def fits(dataset: Dataset, smallest: float, largest: float) -> bool:
     """Whether all stored values fit in Bits Stored."""
     bits, signed = int(dataset.BitsStored), bool(dataset.get("PixelRepresentation"))
-    return values[-1] < 2 ** (bits - signed) and smallest >= (-(2 ** (bits - 1)) if signed else 0)
+    return largest < 2.0 ** (bits - signed) and smallest >= (-(2.0 ** (bits - 1)) if signed else 0)
 
 
 def padding_levels(dataset: Dataset, values: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:

@@ -24,15 +24,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Integer, UInt8
 from PIL import JpegImagePlugin, PngImagePlugin
+from PIL.ImageFile import ImageFile
 
 from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
 from hilum.data.containers import check_jpeg, check_pixels, check_png, exif_orientation, kind_of
-from hilum.data.intensity import luma, over_black, percentile_bounds, quantise, stretch
+from hilum.data.intensity import histogram, luma, over_black, percentile_bounds, quantise, stretch
 
 MAX_FILE_BYTES = 2**30
-_HEADER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, zlib.error)
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, zlib.error)
 _WARNINGS = threading.Lock()
 
 
@@ -144,6 +145,22 @@ def resize_once(pixels: np.ndarray, height: int, width: int) -> UInt8[np.ndarray
     return np.ascontiguousarray(pixels) if pixels.dtype == np.uint8 else quantise(pixels)
 
 
+def apply_curve(
+    index: Integer[np.ndarray, "H W"], curve: Float[np.ndarray, " n"], height: int, width: int
+) -> UInt8[np.ndarray, "h w"]:
+    """Display values of an image, shrunk from full precision, rounded once.
+
+    Args:
+        index: the position of each pixel's value in `curve`.
+        curve: display values in [0, 255].
+        height: rows of the result.
+        width: columns of the result.
+    """
+    if index.shape == (height, width):
+        return quantise(curve)[index]
+    return resize_once(curve.astype(np.float32)[index], height, width)
+
+
 def read_file(path: Path) -> bytes:
     """The bytes of a regular file.
 
@@ -167,31 +184,36 @@ def read_file(path: Path) -> bytes:
 
 
 def _read_raster(content: bytes, kind: str, short_side: int | None) -> DecodedImage:
+    simple = True
     if kind == "png":
         bits, exif = check_png(content)
         opener: type[PngImagePlugin.PngImageFile | JpegImagePlugin.JpegImageFile] = PngImagePlugin.PngImageFile
     else:
         frame, exif = check_jpeg(content)
-        bits, opener = frame.precision, JpegImagePlugin.JpegImageFile
+        bits, opener, simple = frame.precision, JpegImagePlugin.JpegImageFile, frame.simple
         if frame.components not in (1, 3) or bits != 8:
             what = f"{frame.components} components of {bits} bits"
             raise UnsupportedImageError("unsupported_mode", f"a JPEG of {what}; expected 8-bit grey or colour.")
     try:
-        with quiet(), opener(BytesIO(content)) as image:
-            (cols, rows), mode = image.size, image.mode
-    except _HEADER_ERRORS as error:
-        raise UnreadableImageError("damaged", f"not a valid {kind.upper()} header ({type(error).__name__}).") from error
-    check_pixels(rows, cols)
-    pixels = _decode(content, kind, rows, cols)
+        with quiet():
+            image = opener(BytesIO(content))
+        (cols, rows), mode = image.size, image.mode
+        check_pixels(rows, cols)
+        # Progressive and multi-scan JPEG: OpenCV reads on past scans that Pillow refuses.
+        pixels = _decode(content, kind, rows, cols) if simple else _decode_with_pillow(image)
+    except _PILLOW_ERRORS as error:
+        raise UnreadableImageError("damaged", f"not a valid {kind.upper()} ({type(error).__name__}).") from error
     quality: tuple[str, ...] = ()
     turned = exif_orientation(exif)
     if turned > 1:
         pixels, quality = _upright(pixels, turned), ("exif_rotated",)
+    size = shrunk_size(pixels.shape, short_side)
     if pixels.dtype == np.uint16:
         values = np.arange(2.0**16)
-        low, high = percentile_bounds(values, np.bincount(pixels.ravel(), minlength=2**16))
-        pixels = stretch(values, low, high).astype(np.float32)[pixels]
-    grey = resize_once(pixels, *shrunk_size(pixels.shape, short_side))
+        curve = stretch(values, *percentile_bounds(values, histogram(pixels, 2**16)))
+        grey = apply_curve(pixels, curve, *size)
+    else:
+        grey = resize_once(pixels, *size)
     return DecodedImage(
         pixels=grey,
         rows=rows,
@@ -202,6 +224,11 @@ def _read_raster(content: bytes, kind: str, short_side: int | None) -> DecodedIm
         intensity="percentile" if bits == 16 else "as_is",
         quality=(*quality, *quality_flags(grey)),
     )
+
+
+def _decode_with_pillow(image: ImageFile) -> np.ndarray:
+    image.draft("L", None)
+    return np.asarray(image.convert("L"))
 
 
 def _decode(content: bytes, kind: str, rows: int, cols: int) -> np.ndarray:

@@ -54,6 +54,15 @@ def lookup(values: Float[np.ndarray, " n"], table: Float[np.ndarray, " m"], firs
     return table[positions]
 
 
+def histogram(index: np.ndarray, length: int) -> Integer[np.ndarray, " n"]:
+    """How many pixels have each table position, counted in strips so that little memory is needed."""
+    counts = np.zeros(length, np.int64)
+    flat, strip = index.reshape(-1), 2**22
+    for start in range(0, flat.size, strip):
+        counts += np.bincount(flat[start : start + strip], minlength=length)
+    return counts
+
+
 def percentile_bounds(
     values: Float[np.ndarray, " n"], counts: Integer[np.ndarray, " n"], percentiles: tuple[float, float] = PERCENTILES
 ) -> tuple[float, float]:

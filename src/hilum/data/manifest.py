@@ -62,6 +62,11 @@ class ManifestOptions:
             if value not in known:
                 raise UnknownNameError(kind, value, known)
 
+    @property
+    def label_policy(self) -> str:
+        """The label policies as the text that the manifest records."""
+        return f"uncertain={self.uncertain},blank={self.blank}"
+
 
 @dataclass(frozen=True)
 class SourceSpec:
@@ -216,7 +221,7 @@ def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> p
         study_id=pl.format("{}/{}/{}", pl.lit(dataset), "patient_id", "study_id"),
         view=view_of(pl.col("view_raw")),
         split_project=pl.Series(split, dtype=pl.String),
-        label_policy_id=pl.lit(_source_policy(options)),
+        label_policy_id=pl.lit(options.label_policy),
     )
     known_view = pl.col("view") != "UNKNOWN"
     stated = pl.col("view_source") if "view_source" in frame.columns else pl.lit("stated")
@@ -238,10 +243,6 @@ def _rank(frame: pl.DataFrame) -> pl.Expr:
     return pl.col("study_seq").rank("dense").over("patient_id").cast(pl.Int32)
 
 
-def _source_policy(options: ManifestOptions) -> str:
-    return f"uncertain={options.uncertain},blank={options.blank}"
-
-
 def _metadata(parts: Sequence[_Part], frame: pl.DataFrame, options: ManifestOptions) -> dict[str, str]:
     counts = frame.group_by("dataset").agg(
         images=pl.len(), patients=pl.col("patient_id").n_unique(), studies=pl.struct(STUDY).n_unique()
@@ -250,7 +251,7 @@ def _metadata(parts: Sequence[_Part], frame: pl.DataFrame, options: ManifestOpti
         "tool_version": version("hilum"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": str(options.seed),
-        "label_policy": _source_policy(options),
+        "label_policy": options.label_policy,
         "split": json.dumps(
             {
                 "rules": {part.dataset: part.rule for part in parts},

@@ -44,11 +44,6 @@ class SourceOptions:
     uncertain: UncertainPolicy = "mask"
     """A source's own "uncertain": kept apart as -2 (every loss masks it), or made negative or positive."""
 
-    @property
-    def label_policy(self) -> str:
-        """The policies as the text that the manifest records."""
-        return f"uncertain={self.uncertain},blank={self.blank}"
-
     def code(self, text: str) -> int:
         """Label code of a cell that holds 1, 0, -1 or nothing."""
         if text == "":
@@ -207,7 +202,7 @@ def keep_existing(
             f"None of the {frame.height} listed images is under {root} ({len(found.files)} files there). "
             f"Say where the images are with --images {options.dataset}=FOLDER."
         )
-    keys = ["patient_id", "study_id"]
+    keys = [name for name in ("patient_id", "study_id") if name in frame.columns]
     empty = gone.select(keys).unique().join(kept.select(keys), on=keys, how="anti").height if studies else 0
     lost = f" {empty} studies have no image left." if empty else ""
     if options.allow_missing:

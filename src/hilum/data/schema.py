@@ -9,13 +9,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from hilum.core.errors import LeakageError, ManifestError, MissingColumnError, PathError, UnknownLabelError
-from hilum.core.files import atomic_path
+from hilum.core.files import write_bytes
 from hilum.core.types import NEGATIVE, POSITIVE, SPLITS, UNCERTAIN, UNKNOWN, VIEWS
 from hilum.data.labels import findings_hash
 
@@ -140,6 +141,7 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
 
     Raises:
         ManifestError: columns, types or label codes are not those of the schema.
+        HilumError: the disk is full, or the folder cannot be written; what was there before is unchanged.
     """
     check_structure(manifest.frame, manifest.findings, str(path))
     metadata = {
@@ -148,8 +150,9 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
         "findings": json.dumps(list(manifest.findings), ensure_ascii=False),
         "findings_sha256": findings_hash(manifest.findings),
     }
-    with atomic_path(Path(path)) as temporary:
-        manifest.frame.write_parquet(temporary, metadata=metadata)
+    content = BytesIO()  # polars reports a full disk as a damaged file; through memory it is named for what it is
+    manifest.frame.write_parquet(content, metadata=metadata)
+    write_bytes(Path(path), content.getvalue())
 
 
 def read_manifest(path: Path, check: bool = True) -> Manifest:

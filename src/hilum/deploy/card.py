@@ -39,9 +39,9 @@ def model_card(content: Mapping[str, Any]) -> str:
         "",
         "## Calibration",
         "",
-        f"Calibrators and operating points were fitted on {fitted['images']} validation images, predicted by the head of "
-        f"the learning-rate search (rate {training['learning_rate']:g}, epoch {fitted['epoch']}), which had not been "
-        "trained on them; the head in this folder inherits them.",
+        f"Calibrators and operating points were fitted on {fitted['images']} validation images, predicted by the head "
+        f"of the learning-rate search (rate {training['learning_rate']:g}, epoch {fitted['epoch']}), which had not "
+        "been trained on them; the head in this folder inherits them.",
         *([f"Too few positives for a calibration of their own: {', '.join(flagged)}."] if flagged else []),
         "",
         "## Findings",

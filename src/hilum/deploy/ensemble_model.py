@@ -59,7 +59,7 @@ def combine_models(paths: Sequence[Path], out: Path, study: str = "mean") -> Pat
     calibrators = fit_calibrators(members, labels, groups, trained_on)
 
     out.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
+    ensemble: dict[str, Any] = {
         "format": files.ENSEMBLE_FORMAT,
         "hilum": hilum.__version__,
         "notice": RESEARCH_NOTICE,
@@ -72,8 +72,8 @@ def combine_models(paths: Sequence[Path], out: Path, study: str = "mean") -> Pat
         "calibration": files.describe_calibrators(calibrators),
         "fitted_on": {"split": "val", "images": len(members[0]), "head": "search"},
     }
-    write_text(out / files.CARD_NAME, _card(content, len(members[0])))
-    files.write_config(out, content)
+    write_text(out / files.CARD_NAME, _card(ensemble, len(members[0])))
+    files.write_config(out, ensemble)
     return out
 
 

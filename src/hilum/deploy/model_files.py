@@ -247,7 +247,7 @@ def read_exposure(path: Path, content: Mapping[str, Any]) -> Exposure:
     """
     file = path / EXPOSURE_NAME
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             exposure = Exposure(*(arrays[name] for name in EXPOSURES))
         digests = content["exposure"]["sha256"]
         if any(seen_digest(getattr(exposure, name)) != digests[name] for name in EXPOSURES):
@@ -274,7 +274,7 @@ def read_validation(path: Path) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
     predictions = read_predictions(path / LOGITS_NAME)
     file = path / LABELS_NAME
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             uids, labels, findings = arrays["uid"].astype(str), arrays["labels"], tuple(arrays["findings"].tolist())
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise PredictionError(f"{file} cannot be read: {error}. Copy the model again.") from error

@@ -13,8 +13,10 @@ from torch import Tensor
 from hilum.backbones.vit import VisionTransformer
 from hilum.core.errors import ConfigError
 from hilum.data.images import shrink
+from hilum.data.store import Store
 from hilum.data.transforms import evaluation_crop, preprocessing
 from hilum.deploy.model_files import NetworkConfig
+from hilum.evaluation.predictions import IDENTITY
 from hilum.heads.features import Features, extract, freeze, read_ahead, to_batch
 from hilum.heads.registry import Head
 
@@ -104,6 +106,12 @@ class Network:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logits = self.head(features)
         return expit(logits.double().cpu().numpy())
+
+
+def store_identity(store: Store, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Who is predicted: the identity columns of a prediction table for images of a store."""
+    columns = (store.uids, store.image_ids, store.studies, store.patients, store.datasets, store.views)
+    return {name: column[indices] for name, column in zip(IDENTITY, columns, strict=True)}
 
 
 def raw_probabilities(

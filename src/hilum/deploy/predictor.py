@@ -20,9 +20,9 @@ from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.images import read_image, shrink
 from hilum.data.store import Store, uid_of
 from hilum.deploy import model_files as files
-from hilum.deploy.network import Network, Read, choose_device, raw_probabilities
+from hilum.deploy.network import Network, Read, choose_device, raw_probabilities, store_identity
 from hilum.evaluation.ensemble import mean_over_models
-from hilum.evaluation.predictions import IDENTITY, Predictions
+from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import mean_over_studies
 from hilum.heads.features import to_batch
 
@@ -162,9 +162,9 @@ class Model:
                 f"{' and '.join(sorted(wanted))}. Build the store again with this version of Hilum."
             )
         chosen = np.asarray(list(indices), dtype=np.int64)
-        columns = (store.uids, store.image_ids, store.studies, store.patients, store.datasets, store.views)
-        identity = {name: column[chosen] for name, column in zip(IDENTITY, columns, strict=True)}
-        return self.predict_images(identity, chosen, store.read, raw, unit, batch_size, workers, done)
+        return self.predict_images(
+            store_identity(store, chosen), chosen, store.read, raw, unit, batch_size, workers, done
+        )
 
     def predict_images(
         self,

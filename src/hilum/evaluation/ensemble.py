@@ -65,7 +65,7 @@ def _check_member(first: Predictions, member: Predictions, number: int) -> None:
     if mine != theirs:
         only_first, only_other = sorted(mine - theirs), sorted(theirs - mine)
         raise PredictionError(
-            f"Members 1 and {number} do not cover the same {first.unit}s: {len(mine & theirs)} in both, "
+            f"Members 1 and {number} do not cover the same items: {len(mine & theirs)} in both, "
             f"{len(only_first)} only in member 1, {len(only_other)} only in member {number}; for example "
             f"{(only_first + only_other)[0]!r}. Predict the same set with every member."
         )

@@ -1,16 +1,13 @@
 """The predictions table: who was predicted, what, and at which stage. The file in which predict, combine,
 calibrate, evaluate and submit meet.
 
-Columns are matched by name, rows by id; position means nothing. Parquet needs polars or pyarrow, imported on use;
-CSV and JSON need neither. A CSV keeps its metadata beside it, in `FILE.csv.meta.json`, so that other tools can read
-the table as it is. This module does not combine, calibrate or judge.
+Columns are matched by name, rows by id; position means nothing. The file formats are in `table_files.py`. This module
+does not combine, calibrate or judge.
 """
 
-import csv
 import dataclasses
-import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,12 @@ from typing import Any
 import numpy as np
 
 from hilum.core.errors import PredictionError
-from hilum.core.files import atomic_path, read_json, write_json, write_text
-from hilum.core.tracking import warn
 from hilum.core.types import STAGES, UNITS
 from hilum.data.labels import findings_hash
+from hilum.evaluation.table_files import Columns, read_table, write_table
 
 IDENTITY: tuple[str, ...] = ("image_uid", "image_id", "study_id", "patient_id", "dataset", "view")
 FORMAT = "hilum-predictions-1"
-METADATA_KEY = "hilum"
 
 
 @dataclass(frozen=True)
@@ -173,8 +168,7 @@ def _check_probabilities(p: Predictions) -> None:
 
 def write_predictions(p: Predictions, path: Path) -> None:
     """Write `.parquet`, `.csv` (with `.csv.meta.json` beside it) or `.json`, in full float64 precision."""
-    path = Path(path)
-    _choose(path, WRITERS)(p, path)
+    write_table(_columns(p), IDENTITY, {"format": FORMAT, **p.metadata, "findings": list(p.findings)}, Path(path))
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -187,10 +181,8 @@ def read_predictions(path: Path) -> Predictions:
         PredictionError: no such file, a column missing, renamed or added, a value that is no number.
     """
     path = Path(path)
-    reader = _choose(path, READERS)
-    if not path.is_file():
-        raise PredictionError(f"{path} does not exist; expected a prediction file.")
-    columns, metadata = reader(path)
+    columns, metadata = read_table(path)
+    columns = columns or {name: [] for name in (*IDENTITY, *metadata.get("findings", ()))}
     missing = [name for name in IDENTITY if name not in columns]
     if missing:
         raise PredictionError(f"{path} lacks the column {', '.join(map(repr, missing))}; it has {', '.join(columns)}.")
@@ -213,17 +205,6 @@ def read_predictions(path: Path) -> Predictions:
         raise PredictionError(f"{path}: {error}") from error
 
 
-Columns = dict[str, list[Any]]
-
-
-def _choose(path: Path, table: dict[str, Callable]) -> Callable:
-    if path.suffix not in table:
-        raise PredictionError(
-            f"{path}: predictions are kept as {', '.join(table)}, not {path.suffix or 'no suffix'!r}."
-        )
-    return table[path.suffix]
-
-
 def _numbers(values: Sequence[Any], finding: str, path: Path) -> np.ndarray:
     try:
         return np.array([np.nan if value is None or value == "" else float(value) for value in values], np.float64)
@@ -236,97 +217,3 @@ def _columns(p: Predictions) -> Columns:
     for index, name in enumerate(p.findings):
         columns[name] = p.probabilities[:, index].tolist() if p.trained[index] else [None] * len(p)
     return columns
-
-
-def _full_metadata(p: Predictions) -> dict[str, Any]:
-    return {"format": FORMAT, **p.metadata, "findings": list(p.findings)}
-
-
-def _write_csv(p: Predictions, path: Path) -> None:
-    columns = _columns(p)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    # csv writes a float as repr, the shortest text that reads back as the same float64, and None as nothing
-    writer.writerows(zip(*columns.values(), strict=True))
-    write_json(sidecar(path), _full_metadata(p))
-    write_text(path, text.getvalue())
-
-
-def sidecar(path: Path) -> Path:
-    """Where the metadata of a CSV is."""
-    return path.with_name(path.name + ".meta.json")
-
-
-def _read_csv(path: Path) -> tuple[Columns, dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    ragged = next((number for number, row in enumerate(rows, 2) if len(row) != len(header)), None)
-    if ragged is not None or len(set(header)) != len(header):
-        where = f"line {ragged} has another number of columns than the header" if ragged else "a column name repeats"
-        raise PredictionError(f"{path}: {where}.")
-    columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
-    if sidecar(path).exists():
-        return columns, read_json(sidecar(path), PredictionError)
-    warn(f"{path} has no {sidecar(path).name} beside it; taken for raw predictions, one row per image.")
-    return columns, {}
-
-
-def _write_json(p: Predictions, path: Path) -> None:
-    columns = _columns(p)
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    write_json(path, {"metadata": _full_metadata(p), "predictions": rows})
-
-
-def _read_json(path: Path) -> tuple[Columns, dict[str, Any]]:
-    content = read_json(path, PredictionError)
-    if not isinstance(content, dict) or not isinstance(content.get("predictions"), list):
-        raise PredictionError(f"{path}: expected an object with 'metadata' and a list 'predictions'.")
-    rows, metadata = content["predictions"], dict(content.get("metadata", {}))
-    names = list(rows[0]) if rows else [*IDENTITY, *metadata.get("findings", [])]
-    uneven = next((number for number, row in enumerate(rows) if set(row) != set(names)), None)
-    if uneven is not None:
-        raise PredictionError(f"{path}: entry {uneven} has other columns than the first.")
-    return {name: [row[name] for row in rows] for name in names}, metadata
-
-
-def _write_parquet(p: Predictions, path: Path) -> None:
-    metadata = json.dumps(_full_metadata(p), allow_nan=False)
-    columns = _columns(p)
-    with atomic_path(path) as temporary:
-        try:
-            import polars as pl
-        except ImportError:
-            import pyarrow as pa  # type: ignore[import-not-found]
-            import pyarrow.parquet as pq  # type: ignore[import-not-found]
-
-            kinds = {name: pa.string() if name in IDENTITY else pa.float64() for name in columns}
-            table = pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
-            pq.write_table(table.replace_schema_metadata({METADATA_KEY: metadata}), temporary)
-        else:
-            schema = {name: pl.String() if name in IDENTITY else pl.Float64() for name in columns}
-            pl.DataFrame(columns, schema=schema).write_parquet(temporary, metadata={METADATA_KEY: metadata})
-
-
-def _read_parquet(path: Path) -> tuple[Columns, dict[str, Any]]:
-    try:
-        import polars as pl
-    except ImportError:
-        import pyarrow.parquet as pq  # type: ignore[import-not-found]
-
-        table = pq.read_table(path)
-        text = (table.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}").decode()
-        return table.to_pydict(), json.loads(text)
-    try:
-        frame, metadata = pl.read_parquet(path), pl.read_parquet_metadata(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise PredictionError(f"{path} cannot be read as Parquet: {error}.") from error
-    return {name: frame[name].to_list() for name in frame.columns}, json.loads(metadata.get(METADATA_KEY, "{}"))
-
-
-WRITERS: dict[str, Callable[[Predictions, Path], None]] = {
-    ".parquet": _write_parquet, ".csv": _write_csv, ".json": _write_json,
-}  # fmt: skip
-READERS: dict[str, Callable[[Path], tuple[Columns, dict[str, Any]]]] = {
-    ".parquet": _read_parquet, ".csv": _read_csv, ".json": _read_json,
-}  # fmt: skip

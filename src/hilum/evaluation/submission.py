@@ -98,7 +98,7 @@ def move_cut_to_half(probabilities: Float[np.ndarray, " N"], threshold: float) -
     below = 0.5 * (values / threshold)
     beyond = np.maximum(0.5 + 0.5 * (values - threshold) / (1 - threshold), ABOVE_HALF)
     low, high = np.minimum(below[~above], 0.5), np.minimum(beyond[above], 1.0)
-    moved = np.append(_descend(low, 0.5), _descend(_ascend(high, ABOVE_HALF), 1.0))
+    moved = np.append(_descend(_ascend(low, 0.0), 0.5), _descend(_ascend(high, ABOVE_HALF), 1.0))
     if not (np.diff(moved) > 0).all() or not ((moved > 0.5) == above).all():
         raise PredictionError("These scores are too close together to be scaled without ties. Submit them unscaled.")
     return moved[place]

@@ -110,10 +110,6 @@ class CropConfig:
             raise ConfigError(f"CropConfig.ratio: expected 0 < low <= high, found {self.ratio}.")
         if not 0 <= self.flip <= 1:
             raise ConfigError(f"CropConfig.flip: expected a probability, found {self.flip}.")
-        if self.augmentation not in AUGMENTATIONS:
-            raise ConfigError(
-                f"CropConfig.augmentation: expected one of {', '.join(AUGMENTATIONS)}, found {self.augmentation!r}."
-            )
 
 
 def make_crops(
@@ -130,25 +126,31 @@ def make_crops(
         Global crops and local crops.
     """
     preset = AUGMENTATIONS[config.augmentation]
+    values = pixels.astype(np.float32)  # once for all crops that shrink
     global_views = np.empty((config.global_crops, config.global_size, config.global_size), np.uint8)
     local_views = np.empty((config.local_crops, config.local_size, config.local_size), np.uint8)
-    for index in range(config.global_crops):
+    for index, view in enumerate(global_views):
         blur, solarise = preset.blur[min(index, 1)], preset.solarise if index == 1 else 0.0
-        view = _cut(pixels, config.global_size, config.global_scale, config, rng)
-        global_views[index] = augment(view, preset, blur, solarise, rng)
-    for index in range(config.local_crops):
-        view = _cut(pixels, config.local_size, config.local_scale, config, rng)
-        local_views[index] = augment(view, preset, preset.blur[2], 0.0, rng)
+        cut = _cut(pixels, values, config.global_size, config.global_scale, config, rng)
+        view[:] = augment(cut, preset, blur, solarise, rng)
+    for view in local_views:
+        cut = _cut(pixels, values, config.local_size, config.local_scale, config, rng)
+        view[:] = augment(cut, preset, preset.blur[2], 0.0, rng)
     return global_views, local_views
 
 
 def _cut(
-    pixels: np.ndarray, size: int, scale: tuple[float, float], config: CropConfig, rng: np.random.Generator
+    pixels: np.ndarray,
+    values: np.ndarray,
+    size: int,
+    scale: tuple[float, float],
+    config: CropConfig,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     rows, columns = pixels.shape
     top, left, height, width = crop_box(rows, columns, scale, config.ratio, rng)
-    change_size = shrink if min(height, width) >= size else resize
-    view = change_size(pixels[top : top + height, left : left + width], size, size)
+    box = slice(top, top + height), slice(left, left + width)
+    view = shrink(values[box], size, size) if min(height, width) >= size else resize(pixels[box], size, size)
     if config.rotation:
         angle = rng.uniform(-config.rotation, config.rotation)
         turn = cv2.getRotationMatrix2D(((size - 1) / 2, (size - 1) / 2), angle, 1.0)
@@ -168,17 +170,19 @@ def augment(
         solarise: probability of solarisation for this kind of crop.
         rng: draws everything.
     """
-    applied = rng.random(5) < (preset.jitter, preset.window, blur, preset.noise, solarise)
-    if applied[0]:
-        view = _jitter(view, preset, rng)
-    if applied[1]:
-        gamma, width, level = rng.uniform(-1, 1, 3) * (preset.gamma, preset.width, preset.level)
-        view = cv2.LUT(view, window_table(math.exp(gamma), math.exp(width), level))
-    if applied[2]:
-        view = gaussian_blur(view, rng.uniform(*preset.sigma))
-    if applied[3]:
-        view = _add_noise(view, rng.uniform(0, preset.noise_sigma), rng)
-    if applied[4]:
+    # One call to the generator a crop: whether each change is applied, then its parameters.
+    jitters, windows, blurs, noises, solarises, *draws = rng.random(15).tolist()
+    if jitters < preset.jitter:
+        view = _jitter(view, preset, *draws[:3])
+    if windows < preset.window:
+        gamma, width, level = (2 * draw - 1 for draw in draws[3:6])
+        table = window_table(math.exp(gamma * preset.gamma), math.exp(width * preset.width), level * preset.level)
+        view = cv2.LUT(view, table)
+    if blurs < blur:
+        view = gaussian_blur(view, preset.sigma[0] + (preset.sigma[1] - preset.sigma[0]) * draws[6])
+    if noises < preset.noise:
+        view = _add_noise(view, preset.noise_sigma * draws[7], draws[8], draws[9])
+    if solarises < solarise:
         view = cv2.LUT(view, _SOLARISED)
     return view
 
@@ -199,31 +203,29 @@ def window_table(gamma: float, width: float, level: float) -> UInt8[np.ndarray, 
     return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
 
 
-def _jitter(view: np.ndarray, preset: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    brightness = 1 + preset.brightness * rng.uniform(-1, 1)
-    contrast = 1 + preset.contrast * rng.uniform(-1, 1)
-    brightness_first = rng.random() < 0.5
-    if brightness_first:
+def _jitter(
+    view: np.ndarray, preset: Augmentation, brightness_at: float, contrast_at: float, order: float
+) -> np.ndarray:
+    brightness = 1 + preset.brightness * (2 * brightness_at - 1)
+    contrast = 1 + preset.contrast * (2 * contrast_at - 1)
+    if order < 0.5:
         view = cv2.addWeighted(view, brightness, view, 0.0, 0.0)  # a scaled copy, rounded and clipped
     view = cv2.addWeighted(view, contrast, view, 0.0, (1 - contrast) * cv2.mean(view)[0])
-    return view if brightness_first else cv2.addWeighted(view, brightness, view, 0.0, 0.0)
+    return view if order < 0.5 else cv2.addWeighted(view, brightness, view, 0.0, 0.0)
 
 
-def _add_noise(view: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+def _add_noise(view: np.ndarray, sigma: float, top_at: float, left_at: float) -> np.ndarray:
     """Add white noise cut at a random place from a fixed field: a draw per pixel would cost more than the crop."""
-    field = _noise_field()
     size = view.shape[0]
-    if size > _NOISE_SIDE:
-        noisy = view + sigma * rng.standard_normal(view.shape, dtype=np.float32)
-        return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
-    top, left = rng.integers(0, _NOISE_SIDE - size + 1, 2)
-    part = field[top : top + size, left : left + size]
+    field = _noise_field(max(_NOISE_SIDE, 2 * size))
+    room = len(field) - size + 1
+    top, left = int(top_at * room), int(left_at * room)
     factor = sigma / _NOISE_UNIT
-    return cv2.addWeighted(view, 1.0, part, factor, -128 * factor)
+    return cv2.addWeighted(view, 1.0, field[top : top + size, left : left + size], factor, -128 * factor)
 
 
-@lru_cache(maxsize=1)
-def _noise_field() -> np.ndarray:
+@lru_cache(maxsize=2)
+def _noise_field(side: int) -> np.ndarray:
     """White Gaussian noise as bytes: 128 is zero, 24 levels are one standard deviation (clipped past 5)."""
-    normal = stream(0, "noise field").standard_normal((_NOISE_SIDE, _NOISE_SIDE))
+    normal = stream(0, "noise field").standard_normal((side, side))
     return np.clip(np.rint(128 + _NOISE_UNIT * normal), 0, 255).astype(np.uint8)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
+from hilum.core.errors import ConfigError
 from hilum.core.seeding import forked
 from hilum.pretraining.losses import (
     centred_targets,
@@ -50,7 +51,7 @@ class HeadConfig:
     def __post_init__(self) -> None:
         for name in ("prototypes", "hidden", "dino_bottleneck", "ibot_bottleneck"):
             if getattr(self, name) < 1:
-                raise ValueError(f"heads.{name}: expected at least 1, found {getattr(self, name)}.")
+                raise ConfigError(f"heads.{name}: expected at least 1, found {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -29,6 +29,7 @@ REPLACEMENT_TRIES = 32
 """Damaged records in a row after which a store is taken to be broken."""
 
 
+@runtime_checkable
 class Images(Protocol):
     """The part of `hilum.data.store.Store` that is used here; must pickle for use with workers."""
 

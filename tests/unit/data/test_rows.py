@@ -38,7 +38,9 @@ def test_scan_counts_names_that_are_not_utf8(tmp_path):
     assert scan(tmp_path).unnamed == 1
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../x.png", "a/../../x.png", "a/..", "C:/x.png", "a\\b.png", "a\nb.png", ""])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../x.png", "a/../../x.png", "a/..", "C:/x.png", "a\\b.png", "a\nb.png", ""]
+)
 def test_paths_that_leave_their_root_name_the_row(tmp_path, path):
     with pytest.raises(PathError, match=r"t\.csv, row 3"):
         relative_paths(pl.Series(["fine.png", path]), tmp_path / "t.csv")
@@ -82,9 +84,22 @@ def test_ages():
 
 
 def test_views_of_the_releases():
-    raw = ["PA", "ap", " LATERAL ", "LL", "RL", "AP AXIAL", "PA LLD", "postero-anterior", "antero-posterior", "AP_horizontal"]
+    raw = [
+        "PA",
+        "ap",
+        " LATERAL ",
+        "LL",
+        "RL",
+        "AP AXIAL",
+        "PA LLD",
+        "postero-anterior",
+        "antero-posterior",
+        "AP_horizontal",
+    ]
     raw += ["XTABLE LATERAL", "LAO", "SWIMMERS", "", None, "something new"]
-    frame = pl.DataFrame({"raw": raw}).select(view=view_of(pl.col("raw"))).with_columns(frontal=is_frontal(pl.col("view")))
+    frame = (
+        pl.DataFrame({"raw": raw}).select(view=view_of(pl.col("raw"))).with_columns(frontal=is_frontal(pl.col("view")))
+    )
     assert frame["view"].to_list() == [
         "PA", "AP", "LATERAL", "LL", "RL", "AP", "DECUBITUS", "PA", "AP", "AP_SUPINE",
         "LATERAL", "OBLIQUE", "OTHER", "UNKNOWN", "UNKNOWN", "OTHER",

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
+import resource
+import signal
+import sys
 
 import numpy as np
 import polars as pl
@@ -153,6 +157,28 @@ def test_a_truncated_manifest_is_an_error_of_ours(tmp_path):
         (tmp_path / "cut.parquet").write_bytes(content[:length])
         with pytest.raises(HilumError):
             read_manifest(tmp_path / "cut.parquet")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A file size limit stands in for the disk's end; in a child process, because limits cannot be raised again."""
+    path = tmp_path / "m.parquet"
+    write_manifest(small(), path)
+    before = path.read_bytes()
+    child = multiprocessing.get_context("spawn").Process(target=_write_on_a_full_disk, args=(path,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 7
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["m.parquet"]
+
+
+def _write_on_a_full_disk(path):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        write_manifest(small(), path)
+    except HilumError as error:
+        sys.exit(7 if "Could not write" in str(error) else 8)
 
 
 def test_writing_over_a_manifest_fails_whole(tmp_path):

@@ -201,7 +201,9 @@ def test_an_image_in_two_files_is_a_leak(make):
 
 def test_a_study_without_images(make):
     options = make(release_2024(), present=[*TRAIN[:2], *DEVELOPMENT, *TEST])
-    with pytest.raises(EmptyStudyError, match=r"1 of 5 .*train_labeled\.csv row 4.*1 studies have no image left") as error:
+    with pytest.raises(
+        EmptyStudyError, match=r"1 of 5 .*train_labeled\.csv row 4.*1 studies have no image left"
+    ) as error:
         cxrlt.read(options)
     assert "10000002" not in str(error.value)
     rows = cxrlt.read(SourceOptions("cxrlt", options.root, allow_missing=True))

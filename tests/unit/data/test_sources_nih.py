@@ -99,7 +99,11 @@ def test_official_lists(make, tmp_path):
 @pytest.mark.parametrize(
     ("row", "error", "message"),
     [
-        ("00000014_000.png,Efusion,0,14,1,M,PA,1,1,1,1", UnknownLabelError, r"row 6.*'Efusion'.*Did they mean 'Effusion'"),
+        (
+            "00000014_000.png,Efusion,0,14,1,M,PA,1,1,1,1",
+            UnknownLabelError,
+            r"row 6.*'Efusion'.*Did they mean 'Effusion'",
+        ),
         ("00000014_000.png,,0,14,1,M,PA,1,1,1,1", UnknownLabelError, "row 6"),
         ("00000014_000.png,Mass|No Finding,0,14,1,M,PA,1,1,1,1", ManifestError, "row 6: 'No Finding' stands beside"),
         ("00000014_000.png,Mass,0,15,1,M,PA,1,1,1,1", ManifestError, "row 6: 'Patient ID' is not"),
@@ -120,7 +124,9 @@ def test_missing_column(make):
 
 def test_missing_images_are_counted_or_dropped(make):
     options = make(images=ROWS[1:])
-    with pytest.raises(PathError, match=r"1 of 4 listed images .*Data_Entry_2017_v2020.csv row 2.*--allow-missing") as error:
+    with pytest.raises(
+        PathError, match=r"1 of 4 listed images .*Data_Entry_2017_v2020.csv row 2.*--allow-missing"
+    ) as error:
         nih.read(options)
     assert "00000001" not in str(error.value)  # rows, not patients
     rows = nih.read(SourceOptions("nih", options.root, allow_missing=True))

@@ -103,7 +103,9 @@ def test_official_without_a_split_and_with_a_crossing_patient():
     labels = np.zeros((2, 1), np.int8)
     with pytest.raises(ManifestError, match="no official split"):
         assign("d", official(["a", "b"], ["", ""]), labels, "official", 0.1, 0.2, 0)
-    with pytest.raises(LeakageError, match=r"1 patients are on both sides of the given split \(test and train\)") as error:
+    with pytest.raises(
+        LeakageError, match=r"1 patients are on both sides of the given split \(test and train\)"
+    ) as error:
         assign("d", official(["secret", "secret"], ["train", "test"]), labels, "official", 0.1, 0.2, 0)
     assert "secret" not in str(error.value)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hilum.core.errors import ManifestError, MissingColumnError, PathError
+from hilum.core.errors import HilumError, ManifestError, MissingColumnError, PathError
 from hilum.data.tables import read_csv, read_list
 
 
@@ -89,6 +89,19 @@ def test_list_refuses_repeats(write):
     assert read_list(write("a.png\r\n\r\n b.png \n")) == ["a.png", "b.png"]
     with pytest.raises(ManifestError, match="1 names twice"):
         read_list(write("a\na\n"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=40) | st.text(',"\n\r;ab\x00', max_size=30).map(str.encode))
+def test_any_bytes_are_a_table_or_an_error_of_ours(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    path.write_bytes(content)
+    try:
+        table = read_csv(path)
+    except HilumError:
+        return
+    assert table.frame.height > 0
+    assert table.frame.null_count().sum_horizontal().to_list() in ([0], [])
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r", exclude_categories=("Cs",)), max_size=6)

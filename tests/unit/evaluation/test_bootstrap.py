@@ -66,7 +66,8 @@ def test_the_block_size_changes_nothing(monkeypatch, made_up):
 def test_clusters_are_patients_of_a_dataset():
     dataset, patient = np.array(["d", "d", "e", "d", "d"]), np.array(["1", "1", "1", "", ""])
     found = patient_clusters(dataset, patient, np.array(["a", "b", "c", "s", "t"]))
-    assert found[0] == found[1] and len(set(found.tolist())) == 4
+    assert found[0] == found[1]
+    assert len(set(found.tolist())) == 4
 
 
 def test_copies_of_a_patient_do_not_narrow_the_interval(made_up):
@@ -121,9 +122,10 @@ def test_a_file_does_not_differ_from_itself(made_up):
     table, labels = made_up()
     order = np.random.default_rng(0).permutation(len(table))
     other = table.rows(order).select(["D", "B", "A", "C"])
-    for row in paired_difference(table, other, labels, bootstraps=30).values():
-        assert (row["difference"], row["low"], row["high"]) in ((0, 0, 0), (None, None, None)) or row["high"] < 1e-12
-        assert row["shown"] is False or abs(row["difference"]) > 0
+    rows = paired_difference(table, other, labels, bootstraps=30)
+    assert rows.pop("mF1@tuned")["difference"] is None
+    for row in rows.values():
+        assert (row["difference"], row["low"], row["high"], row["shown"]) == (0, 0, 0, False)
 
 
 def test_the_pairing_narrows_the_interval_of_a_difference(made_up):
@@ -160,20 +162,3 @@ def test_other_items_cannot_be_compared(made_up):
     table, labels = made_up()
     with pytest.raises(PredictionError, match="only in the first"):
         paired_difference(table, table.rows(np.arange(59)), labels, bootstraps=2)
-
-
-@pytest.mark.slow
-def test_fifty_thousand_images_forty_findings_a_thousand_resamples_take_minutes():
-    """Timed, so that a change which makes it hours is seen; the bound is generous."""
-    import time
-
-    rng = np.random.default_rng(0)
-    clusters = rng.integers(0, 15_000, 50_000)
-    start = time.monotonic()
-    findings = []
-    for share in np.geomspace(0.3, 0.001, 40):
-        y = (rng.random(50_000) < share).astype(np.int8)
-        findings.append(WeightedFinding(1 / (1 + np.exp(-(rng.normal(size=50_000) + y))), y, clusters, 15_000, 0.5))
-    values = replicates(findings, 100, 0)
-    assert not np.isnan(values["AP"]).any()
-    assert time.monotonic() - start < 60

@@ -91,4 +91,5 @@ def test_provenance_of_the_members_is_kept(made_up):
     metadata = mean_over_models([first, second]).metadata
     assert metadata["head_splits"] == ["train", "val"]
     assert metadata["exposed_images"] == 3
-    assert "thresholds" not in metadata and "model" not in metadata
+    assert "thresholds" not in metadata
+    assert "model" not in metadata

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import polars as pl
@@ -7,7 +8,8 @@ import pytest
 
 from hilum.core.errors import PredictionError
 from hilum.evaluation.metrics import evaluate
-from hilum.evaluation.predictions import IDENTITY, bare_ids, read_predictions, sidecar, write_predictions
+from hilum.evaluation.predictions import IDENTITY, bare_ids, read_predictions, write_predictions
+from hilum.evaluation.table_files import sidecar
 
 
 def same(a, b):
@@ -144,3 +146,19 @@ def test_select_is_by_name_and_names_what_is_missing(made_up):
 def test_bare_ids_drop_only_their_own_dataset():
     ids, datasets = np.array(["nih/1.png", "2.png", "mimic/3"]), np.array(["nih", "nih", "nih"])
     assert bare_ids(ids, datasets).tolist() == ["1.png", "2.png", "mimic/3"]
+
+
+def test_parquet_without_polars(tmp_path, made_up, monkeypatch):
+    """Files go between pyarrow (a bare GPU image) and polars, both ways, with their metadata."""
+    pytest.importorskip("pyarrow", reason="pyarrow stands in for polars where that is absent")
+    table, _ = made_up(stage="study", model="m")
+    write_predictions(table, tmp_path / "polars.parquet")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "polars", None)
+        same(read_predictions(tmp_path / "polars.parquet"), table)
+        write_predictions(table, tmp_path / "arrow.parquet")
+        same(read_predictions(tmp_path / "arrow.parquet"), table)
+        (tmp_path / "damaged.parquet").write_bytes(b"PAR1 not really")
+        with pytest.raises(PredictionError, match="Parquet"):
+            read_predictions(tmp_path / "damaged.parquet")
+    same(read_predictions(tmp_path / "arrow.parquet"), table)

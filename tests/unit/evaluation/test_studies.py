@@ -44,7 +44,8 @@ def test_row_order_does_not_matter_to_the_bit(made_up, unit):
 def test_one_row_per_study_equals_its_images(made_up):
     table, _ = made_up()
     images, studies = mean_over_studies(table), mean_over_studies(table, unit="study")
-    assert len(studies) == len(set(keys(table))) and studies.unit == "study"
+    assert len(studies) == len(set(keys(table)))
+    assert studies.unit == "study"
     uids = study_uids(images.dataset, images.patient_id, images.study_id, images.image_uid)
     place = [studies.image_uid.tolist().index(uid) for uid in uids.tolist()]
     np.testing.assert_array_equal(studies.probabilities[place], images.probabilities)

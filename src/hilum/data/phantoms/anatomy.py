@@ -71,9 +71,11 @@ class Anatomy:
 
     def rib_cage(self, y: Array) -> Array:
         """Half width of the rib cage at level y."""
-        v = np.clip((y + 1.2) / (0.62 * 22.0), 0.0, 1.0)
+        v = np.clip((y + 1.9) / 14.2, 0.0, 1.0)
         narrowing = 0.012 * np.maximum(y - 19, 0) ** 2
-        return self.half_width * np.sqrt(np.maximum(1 - (1 - v) ** 1.85, 1e-4)) + 0.05 * np.maximum(y - 11, 0) - narrowing
+        return (
+            self.half_width * np.sqrt(np.maximum(1 - (1 - v) ** 1.85, 1e-4)) + 0.05 * np.maximum(y - 11, 0) - narrowing
+        )
 
     def medial_border(self, y: Array, side: int) -> Array:
         """Distance of the lung's medial border from the midline: the outline of the mediastinum above the heart."""
@@ -90,16 +92,16 @@ class Anatomy:
         return self.rib_cage(y) - 0.7
 
     def spine(self, y: Array) -> Array:
-        """z of the centre of the vertebral bodies."""
+        """Depth z of the centre of the vertebral bodies."""
         return 4.6 + self.spine_curve * (1 - ((y - 10.5) / 13.0) ** 2)
 
     def lung_front(self, y: Array) -> Array:
-        """z of the front of the lungs."""
+        """Depth z of the front of the lungs."""
         v = np.clip((y + 0.5) / 14.0, 0.0, 1.0)
         return -self.front_depth * np.sqrt(1 - (1 - v) ** 1.3)
 
     def lung_back(self, y: Array) -> Array:
-        """z of the back of the lungs."""
+        """Depth z of the back of the lungs."""
         return self.spine(y) + 2.0
 
     def dome_centre(self, side: int) -> tuple[float, float, float]:
@@ -109,7 +111,8 @@ class Anatomy:
 
     def heart_centre(self) -> tuple[float, float, float]:
         """Centre of the heart: it rests on the diaphragm."""
-        return self.heart_shift, self.dome + 0.6 - 0.86 * self.heart_breadth, -3.4
+        front = -self.front_depth + 0.2 + self.heart_breadth  # a large heart grows backwards from the sternum
+        return self.heart_shift, self.dome + 0.6 - 0.86 * self.heart_breadth, max(-3.4, front)
 
     def hilum(self, side: int) -> tuple[float, float, float]:
         """Where the vessels enter the lung; the left one is the higher."""
@@ -121,21 +124,27 @@ class Anatomy:
     ) -> Array:  # fmt: skip
         """A random point in a lung: shares of the way from apex to dome, from medial to lateral, from front to back."""
         share_y, share_x, share_z = rng.uniform(*height), rng.uniform(*lateral), rng.uniform(*depth)
-        y = share_y * self.dome_centre(side)[1]
+        y = np.array(share_y * self.dome_centre(side)[1])
         medial, outer = self.medial_border(y, side), self.lateral_border(y)
         front, back = self.lung_front(y), self.lung_back(y)
         return np.array([side * (medial + share_x * (outer - medial)), y, front + share_z * (back - front)])
 
-    def rib(self, side: int, number: int, start: float = 0.0, stop: float = 1.0, points: int = 26) -> Array:
-        """Points (N, 3) of a rib's centre line, from the spine round to the front."""
-        short = 0.5 if number >= RIBS - 1 else 1.0
-        angle = np.deg2rad(11 + (134 * short - 11) * np.linspace(start, stop, points))
-        drop = self.rib_slope * min(3.4 + 0.75 * number, 8.6)
-        y = -1.1 + RIB_SPACING * number + drop * ((1 - np.cos(angle)) / 2) ** 1.1
+    def ribs(self, side: int, numbers: Array, positions: Array) -> Array:
+        """Points (R, N, 3) on the centre lines of ribs, from the spine (position 0) round to the front (1).
+
+        Args:
+            side: RIGHT or LEFT.
+            numbers: (R,) from 0, the first rib.
+            positions: (R, N) in [0, 1].
+        """
+        numbers = numbers[:, None]
+        short = np.where(numbers >= RIBS - 1, 0.5, 1.0)
+        angle = np.deg2rad(11 + (134 * short - 11) * positions)
+        drop = self.rib_slope * np.minimum(3.4 + 0.75 * numbers, 8.6)
+        y = -1.1 + RIB_SPACING * numbers + drop * ((1 - np.cos(angle)) / 2) ** 1.1
         front, back = self.lung_front(y) - 0.3, self.lung_back(y) + 0.3
-        return np.stack(
-            [side * self.rib_cage(y) * np.sin(angle) ** 0.9, y, (front + back) / 2 + (back - front) / 2 * np.cos(angle)], 1
-        )
+        z = (front + back) / 2 + (back - front) / 2 * np.cos(angle)
+        return np.stack([side * self.rib_cage(y) * np.sin(angle) ** 0.9, y, z], -1)
 
     def clavicle(self, side: int, points: int = 24) -> Array:
         """Points (N, 3) of a clavicle from the sternum to the shoulder."""

@@ -54,6 +54,19 @@ class View:
         return np.stack([columns, self.centre[1] + enlarged * (points[:, 1] - BEAM_LEVEL)], 1)
 
 
+def column(values: Array) -> Array:
+    """A profile over the rows as a float32 column that broadcasts against the image."""
+    return values.astype(np.float32)[:, None]
+
+
+def superellipse(across: Array, centre: Array, half: Array, size: Array) -> Array:
+    """`size` times the chord of a flat-topped unit shape, row by row (float32)."""
+    position = (across - column(centre)) * column(1 / np.maximum(half, 1e-3))
+    position *= position
+    position *= position
+    return np.sqrt(np.maximum(1 - position, 0)) * column(size)
+
+
 class Canvas:
     """One view of one thorax, open for painting."""
 
@@ -83,18 +96,14 @@ class Canvas:
         back = a.spine(y) + 4.2 + 0.7 * a.fat
         if self.view.lateral:
             front = front + 1.8 * (1 - ramp(y, -3.0, 3.0))
-            middle, half = (front + back) / 2, (back - front) / 2
-            thickness = 2 * (torso - 1.0 + 1.5 * (1 - ramp(y, 0.0, 6.0)))
-            neck = np.clip((y + 8) / 7, 0.35, 1)
-            position = (self.across - middle[:, None]) / half[:, None]
-            chord = np.sqrt(np.maximum(1 - position**4, 0)) * (thickness * neck)[:, None]
+            centre, half = (front + back) / 2, (back - front) / 2
+            thickness = 2 * (torso - 1.0 + 1.5 * (1 - ramp(y, 0.0, 6.0))) * np.clip((y + 8) / 7, 0.35, 1)
         else:
-            half_width = np.where(y < 4.5, np.minimum(shoulder, 20.0), torso)
-            half_width = half_width + (20.0 - torso) * np.clip((6.5 - y) / 2.0, 0, 1) * (y >= 4.5)
-            thickness = (back - front) * np.clip((y + 12) / 13, 0.6, 1)
-            position = self.across / half_width[:, None]
-            chord = np.sqrt(np.maximum(1 - position**4, 0)) * thickness[:, None]
-        return chord.astype(np.float32), chord > 0
+            half = np.where(y < 4.5, np.minimum(shoulder, 20.0), torso)
+            half = half + (20.0 - torso) * np.clip((6.5 - y) / 2.0, 0, 1) * (y >= 4.5)
+            centre, thickness = np.zeros_like(y), (back - front) * np.clip((y + 12) / 13, 0.6, 1)
+        chord = superellipse(self.across, centre, half, thickness)
+        return chord, chord > 0
 
     def _heart(self) -> tuple[Array, float]:
         """Half length of the ray inside the heart, and the depth of its centre."""
@@ -105,16 +114,18 @@ class Canvas:
         else:
             across, depth, long, short, half, tilt = x, z, a.heart_length, a.heart_breadth, a.heart_depth, a.heart_tilt
         enlarged = float(self.view.magnification(depth))
-        u = self.across / enlarged - self.view.turn * depth - across
-        v = (self.y - BEAM_LEVEL) / enlarged + BEAM_LEVEL - y
+        u = self.across / np.float32(enlarged) - np.float32(self.view.turn * depth + across)
+        v = (self.y - np.float32(BEAM_LEVEL)) / np.float32(enlarged) + np.float32(BEAM_LEVEL - y)
         cosine, sine = np.float32(np.cos(tilt)), np.float32(np.sin(tilt))
-        along, over = (u * cosine + v * sine) / long, (v * cosine - u * sine) / short
-        inside = 1 - along**2 - over**2
+        along = u * (cosine / np.float32(long)) + v * (sine / np.float32(long))
+        over = v * (cosine / np.float32(short)) - u * (sine / np.float32(short))
+        inside = 1 - along * along - over * over
         if not self.view.lateral:  # the right atrium rounds the right border
-            atrium = 1 - ((u + 3.1 * long / 6.5) / 3.1) ** 2 - ((v - 0.8) / 3.9) ** 2
-            base = 1 - ((u + 0.5) / (0.62 * long)) ** 2 - ((v + 2.6) / 4.4) ** 2
+            f = np.float32
+            atrium = 1 - ((u + f(0.48 * long)) / f(3.1)) ** 2 - ((v - f(0.8)) / f(3.9)) ** 2
+            base = 1 - ((u + f(0.5)) / f(0.62 * long)) ** 2 - ((v + f(2.6)) / f(4.4)) ** 2
             inside = np.maximum(np.maximum(inside, atrium), base)
-        return half * np.sqrt(np.maximum(inside, 0)), depth
+        return (np.float32(half) * np.sqrt(np.maximum(inside, 0))).astype(np.float32), depth
 
     def _lung(self, side: int) -> Array:
         """Length of the ray inside one lung: a superelliptic cylinder minus the diaphragm's dome and the heart."""
@@ -122,7 +133,7 @@ class Canvas:
         level = np.maximum(y, 0)
         medial, outer = a.medial_border(level, side), a.lateral_border(level)
         front, back = a.lung_front(level), a.lung_back(level)
-        tip = np.sqrt(1 - np.clip(1 - y / 3.2, 0, 1) ** 2)
+        tip = np.sqrt(1 - np.clip(1 - y / 2.6, 0, 1) ** 2)
         middle_x, half_x = side * (medial + outer) / 2, (outer - medial) / 2 * tip
         middle_z, half_z = (front + back) / 2, (back - front) / 2 * tip
         top_x, top_y, top_z = a.dome_centre(side)
@@ -133,15 +144,13 @@ class Canvas:
         else:
             centre, half, depth, reach = middle_x, half_x, middle_z, half_z
             top_across, top_depth, curve_across, curve_depth = top_x, top_z, curve_x, curve_z
-        shift = self.view.turn * (top_depth if self.view.lateral else 0.0)
-        across = self.across - shift
-        position = (across - centre[:, None]) / np.maximum(half[:, None], 1e-3)
-        position = position * position
-        chord = np.sqrt(np.maximum(1 - position * position, 0)) * reach[:, None]
-        low, high = depth[:, None] - chord, depth[:, None] + chord
-        below = self.y - top_y - curve_across * (across - top_across) ** 2
-        dome = np.sqrt(np.maximum(below, 0) / curve_depth)
-        covered = np.minimum(high, top_depth + dome) - np.maximum(low, top_depth - dome)
+        across = self.across - np.float32(self.view.turn * top_depth if self.view.lateral else 0.0)
+        chord = superellipse(across, centre, half, reach)
+        middle = column(depth)
+        low, high = middle - chord, middle + chord
+        below = self.y - (top_y + np.float32(curve_across) * (across - np.float32(top_across)) ** 2)
+        dome = np.sqrt(np.maximum(below, 0) * np.float32(1 / curve_depth))
+        covered = np.minimum(high, np.float32(top_depth) + dome) - np.maximum(low, np.float32(top_depth) - dome)
         air = 2 * chord - np.maximum(covered, 0) * (below > 0)
         in_heart = np.minimum(high, self.heart_depth + self.heart_half) - np.maximum(
             low, self.heart_depth - self.heart_half
@@ -170,6 +179,11 @@ class Canvas:
     def add_all(self, amount: Array, mark: float = 1.0) -> None:
         """Add tissue everywhere."""
         self.add((slice(None), slice(None)), amount, mark)
+
+    def cover(self, amount: Array) -> None:
+        """Count a region as changed by at least `amount` cm, for textures and for what is missing."""
+        if self.touched is not None:
+            self.touched = np.maximum(self.touched, amount).astype(np.float32)
 
     def thin_vessels(self, side: int, factor: Array) -> None:
         """Multiply the vessels of one lung by a map (0: no markings)."""
@@ -209,6 +223,7 @@ class Canvas:
             angle: tilt in the image plane (radians).
             mark: weight in the mask.
         """
+        seed = 0 if rng is None else int(rng.integers(2**31))  # one draw in every view, also where nothing is seen
         found = self.window(centre, np.full(3, np.max(radii)) if angle else radii)
         if found is None:
             return
@@ -221,7 +236,8 @@ class Canvas:
         chord = np.sqrt(inside) if softness == 0.5 else cv2.pow(inside, softness)
         chord = chord * np.float32(2 * radii[other] * amount)
         if texture is not None and rng is not None:
-            noise = textures.crop(texture, rng, *chord.shape, self.view.scale)
+            height, width = chord.shape
+            noise = textures.crop(texture, seed, height, width, self.view.scale)
             chord *= (1 - strength) + 2 * strength * noise
         if in_lung:
             chord = np.minimum(chord * self.inside[where], self.air[where] * 0.8)
@@ -251,12 +267,29 @@ class Canvas:
 
     def draw(self, layer: Array, points: Array, width: float | Array, value: int = 255) -> tuple[int, int, int, int]:
         """Draw a band into a uint8 layer; returns the box (left, top, right, bottom) that holds it."""
-        line = self.view.project(points)
-        half = np.maximum(np.broadcast_to(np.asarray(width, float), (len(points),)) * self.view.scale / 2, 0.6)
-        step = np.gradient(line, axis=0)
-        normal = np.stack([-step[:, 1], step[:, 0]], 1) / np.maximum(np.hypot(*step.T), 1e-6)[:, None]
-        edge = np.concatenate([line + normal * half[:, None], (line - normal * half[:, None])[::-1]])
-        return self.fill(layer, edge, value)
+        return self.fill(layer, self.edges(points[None], width)[0], value)
+
+    def draw_many(self, layer: Array, points: Array, width: float | Array, value: int = 255) -> None:
+        """Draw bands that do not cross: points (R, N, 3)."""
+        self.fill_many(layer, self.edges(points, width), value)
+
+    def edges(self, points: Array, width: float | Array) -> Array:
+        """Outlines (R, 2N, 2) in pixels of bands along points (R, N, 3); no band is thinner than about a pixel."""
+        count, length, _ = points.shape
+        line = self.view.project(points.reshape(-1, 3)).reshape(count, length, 2)
+        half = np.maximum(np.asarray(width, float) * (self.view.scale / 2), 0.6)
+        step = np.empty_like(line)
+        step[:, 1:-1] = line[:, 2:] - line[:, :-2]
+        step[:, 0], step[:, -1] = line[:, 1] - line[:, 0], line[:, -1] - line[:, -2]
+        long = np.sqrt(step[..., 0] ** 2 + step[..., 1] ** 2) + 1e-6
+        aside = step[..., ::-1] * (np.broadcast_to(half, (count, length)) / long)[..., None]
+        aside[..., 0] *= -1
+        return np.concatenate([line + aside, (line - aside)[:, ::-1]], 1)
+
+    def fill_many(self, layer: Array, polygons: Array, value: int = 255) -> None:
+        """Fill polygons (R, N, 2) of pixel coordinates."""
+        for polygon in np.rint(np.clip(polygons, -2000, 4000) * (1 << SHIFT)).astype(np.int32):
+            cv2.fillPoly(layer, [polygon], value, cv2.LINE_AA, SHIFT)
 
     def fill(self, layer: Array, polygon: Array, value: int = 255) -> tuple[int, int, int, int]:
         """Fill a polygon of pixel coordinates (N, 2) with smooth edges."""
@@ -282,4 +315,5 @@ class Canvas:
 
     def texture(self, kind: str, rng: np.random.Generator) -> Array:
         """A texture over the whole image."""
-        return textures.crop(kind, rng, *self.shape, self.view.scale)
+        height, width = self.shape
+        return textures.crop(kind, int(rng.integers(2**31)), height, width, self.view.scale)

@@ -14,7 +14,7 @@ from hilum.data.phantoms.anatomy import Array
 from hilum.data.phantoms.canvas import View
 
 ATTENUATION = 0.19  # 1 / cm of soft tissue near 70 keV (NIST XCOM: water 0.193)
-WINDOW = {"PA": (1.1, 4.3), "AP": (1.1, 4.2), "LATERAL": (1.2, 4.9), "LL": (1.2, 4.9)}
+WINDOW = {"PA": (0.95, 4.75), "AP": (0.95, 4.7), "LATERAL": (1.0, 5.4), "LL": (1.0, 5.4)}
 SCATTER = {"PA": 0.10, "AP": 0.2, "LATERAL": 0.14, "LL": 0.14}  # share of the primary, behind the grid or without one
 FLOOR = 0.004
 
@@ -53,7 +53,7 @@ def draw_technique(rng: np.random.Generator, position: str) -> Technique:
         tilt=float(rng.normal(0, 0.018 * rough)),
         exposure=float(rng.normal(0, 0.09 * rough)),
         contrast=float(np.clip(rng.normal(1.0, 0.07 * rough), 0.75, 1.3)),
-        gamma=float(np.clip(rng.normal(1.0, 0.08), 0.8, 1.25)),
+        gamma=float(np.clip(rng.normal(0.72, 0.06), 0.55, 0.95)),
         detail=float(rng.uniform(0.25, 0.7)),
         noise=float(rng.uniform(0.5, 1.0) * rough),
         scatter=float(SCATTER[position] * rng.uniform(0.7, 1.4)),
@@ -85,7 +85,9 @@ def expose(path: Array, view: View, technique: Technique, rng: np.random.Generat
     middle = (low + high) / 2 + technique.exposure
     span = (high - low) / technique.contrast
     base = cv2.resize(density, (width // 4, height // 4), interpolation=cv2.INTER_AREA)
-    base = cv2.resize(cv2.GaussianBlur(base, (0, 0), 1.6 * view.scale / 4), (width, height), interpolation=cv2.INTER_LINEAR)
+    base = cv2.resize(
+        cv2.GaussianBlur(base, (0, 0), 1.6 * view.scale / 4), (width, height), interpolation=cv2.INTER_LINEAR
+    )
     density += np.float32(technique.detail) * np.clip(density - base, -0.5, 0.5)
     noise = textures.pixel_noise(rng, height, width)
     density += noise * np.minimum(np.float32(0.006 * technique.noise) / cv2.sqrt(signal), np.float32(0.08))

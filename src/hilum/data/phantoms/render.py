@@ -18,7 +18,8 @@ from hilum.data.phantoms.canvas import Canvas, View
 from hilum.data.phantoms.exposure import draw_technique, expose, expose_mask
 from hilum.data.phantoms.signs import CHILDREN, SIGNS, Paint, Sign
 from hilum.data.phantoms.signs_pleura import hydro_air, hydro_fluid
-from hilum.data.phantoms.skeleton import paint_skeleton, paint_vessels
+from hilum.data.phantoms.skeleton import paint_skeleton
+from hilum.data.phantoms.vessels import paint_vessels
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,11 @@ def _render(
         for parent, part in (("Pneumothorax", hydro_air), ("Pleural Effusion", hydro_fluid)):
             trial = Canvas(anatomy, view)
             trial.begin()
-            part(trial, stream(who[0], "phantom", "finding", who[1], "Hydropneumothorax"), findings["Hydropneumothorax"])
+            part(
+                trial, stream(who[0], "phantom", "finding", who[1], "Hydropneumothorax"), findings["Hydropneumothorax"]
+            )
             masks[parent] = trial.end()
+            masks["Hydropneumothorax"] = masks["Hydropneumothorax"] | masks[parent]
     for parent in ("Fracture", "Atelectasis"):
         parts = [masks[child] for child in CHILDREN[parent] if child in masks]
         if parts:
@@ -157,5 +161,3 @@ def _close(mask: Array, scale: float) -> Array:
     size = max(round(0.6 * scale), 1) | 1
     kernel = np.ones((size, size), np.uint8)
     return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, kernel) > 0
-
-

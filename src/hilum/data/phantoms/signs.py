@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hilum.data.phantoms import signs_chest as chest
+from hilum.data.phantoms import signs_focal as focal
 from hilum.data.phantoms import signs_lung as lung
 from hilum.data.phantoms import signs_pleura as pleura
 from hilum.data.phantoms.anatomy import Anatomy, Array
@@ -52,13 +53,13 @@ SIGNS: dict[str, Sign] = {
     "Consolidation": Sign(lung.consolidation),
     "Atelectasis": Sign(lung.atelectasis),
     "Lobar Atelectasis": Sign(lung.lobar_atelectasis),
-    "Round(ed) Atelectasis": Sign(lung.rounded_atelectasis),
-    "Infarction": Sign(lung.infarction),
-    "Tuberculosis": Sign(lung.tuberculosis),
-    "Lung Lesion": Sign(lung.lung_lesion),
-    "Mass": Sign(lung.mass),
-    "Nodule": Sign(lung.nodule),
-    "Granuloma": Sign(lung.granuloma),
+    "Round(ed) Atelectasis": Sign(focal.rounded_atelectasis),
+    "Infarction": Sign(focal.infarction),
+    "Tuberculosis": Sign(focal.tuberculosis),
+    "Lung Lesion": Sign(focal.lung_lesion),
+    "Mass": Sign(focal.mass),
+    "Nodule": Sign(focal.nodule),
+    "Granuloma": Sign(focal.granuloma),
     "Fissure": Sign(pleura.fissure),
     "Azygos Lobe": Sign(pleura.azygos_lobe),
     "Pleural Thickening": Sign(pleura.pleural_thickening),
@@ -78,4 +79,4 @@ CHILDREN: dict[str, tuple[str, ...]] = {
     "Pneumothorax": ("Hydropneumothorax",),
     "Pleural Effusion": ("Hydropneumothorax",),
 }
-"""Parent -> findings that imply it. A parent that is there only by a child has no sign of its own: it is the child's."""
+"""Parent -> findings that imply it. With a child present the parent has no sign of its own: it is the child's."""

@@ -8,8 +8,9 @@ import numpy as np
 
 from hilum.data.phantoms.anatomy import LEFT, RIGHT, SIDES, VERTEBRA_SPACING, Anatomy, Array, Break, ramp
 from hilum.data.phantoms.canvas import Canvas
-from hilum.data.phantoms.signs_lung import Generator, between, pick_side, wedge
-from hilum.data.phantoms.skeleton import displaced_clavicle, displaced_rib
+from hilum.data.phantoms.signs_focal import wedge
+from hilum.data.phantoms.signs_lung import Generator, between, pick_side
+from hilum.data.phantoms.skeleton import displaced_clavicle, displaced_ribs, scapula
 
 
 def shape_cardiomegaly(anatomy: Anatomy, rng: Generator, severity: float) -> None:
@@ -164,17 +165,17 @@ def spine_region(canvas: Canvas) -> Array:
 
 
 def shape_fracture(anatomy: Anatomy, rng: Generator, severity: float) -> None:
-    """A fracture elsewhere than in ribs and clavicles: a wedged vertebra, or the neck of a humerus."""
+    """A fracture elsewhere than in ribs and clavicles: a wedged vertebra, or the blade of a scapula."""
     number = int(rng.integers(8, 14))
     side = pick_side(rng, 0.5)
-    if rng.random() < 0.7:
+    if rng.random() < 0.65:
         anatomy.wedge[number] = between(0.3, 0.65, severity)
     else:
-        anatomy.breaks.append(Break("humerus", side, 0, 0.2, between(0.8, 1.6, severity)))
+        anatomy.breaks.append(Break("scapula", side, 0, 0.5, between(0.7, 1.6, severity)))
 
 
 def fracture_region(canvas: Canvas) -> Array:
-    """Round the wedged vertebra or the shoulder."""
+    """Round the wedged vertebra, or the scapula."""
     anatomy = canvas.anatomy
     mask = np.zeros(canvas.shape, bool)
     for number in anatomy.wedge:
@@ -183,21 +184,25 @@ def fracture_region(canvas: Canvas) -> Array:
         near = np.abs(canvas.y - middle) < half
         centre = float(anatomy.spine(np.array(middle))) if canvas.view.lateral else 0.0
         mask |= near & (np.abs(canvas.across - centre) < 2.0)
+    layer = np.zeros(canvas.shape, np.uint8)
     for fracture in anatomy.breaks:
-        if fracture.bone == "humerus" and not canvas.view.lateral:
-            mask |= (np.abs(canvas.across - fracture.side * 19.2) < 3.2) & (np.abs(canvas.y - 9.0) < 10.0)
-    return mask
+        if fracture.bone == "scapula" and not canvas.view.lateral:
+            for outer, inner in scapula(anatomy, fracture.side):
+                canvas.draw(layer, np.concatenate([outer, inner, outer[:1]]), 1.2)
+                canvas.fill(layer, canvas.view.project(np.concatenate([outer, inner])))
+    return mask | (layer > 127)
 
 
 def shape_rib_fracture(anatomy: Anatomy, rng: Generator, severity: float) -> None:
     """One to four neighbouring ribs, stepped at the side of the chest; some are healing."""
     side = pick_side(rng, 0.5)
     first = int(rng.integers(3, 8))
-    position = rng.uniform(0.32, 0.66)
+    front = rng.random() < 0.3
+    position = rng.uniform(0.74, 0.88) if front else rng.uniform(0.18, 0.5)
     healing = rng.random() < 0.5
     for number in range(first, min(first + 1 + round(between(0, 3, severity)), 10)):
         offset = between(0.35, 1.0, severity) * rng.uniform(0.8, 1.2)
-        place = float(np.clip(position + rng.normal(0, 0.03), 0.25, 0.75))
+        place = float(np.clip(position + rng.normal(0, 0.02), 0.12, 0.92))
         anatomy.breaks.append(Break("rib", side, number, place, float(offset), 1.0 if healing else 0.0))
 
 
@@ -205,7 +210,8 @@ def rib_fracture(canvas: Canvas, rng: Generator, severity: float) -> None:
     """Callus and a little swelling at each fracture."""
     for fracture in canvas.anatomy.breaks:
         if fracture.bone == "rib":
-            place = canvas.anatomy.rib(fracture.side, fracture.number, fracture.position, fracture.position + 0.01, 2)[0]
+            spot = np.array([[fracture.position]])
+            place = canvas.anatomy.ribs(fracture.side, np.array([fracture.number]), spot)[0, 0]
             place[1] += fracture.offset / 2
             amount = between(0.4, 0.9, severity) if fracture.callus else between(0.15, 0.3, severity)
             canvas.ellipsoid(place, np.array([0.95, 0.85, 0.9]), amount, 0.7)
@@ -217,7 +223,8 @@ def rib_fracture_region(canvas: Canvas) -> Array:
     for fracture in canvas.anatomy.breaks:
         if fracture.bone == "rib":
             start, stop = max(fracture.position - 0.05, 0), min(fracture.position + 0.2, 1)
-            canvas.draw(layer, displaced_rib(canvas.anatomy, fracture.side, fracture.number, start, stop), 2.2)
+            piece = [(fracture.number, start, stop)]
+            canvas.draw(layer, displaced_ribs(canvas.anatomy, fracture.side, piece)[0], 2.2)
     return layer > 127
 
 

@@ -1,5 +1,7 @@
 """Support devices: tubes, lines, pacemakers, wires, electrodes. Same contract as `signs_lung.py`."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hilum.data.phantoms.anatomy import LEFT, RIGHT, Array
@@ -19,7 +21,7 @@ def support_devices(canvas: Canvas, rng: Generator, severity: float) -> None:
         DRAW[KINDS[kind]](canvas, np.random.default_rng(rng.integers(2**31)))
 
 
-def curve(corners: list[list[float]], points: int = 40) -> Array:
+def curve(corners: Sequence[Sequence[float]], points: int = 40) -> Array:
     """A smooth path through corners (Catmull-Rom)."""
     knots = np.array([corners[0], *corners, corners[-1]], float)
     t = np.linspace(0, len(corners) - 1 - 1e-6, points)
@@ -40,9 +42,10 @@ def _central_line(canvas: Canvas, rng: Generator) -> None:
 
 def _picc(canvas: Canvas, rng: Generator) -> None:
     side = pick_side(rng, 0.6)
-    tip = [-1.8, rng.uniform(9.0, 12.5), 0.5]
-    path = [[side * 20, 16, 2], [side * 18.5, 7, 1], [side * 14, 2.2, -1], [side * 7, 1.6, -4], [side * 2.6, 3.3, -3], [-1.9, 6.4, -0.5], tip]
-    canvas.band(curve(path, 60), 0.18, CATHETER)
+    tip = [-1.8, float(rng.uniform(9.0, 12.5)), 0.5]
+    arm: list[Sequence[float]] = [[side * 20, 16, 2], [side * 18.5, 7, 1], [side * 14, 2.2, -1]]
+    vein: list[Sequence[float]] = [*arm, [side * 7, 1.6, -4], [side * 2.6, 3.3, -3], [-1.9, 6.4, -0.5], tip]
+    canvas.band(curve(vein, 60), 0.18, CATHETER)
 
 
 def _tube(canvas: Canvas, rng: Generator) -> None:
@@ -54,7 +57,7 @@ def _tube(canvas: Canvas, rng: Generator) -> None:
 
 
 def _feeding_tube(canvas: Canvas, rng: Generator) -> None:
-    x, y, z = canvas.anatomy.dome_centre(LEFT)
+    x, y, _ = canvas.anatomy.dome_centre(LEFT)
     end = [x + rng.uniform(-2, 2), y + rng.uniform(3.0, 6.0), -1]
     path = [[-0.5, -12, -4], [0.4, -6, 1], [0.5, 3, 2.6], [0.7, 10, 2.8], [1.2, y - 2, 2], [3.4, y + 2.2, 0], end]
     canvas.band(curve(path, 60), 0.28, CATHETER)
@@ -72,7 +75,14 @@ def _pacemaker(canvas: Canvas, rng: Generator) -> None:
     heart_x, heart_y, _ = canvas.anatomy.heart_centre()
     leads = [[heart_x + 3.4, heart_y + 2.6, -6.5], [heart_x - 3.6, heart_y - 1.8, -5.0]]
     for tip in leads[: 1 + int(rng.random() < 0.6)]:
-        path = [box.tolist(), [side * 7.4, 1.8, -5.5], [side * 3, 2.6, -4], [-1.8, 6, -1], [-2.4, 12, -2], tip]
+        path = [
+            [float(v) for v in box],
+            [side * 7.4, 1.8, -5.5],
+            [side * 3, 2.6, -4],
+            [-1.8, 6, -1],
+            [-2.4, 12, -2],
+            tip,
+        ]
         canvas.band(curve(path, 60), 0.2, WIRE)
 
 

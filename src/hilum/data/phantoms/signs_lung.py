@@ -1,7 +1,7 @@
-"""Signs in the lung: opacities, nodules, collapse, oedema, fibrosis, emphysema, tuberculosis, infarction.
+"""Signs spread through the lung: opacities, collapse, oedema, fibrosis, emphysema.
 
-Every sign is `paint(canvas, rng, severity)`: all its random choices are drawn first and in the same order in every view,
-so that the frontal and the lateral image show one lesion. Severity runs from 0 (subtle) to 1 (obvious).
+Every sign is `paint(canvas, rng, severity)`: its random choices about the lesion are drawn in the same order in every
+view, so that the frontal and the lateral image show one lesion. Severity runs from 0 (subtle) to 1 (obvious).
 """
 
 import numpy as np
@@ -38,7 +38,9 @@ def lung_opacity(canvas: Canvas, rng: Generator, severity: float) -> None:
     side = pick_side(rng)
     centre = canvas.anatomy.spot(rng, side, (0.25, 0.9))
     radii = rng.uniform(0.8, 1.25, 3) * between(2.8, 4.8, severity)
-    canvas.ellipsoid(centre, radii, between(0.13, 0.34, severity), 1.1, in_lung=True, rng=rng, texture="cloud", strength=0.3)
+    canvas.ellipsoid(
+        centre, radii, between(0.13, 0.34, severity), 1.1, in_lung=True, rng=rng, texture="cloud", strength=0.3
+    )
 
 
 def consolidation(canvas: Canvas, rng: Generator, severity: float) -> None:
@@ -48,7 +50,15 @@ def consolidation(canvas: Canvas, rng: Generator, severity: float) -> None:
     radii = rng.uniform(0.75, 1.25, 3) * between(2.2, 4.0, severity)
     tilt = rng.uniform(-0.5, 0.5)
     canvas.ellipsoid(
-        centre, radii, between(0.35, 0.75, severity), 0.75, in_lung=True, rng=rng, texture="cloud", strength=0.35, angle=tilt
+        centre,
+        radii,
+        between(0.35, 0.75, severity),
+        0.75,
+        in_lung=True,
+        rng=rng,
+        texture="cloud",
+        strength=0.35,
+        angle=tilt,
     )
     _bronchograms(canvas, rng, centre, float(radii.mean()), side, 5)
 
@@ -80,12 +90,12 @@ def infiltration(canvas: Canvas, rng: Generator, severity: float) -> None:
 def edema(canvas: Canvas, rng: Generator, severity: float) -> None:
     """Perihilar bat-wing haze on both sides, thick upper-lobe vessels, septal (Kerley B) lines at the bases."""
     anatomy = canvas.anatomy
-    density, spread = between(0.09, 0.27, severity), between(3.6, 5.2, severity)
+    density, spread = between(0.07, 0.22, severity), between(4.2, 6.0, severity)
     for side in SIDES:
         x, y, z = anatomy.hilum(side)
         radii = np.array([spread * 0.95, spread * 1.25, 5.0]) * rng.uniform(0.9, 1.1, 3)
-        centre = np.array([x + side * 2.0, y + 1.2, z])
-        canvas.ellipsoid(centre, radii, density, 0.8, in_lung=True, rng=rng, texture="cloud", strength=0.7)
+        centre = np.array([x + side * 2.2, y + 1.6, z])
+        canvas.ellipsoid(centre, radii, density, 0.7, in_lung=True, rng=rng, texture="cloud", strength=0.75)
         for _ in range(5):
             upper = np.array([x + side * rng.uniform(0.5, 3.0), rng.uniform(3.0, 6.0), z + rng.normal(0, 2)])
             canvas.band(np.linspace(np.array([x, y, z]), upper, 4), 0.45, between(0.25, 0.7, severity), clip=True)
@@ -120,7 +130,7 @@ def atelectasis(canvas: Canvas, rng: Generator, severity: float) -> None:
         canvas.ellipsoid(haze, np.array([4.5, 1.8, 4.0]), between(0.05, 0.16, severity), 1.0, in_lung=True, mark=0.7)
 
 
-# Lobe -> outline of the collapsed lobe in the frontal (x from the midline, y) and the lateral view (z, y), and its side.
+# Lobe -> its side, and the outline when collapsed in the frontal (x from the midline, y) and the lateral view (z, y).
 LOBES: dict[str, tuple[int, list[tuple[float, float]], list[tuple[float, float]]]] = {
     "right upper": (
         RIGHT,
@@ -173,26 +183,6 @@ def smooth_ring(polygon: Array, points: int = 60) -> Array:
     return ring[:points] if len(ring) < points else ring
 
 
-def rounded_atelectasis(canvas: Canvas, rng: Generator, severity: float) -> None:
-    """A round mass on the pleura of the posterior base; vessels and bronchi sweep into it like a comet's tail."""
-    side = pick_side(rng)
-    anatomy = canvas.anatomy
-    centre = anatomy.spot(rng, side, (0.78, 0.9), (0.62, 0.82), (0.72, 0.86))
-    radius = between(1.5, 2.8, severity)
-    density = between(0.5, 0.8, severity)
-    canvas.ellipsoid(centre, np.full(3, radius), density, 0.6, in_lung=True)
-    hilum = np.array(anatomy.hilum(side))
-    for number in range(6):
-        t = np.linspace(0, 1, 12)[:, None]
-        bend = np.array([0.0, 2.2 * np.sin(number - 2.5), 0.6 * (number - 2.5)]) + rng.normal(0, 0.2, 3)
-        rim = centre + np.array([0.0, (number - 2.5) * 0.34 * radius, 0.0])
-        line = rim * (1 - t) + (rim * 0.35 + hilum * 0.65) * t + bend * np.sin(np.pi * t) * 0.5
-        canvas.band(line, 0.4 * (1 - 0.75 * t[:, 0]) + 0.05, density * 1.3, clip=True)
-    y = np.linspace(centre[1] - 2.6, centre[1] + 2.6, 10)
-    wall = np.stack([side * anatomy.lateral_border(y), y, np.full(10, centre[2])], 1)
-    canvas.band(wall, 0.7, density * 1.6, mark=0.6)
-
-
 def fibrosis(canvas: Canvas, rng: Generator, severity: float) -> None:
     """Reticulation and honeycombing, at the periphery and the bases of both lungs."""
     anatomy, y = canvas.anatomy, canvas.y
@@ -207,7 +197,9 @@ def fibrosis(canvas: Canvas, rng: Generator, severity: float) -> None:
         outer = np.abs(canvas.across) / anatomy.lateral_border(np.maximum(y, 0))
         weights *= 0.25 + 0.75 * ramp(outer, 0.45, 0.9)
     net = canvas.texture("reticular", rng)
-    canvas.add_all((net + 0.12) * weights * base * np.float32(between(1.5, 4.2, severity)))
+    amount = weights * base * np.float32(between(1.3, 3.8, severity))
+    canvas.add_all(((net + 0.12) * amount).astype(np.float32), mark=0.0)
+    canvas.cover(amount)
 
 
 def shape_fibrosis(anatomy: Anatomy, rng: Generator, severity: float) -> None:
@@ -251,102 +243,3 @@ def circle(centre: Array, radius: float, lateral: bool, start: float = 0.0, stop
 def emphysema_region(canvas: Canvas) -> Array:
     """Both lungs."""
     return canvas.inside > 0.4
-
-
-def infarction(canvas: Canvas, rng: Generator, severity: float) -> None:
-    """A wedge with its base on the pleura and its rounded tip towards the hilum (Hampton's hump)."""
-    wedge(canvas, rng, pick_side(rng), between(2.2, 4.6, severity), between(0.9, 2.6, severity))
-
-
-def wedge(canvas: Canvas, rng: Generator, side: int, size: float, amount: float) -> None:
-    """A pleural-based wedge of the lower zone."""
-    anatomy = canvas.anatomy
-    level = rng.uniform(0.62, 0.88) * anatomy.dome
-    z = rng.uniform(-2, 4)
-    wall = side * (float(anatomy.lateral_border(np.array(level))) - 0.1)
-    inward = np.array(anatomy.hilum(side))[:2] - np.array([wall, level])
-    inward /= np.linalg.norm(inward)
-    if canvas.view.lateral:
-        ring = np.stack([np.full(30, wall), *(circle(np.array([wall, level, z]), size * 0.5, True, 0, 2 * np.pi)[:30, 1:].T)], 1)
-    else:
-        half = size * 0.5
-        ring = np.array([
-            [wall, level - half, z], [wall, level + half, z],
-            [wall + inward[0] * size * 0.75, level + inward[1] * size + half * 0.35, z],
-            [wall + inward[0] * size, level + inward[1] * size, z],
-            [wall + inward[0] * size * 0.75, level + inward[1] * size - half * 0.35, z],
-        ])  # fmt: skip
-        ring = smooth_ring(ring)
-    canvas.add_all(canvas.blob(ring, 0.18) * np.maximum(canvas.inside, 0.15) * np.float32(amount))
-
-
-def nodule(canvas: Canvas, rng: Generator, severity: float) -> None:
-    """One to four round opacities of 0.8 to 2.8 cm."""
-    count = int(rng.choice([1, 1, 1, 2, 3, 4]))
-    for _ in range(count):
-        side = pick_side(rng)
-        centre = canvas.anatomy.spot(rng, side, (0.12, 0.9), (0.25, 0.9))
-        radii = between(0.45, 1.2, severity) * rng.uniform(0.85, 1.15, 3)
-        canvas.ellipsoid(centre, radii, between(0.95, 0.9, severity), 0.55)
-
-
-def mass(canvas: Canvas, rng: Generator, severity: float) -> None:
-    """A lobulated opacity of more than 3 cm."""
-    side = pick_side(rng)
-    centre = canvas.anatomy.spot(rng, side, (0.15, 0.85), (0.2, 0.85))
-    radius = between(1.6, 3.0, severity)
-    canvas.ellipsoid(centre, radius * rng.uniform(0.85, 1.1, 3), between(0.45, 0.75, severity), 0.5)
-    for _ in range(4):
-        lobule = centre + rng.normal(0, 0.5, 3) * radius
-        canvas.ellipsoid(lobule, np.full(3, radius * rng.uniform(0.4, 0.6)), between(0.3, 0.5, severity), 0.5)
-
-
-def lung_lesion(canvas: Canvas, rng: Generator, severity: float) -> None:
-    """A spiculated or a thick-walled, cavitating focus of 1.5 to 4.5 cm."""
-    side = pick_side(rng)
-    centre = canvas.anatomy.spot(rng, side, (0.15, 0.8), (0.25, 0.85))
-    radius = between(0.85, 2.0, severity)
-    cavity = rng.random() < 0.4
-    canvas.ellipsoid(centre, radius * rng.uniform(0.9, 1.1, 3), between(0.6, 0.75, severity), 0.7)
-    if cavity:
-        canvas.ellipsoid(centre, np.full(3, radius * 0.6), -1.0, 0.5, mark=0.0)
-    for _ in range(11):
-        angle, reach = rng.uniform(0, 2 * np.pi), radius * rng.uniform(1.5, 2.2)
-        across = np.array([np.cos(angle), np.sin(angle), 0]) if not canvas.view.lateral else np.array([0, np.sin(angle), np.cos(angle)])
-        line = centre + across * np.linspace(0.6 * radius, reach, 4)[:, None]
-        canvas.band(line, 0.14, between(0.4, 0.8, severity), mark=0.8)
-
-
-def granuloma(canvas: Canvas, rng: Generator, severity: float) -> None:
-    """One to three small, dense, calcified spots."""
-    for _ in range(int(rng.choice([1, 1, 2, 3]))):
-        side = pick_side(rng)
-        centre = canvas.anatomy.spot(rng, side, (0.15, 0.85), (0.15, 0.85))
-        radius = between(0.28, 0.5, severity) * rng.uniform(0.85, 1.15)
-        canvas.ellipsoid(centre, np.full(3, radius), between(3.2, 4.2, severity), 0.5)
-
-
-def tuberculosis(canvas: Canvas, rng: Generator, severity: float) -> None:
-    """Upper lobes: cavity, clustered small nodules, strands to a pulled-up hilum."""
-    both = rng.random() < 0.4
-    first = pick_side(rng)
-    anatomy = canvas.anatomy
-    for side in (first, -first):
-        centre = anatomy.spot(rng, side, (0.17, 0.32), (0.35, 0.7), (0.55, 0.8))
-        radius = between(1.0, 1.9, severity)
-        spots = centre + rng.normal(0, 1, (16, 3)) * np.array([1.7, 2.2, 1.5])
-        sizes = rng.uniform(0.2, 0.45, 16)
-        strands = rng.normal(0, 1.2, (5, 3))
-        if side != first and not both:
-            continue
-        haze = np.array([3.0, 3.2, 2.6]) * between(0.8, 1.1, severity)
-        canvas.ellipsoid(centre, haze, between(0.12, 0.3, severity), 1.0, in_lung=True, rng=rng, texture="blotch", strength=0.8)
-        canvas.ellipsoid(centre, np.full(3, radius), between(0.45, 0.8, severity), 0.5)
-        canvas.ellipsoid(centre, np.full(3, radius * 0.72), -between(0.7, 1.2, severity), 0.5, mark=0.0)
-        for spot, size in zip(spots, sizes, strict=True):
-            canvas.ellipsoid(spot, np.full(3, size), between(0.8, 1.4, severity), 0.5, in_lung=True)
-        for strand in strands:
-            line = np.linspace(centre + strand, np.array(anatomy.hilum(side)), 5)
-            canvas.band(line, 0.18, between(0.3, 0.8, severity), mark=0.6, clip=True)
-
-

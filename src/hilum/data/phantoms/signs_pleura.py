@@ -71,8 +71,7 @@ def gas(canvas: Canvas, side: int, gap: float, lucency: float) -> None:
     line = present * bump(beyond, 0.0, 0.11) * np.float32(0.7)
     canvas.add_all((collapse + line).astype(np.float32), mark=0.0)
     canvas.add_all(change)
-    if canvas.touched is not None:
-        canvas.touched = np.maximum(canvas.touched, air * present * 1.5)
+    canvas.cover(air * present * 1.5)
 
 
 def hydropneumothorax(canvas: Canvas, rng: Generator, severity: float) -> None:
@@ -108,7 +107,8 @@ def pleural_thickening(canvas: Canvas, rng: Generator, severity: float) -> None:
     lung = canvas.lung[side]
     if apical:
         profile = np.clip(1 - canvas.y / (1.6 + 2.0 * width), 0, 1)
-        cover = np.clip((2.2 * width * (0.4 + profile) * (profile > 0) - np.minimum(distance, canvas.y)) / 0.25, 0, 1)
+        cap = 2.2 * width * (0.4 + profile) - np.minimum(distance, canvas.y)
+        cover = np.clip(cap / 0.25, 0, 1) * (profile > 0)
     elif canvas.view.lateral:
         return  # lies flat against the film's normal: not seen from the side
     else:
@@ -129,7 +129,9 @@ def pleural_other(canvas: Canvas, rng: Generator, severity: float) -> None:
             canvas.band(line, rng.uniform(0.28, 0.5), amount)
         face = anatomy.spot(rng, side, (0.45, 0.8), (0.4, 0.75), (0.05, 0.15))
         radii = np.array([1.6, 1.1, 0.35]) * between(0.8, 1.4, severity)
-        canvas.ellipsoid(face, radii, amount * 1.7, 0.5, rng=rng, texture="blotch", strength=1.0, angle=rng.uniform(-0.8, 0.8))
+        canvas.ellipsoid(
+            face, radii, amount * 1.7, 0.5, rng=rng, texture="blotch", strength=1.0, angle=rng.uniform(-0.8, 0.8)
+        )
         x, top, z = anatomy.dome_centre(side)
         offset = rng.uniform(-2, 2) + np.linspace(-1.2, 1.2, 9)
         on_dome = rng.random() < 0.6
@@ -246,7 +248,6 @@ def subcutaneous_emphysema(canvas: Canvas, rng: Generator, severity: float) -> N
         if not both:
             outside = outside * ramp(side * canvas.across, -1.5, 2.0)
     extent = 1 - ramp(canvas.y, between(9, 18, severity), between(13, 24, severity))
-    change = -streaks * wall * np.minimum(outside, 1) * extent * np.float32(between(2.2, 5.0, severity))
-    canvas.add_all(change.astype(np.float32))
-
-
+    amount = np.minimum(outside, 1) * wall * extent * between(2.2, 5.0, severity)
+    canvas.add_all(-(streaks * amount).astype(np.float32))
+    canvas.cover(amount * 0.3)

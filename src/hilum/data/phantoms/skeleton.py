@@ -1,4 +1,4 @@
-"""What is in every thorax besides lungs and heart: bones, airways, vessels, aorta, breasts, stomach, arms.
+"""What is in every thorax besides lungs and heart: bones, airways, aorta, breasts, stomach, arms.
 
 Paints on a `Canvas`. The bone layer is kept apart from the findings, so that a finding's mask holds the finding alone.
 """
@@ -8,8 +8,8 @@ import numpy as np
 from hilum.data.phantoms.anatomy import LEFT, RIBS, SIDES, VERTEBRA_SPACING, Anatomy, Array, Break
 from hilum.data.phantoms.canvas import Canvas
 
-VESSEL_LEVELS = 6
-VESSEL_WIDTHS = (0.85, 0.6, 0.42, 0.3, 0.21, 0.15)
+VERTEBRAE = np.arange(-3, 14) * VERTEBRA_SPACING - 0.6
+"""Levels (y) of the upper end plates of the vertebrae from C6 to L3."""
 
 
 def paint_skeleton(canvas: Canvas) -> None:
@@ -29,27 +29,27 @@ def paint_skeleton(canvas: Canvas) -> None:
 def _ribs(canvas: Canvas) -> None:
     """Posterior and anterior parts as two layers, each with denser edges (cortex)."""
     anatomy, scale = canvas.anatomy, canvas.view.scale
+    weight = 0.5 if canvas.view.lateral else 1.0
     for side in SIDES:
-        back, front = np.zeros(canvas.shape, np.uint8), np.zeros(canvas.shape, np.uint8)
-        for number in range(RIBS):
-            for start, stop in rib_pieces(anatomy, side, number):
-                for layer, low, high, width in ((back, 0.0, 0.62, 1.05), (front, 0.6, 1.0, 1.2)):
-                    if min(stop, high) - max(start, low) < 0.03:
-                        continue
-                    points = displaced_rib(anatomy, side, number, max(start, low), min(stop, high))
-                    canvas.draw(layer, points, width, 255)
-                    if width * scale > 5:
-                        canvas.draw(layer, points, width * 0.55, 165)
-        weight = 0.5 if canvas.view.lateral else 1.0
-        canvas.extra += back * np.float32(0.9 * weight / 255)
-        canvas.extra += front * np.float32(0.55 * weight / 255)
+        pieces = rib_pieces(anatomy, side)
+        for low, high, width, amount in ((0.0, 0.62, 1.05, 0.9), (0.6, 1.0, 1.2, 0.55)):
+            part = [(n, max(a, low), min(b, high)) for n, a, b in pieces if min(b, high) - max(a, low) > 0.03]
+            points = displaced_ribs(anatomy, side, part)
+            layer = np.zeros(canvas.shape, np.uint8)
+            canvas.draw_many(layer, points, width, 255)
+            if width * scale > 5:
+                canvas.draw_many(layer, points, width * 0.55, 165)
+            canvas.extra += layer * np.float32(amount * weight / 255)
 
 
-def rib_pieces(anatomy: Anatomy, side: int, number: int) -> list[tuple[float, float]]:
-    """The intact pieces of a rib as (start, stop), with a small gap at each fracture."""
-    cuts = sorted(b.position for b in breaks_of(anatomy, "rib", side, number))
-    edges = [0.0, *[edge for cut in cuts for edge in (cut - 0.008, cut + 0.008)], 1.0]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+def rib_pieces(anatomy: Anatomy, side: int) -> list[tuple[int, float, float]]:
+    """The intact pieces of one side's ribs as (number, start, stop), with a small gap at each fracture."""
+    pieces = []
+    for number in range(RIBS):
+        cuts = sorted(b.position for b in breaks_of(anatomy, "rib", side, number))
+        edges = [0.0, *[edge for cut in cuts for edge in (cut - 0.008, cut + 0.008)], 1.0]
+        pieces += [(number, start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    return pieces
 
 
 def breaks_of(anatomy: Anatomy, bone: str, side: int, number: int = 0) -> list[Break]:
@@ -57,14 +57,17 @@ def breaks_of(anatomy: Anatomy, bone: str, side: int, number: int = 0) -> list[B
     return [b for b in anatomy.breaks if (b.bone, b.side, b.number) == (bone, side, number)]
 
 
-def displaced_rib(anatomy: Anatomy, side: int, number: int, start: float, stop: float) -> Array:
-    """A piece of a rib where its fractures have put it: beyond a fracture it springs back within a quarter of the rib."""
-    points = anatomy.rib(side, number, start, stop, points=max(int(26 * (stop - start)), 8))
-    t = np.linspace(start, stop, len(points))
-    for fracture in breaks_of(anatomy, "rib", side, number):
-        beyond = t - fracture.position
-        points[:, 1] += fracture.offset * np.where(beyond >= 0, np.clip(1 - beyond / 0.22, 0, 1), 0)
-    return points
+def displaced_ribs(anatomy: Anatomy, side: int, pieces: list[tuple[int, float, float]], points: int = 16) -> Array:
+    """Pieces of ribs (R, N, 3), displaced by fractures; past one, a rib is back within a quarter of its length."""
+    numbers = np.array([number for number, _, _ in pieces])
+    t = np.linspace([start for _, start, _ in pieces], [stop for _, _, stop in pieces], points, axis=1)
+    line = anatomy.ribs(side, numbers, t)
+    for fracture in anatomy.breaks:
+        if fracture.bone == "rib" and fracture.side == side:
+            row = numbers == fracture.number
+            beyond = t[row] - fracture.position
+            line[row, :, 1] += fracture.offset * np.where(beyond >= 0, np.clip(1 - beyond / 0.22, 0, 1), 0)
+    return line
 
 
 def displaced_clavicle(anatomy: Anatomy, side: int) -> list[tuple[Array, Array]]:
@@ -84,28 +87,25 @@ def displaced_clavicle(anatomy: Anatomy, side: int) -> list[tuple[Array, Array]]
     return [(inner, width[: cut + 1]), (outer, width[cut:])]
 
 
-def _vertebra_levels(anatomy: Anatomy) -> Array:
-    """y of the upper end plates of the vertebrae from C6 to L3."""
-    return np.arange(-3, 14) * VERTEBRA_SPACING - 0.6
-
-
 def _frontal_bones(canvas: Canvas) -> None:
     anatomy = canvas.anatomy
-    layer = np.zeros(canvas.shape, np.uint8)
-    small = np.zeros(canvas.shape, np.uint8)
-    for number, top in enumerate(_vertebra_levels(anatomy)):
+    layer, small = np.zeros(canvas.shape, np.uint8), np.zeros(canvas.shape, np.uint8)
+    bodies, pedicles, processes = [], [], []
+    for number, top in enumerate(VERTEBRAE):
         height = (VERTEBRA_SPACING - 0.4) * (1 - 0.75 * anatomy.wedge.get(number, 0.0))
         z = float(anatomy.spine(np.array(top)))
-        half = 1.45 + 0.03 * max(top, 0)
         lean = anatomy.spine_lean * (top - 10)
-        body = [[lean + x, y, z] for x, y in _box(half, top, height)]
-        canvas.fill(layer, canvas.view.project(np.array(body)), 190)
-        for side in SIDES:
-            pedicle = np.array([[lean + side * 1.0, top + 0.3, z], [lean + side * 1.0, top + 1.1, z]])
-            canvas.draw(small, pedicle, 0.55, 255)
-        process = np.array([[lean, top + 0.9, z + 4], [lean, top + 2.0, z + 4.6]])
-        canvas.draw(small, process, 0.5, 255)
-    canvas.extra += layer * np.float32(1.7 / 255) + small * np.float32(0.6 / 255)
+        bodies.append([[lean + x, y, z] for x, y in _box(1.45 + 0.03 * max(top, 0), top, height)])
+        pedicles += [[[lean + side, top + 0.3, z], [lean + side, top + 1.1, z]] for side in SIDES]
+        processes.append([[lean, top + 0.9, z + 4], [lean, top + 2.0, z + 4.6]])
+    outlines = canvas.view.project(np.array(bodies).reshape(-1, 3)).reshape(len(bodies), -1, 2)
+    canvas.fill_many(layer, outlines, 190)
+    canvas.draw_many(small, np.array(pedicles), 0.55)
+    canvas.draw_many(small, np.array(processes), 0.5)
+    for number, lost in anatomy.wedge.items():  # what is pressed together is denser
+        centre = np.array([0.0, VERTEBRAE[number] + 0.8, float(anatomy.spine(VERTEBRAE[number]))])
+        canvas.ellipsoid(centre, np.array([1.6, 0.65, 1.5]), 0.4 + 0.7 * lost, 0.7)
+    canvas.extra += layer * np.float32(1.15 / 255) + small * np.float32(0.5 / 255)
     bones = np.zeros(canvas.shape, np.uint8)
     for side in SIDES:
         for points, width in displaced_clavicle(anatomy, side):
@@ -124,45 +124,55 @@ def _box(half: float, top: float, height: float) -> list[tuple[float, float]]:
     return [(-half, top), (half, top), (waist, middle), (half, bottom), (-half, bottom), (-waist, middle)]
 
 
+def scapula(anatomy: Anatomy, side: int) -> list[tuple[Array, Array]]:
+    """The blade as pieces of (outer border, inner border), each (N, 3); below a fracture it is displaced."""
+    inward = 3.4 * anatomy.scapula_in
+    middle, cut = 14.75 - 0.4 * inward, 8.0
+    outer = [[16.2, 1.6], [15.6, 4.5], [middle, cut], [13.4 - inward, 13.6]]
+    inner = [[12.4 - inward, 13.4], [12.1 - inward, cut], [11.8 - inward, 3.2], [14.6, 0.8]]
+    edges = [np.array([[side * x, y, 8.0] for x, y in edge]) for edge in (outer, inner)]
+    fractures = breaks_of(anatomy, "scapula", side)
+    if not fractures:
+        return [(edges[0], edges[1])]
+    shift = fractures[0].offset * np.array([-side * 1.0, -0.55, 0.0])
+    return [(edges[0][:3], edges[1][1:]), (edges[0][2:] + shift, edges[1][:2] + shift)]
+
+
 def _shoulders(canvas: Canvas) -> None:
     """Scapulae, humeri and arms."""
     a = canvas.anatomy
     layer, blade_layer = np.zeros(canvas.shape, np.uint8), np.zeros(canvas.shape, np.uint8)
     for side in SIDES:
         inward = 3.4 * a.scapula_in
-        blade = [[14.6, 0.8], [16.2, 1.6], [15.6, 4.5], [13.4 - inward, 13.6], [12.4 - inward, 13.4], [11.8 - inward, 3.2]]
-        points = np.array([[side * x, y, 8.0] for x, y in blade])
-        canvas.fill(blade_layer, canvas.view.project(points), 255)
-        canvas.draw(layer, points[[1, 2, 3]], 0.7, 255)
-        canvas.draw(layer, points[[4, 5]], 0.35, 170)
+        for outer, inner in scapula(a, side):
+            canvas.fill(blade_layer, canvas.view.project(np.concatenate([outer, inner])), 255)
+            canvas.draw(layer, outer, 0.8, 120)
+            canvas.draw(layer, inner, 0.3, 70)
         spine = np.array([[side * (12.2 - inward), 3.4, 9], [side * 16.6, -0.6, 8]])
-        canvas.draw(layer, spine, 0.7, 200)
-        offset = sum(b.offset for b in breaks_of(a, "humerus", side))
+        canvas.draw(layer, spine, 0.7, 110)
         out = 1.4 - 1.4 * a.scapula_in
         head, neck = np.array([side * 17.9, 1.4, 3.0]), np.array([side * (18.6 + out * 0.4), 3.4, 3.0])
         elbow = np.array([side * (20.5 + out), 19.0, 3.0])
         shaft = np.array([neck, elbow])
-        if offset:
-            shaft[:, 0] += side * offset
-            shaft[:, 1] += 0.5
         circle = np.linspace(0, 2 * np.pi, 24)
         ball = head + 2.3 * np.stack([np.cos(circle), np.sin(circle), 0 * circle], 1)
         canvas.fill(layer, canvas.view.project(ball), 235)
         canvas.draw(layer, shaft, 2.2, 255)
         canvas.draw(layer, shaft, 1.1, 190)
-        arm = np.array([head, neck, elbow, elbow + [side * 1.0, 10, 0]])
-        for width, amount in ((9.0, 3.0), (7.5, 2.6), (5.0, 2.2)):
-            flesh = np.zeros(canvas.shape, np.uint8)
-            canvas.draw(flesh, arm[1:], width + a.fat, 255)
-            gain = flesh * np.float32(amount / 255)
-            canvas.extra += np.where(canvas.outline, np.float32(0.25), np.float32(1)) * gain
+        arm = np.array([neck, elbow, elbow + np.array([side, 10.0, 0.0])])
+        flesh = np.zeros(canvas.shape, np.uint8)
+        for width, value in ((9.0, 90), (7.5, 180), (5.0, 255)):
+            canvas.draw(flesh, arm, width + a.fat, value)
+        covered = np.where(canvas.outline, np.float32(0.25), np.float32(1))
+        canvas.extra += covered * canvas.soften(flesh, 0.5) * np.float32(7.0 / 255)
     canvas.extra += blade_layer * np.float32(0.55 / 255) + layer * np.float32(1.5 / 255)
 
 
 def _lateral_bones(canvas: Canvas) -> None:
     a = canvas.anatomy
     layer, small = np.zeros(canvas.shape, np.uint8), np.zeros(canvas.shape, np.uint8)
-    for number, top in enumerate(_vertebra_levels(a)):
+    bodies, plates, processes = [], [], []
+    for number, top in enumerate(VERTEBRAE):
         height = VERTEBRA_SPACING - 0.45
         lost = a.wedge.get(number, 0.0) * height
         middle = top + height / 2
@@ -171,11 +181,14 @@ def _lateral_bones(canvas: Canvas) -> None:
         half = 1.45 + 0.02 * max(top, 0)
         corners = [(-half, top + lost), (half, top), (half * 0.92, middle), (half, top + height), (-half, top + height)]
         body = [[0.0, y - slope * dz, z + dz + slope * (y - middle)] for dz, y in corners]
-        canvas.fill(layer, canvas.view.project(np.array(body)), 170)
-        canvas.draw(layer, np.array([body[0], body[1]]), 0.22, 255)
-        canvas.draw(layer, np.array([body[4], body[3]]), 0.22, 255)
-        canvas.draw(small, np.array([[0, middle + 0.3, z + half], [0, middle + 1.7, z + half + 2.4]]), 0.9, 200)
-    canvas.extra += layer * np.float32(2.3 / 255) + small * np.float32(1.2 / 255)
+        bodies.append(body)
+        plates += [[body[0], body[1]], [body[4], body[3]]]
+        processes.append([[0, middle + 0.3, z + half], [0, middle + 1.7, z + half + 2.4]])
+    outlines = canvas.view.project(np.array(bodies).reshape(-1, 3)).reshape(len(bodies), -1, 2)
+    canvas.fill_many(layer, outlines, 185)
+    canvas.draw_many(layer, np.array(plates), 0.2, 255)
+    canvas.draw_many(small, np.array(processes), 0.9, 200)
+    canvas.extra += layer * np.float32(2.1 / 255) + small * np.float32(1.2 / 255)
     y = np.linspace(3.6, 18.5, 20)
     sternum = np.stack([0 * y, y, a.lung_front(y) - 0.9], 1)
     bones = np.zeros(canvas.shape, np.uint8)
@@ -198,9 +211,11 @@ def _airways(canvas: Canvas) -> None:
     for level, width in enumerate((1.75, 1.1)):
         value = 150 if level == 0 else 255
         canvas.draw(layer, _dense(lines[0]), width, value)
+    for side in SIDES:
+        canvas.ellipsoid(np.array(canvas.anatomy.hilum(side)), np.array([1.3, 2.3, 1.8]), 0.3, 0.9)
     for line in lines[1:]:
         canvas.draw(layer, _dense(line), 1.1, 170)
-    canvas.extra -= layer * np.float32(1.7 / 255)
+    canvas.extra -= canvas.soften(layer, 0.1) * np.float32(2.4 / 255)
 
 
 def _dense(line: Array, points: int = 16) -> Array:
@@ -252,8 +267,8 @@ def _soft_tissue(canvas: Canvas) -> None:
         across, deep = (radii[2], radii[0]) if canvas.view.lateral else (radii[0], radii[2])
         upper = np.where(v < 0, np.maximum(1 + v / radii[1], 0), 1.0)  # fades upwards, sharp fold below
         inside = np.maximum(1 - (u / across) ** 2 - (v / radii[1]) ** 2, 0)
-        weight = np.where(canvas.outline[where], 0.5, 1.6) if canvas.view.lateral else np.float32(0.5)
-        canvas.add(where, (np.sqrt(inside) * upper * weight * deep).astype(np.float32))
+        covered = np.minimum(canvas.body[where] / 14, 1) if canvas.view.lateral else np.float32(1.0)
+        canvas.add(where, (np.sqrt(inside) * upper * (1.6 - 1.1 * covered) * deep).astype(np.float32))
 
 
 def _mottle(canvas: Canvas) -> None:
@@ -262,48 +277,3 @@ def _mottle(canvas: Canvas) -> None:
     weight = np.minimum(canvas.body / 10, 1.0)
     canvas.extra += (canvas.texture("cloud", rng) - 0.5) * (np.float32(1.3) * weight)
     canvas.extra += canvas.texture("grain", rng) * (np.float32(0.09) * canvas.inside)
-
-
-def paint_vessels(canvas: Canvas) -> None:
-    """The vessel trees of both lungs, faded by the canvas's `marking`; branches of one width are one drawing."""
-    a = canvas.anatomy
-    for side in SIDES:
-        layer = np.zeros(canvas.shape, np.float32)
-        for level, (starts, stops) in enumerate(_tree(a, side)):
-            width = VESSEL_WIDTHS[level] * canvas.view.scale
-            drawn = np.zeros(canvas.shape, np.uint8)
-            ends = np.stack([canvas.view.project(starts), canvas.view.project(stops)], 1)
-            _lines(drawn, ends, width)
-            layer += drawn * np.float32(VESSEL_WIDTHS[level] * 1.2 * min(width, 1.0) / 255)
-        field = np.minimum(canvas.lung[side] / 3.0, 1.0) * layer
-        marking = canvas.marking[side]
-        canvas.extra += np.float32(a.vessel_gain) * (field if marking is None else field * marking)
-
-
-def _lines(layer: Array, ends: Array, width: float) -> None:
-    import cv2
-
-    points = np.round(np.clip(ends, -500, 4000) * 16).astype(np.int32)
-    cv2.polylines(layer, list(points), False, 255, max(round(width), 1), cv2.LINE_AA, 4)
-
-
-def _tree(anatomy: Anatomy, side: int) -> list[tuple[Array, Array]]:
-    """(starts, stops) of all branches of one level, from the hilum outwards; a function of the patient alone."""
-    rng = np.random.default_rng([anatomy.vessel_seed, side + 1])
-    centre = np.array(anatomy.hilum(side))
-    count = 9
-    angle = np.deg2rad(np.linspace(-78, 92, count) + rng.normal(0, 5, count))
-    direction = np.stack([side * np.cos(angle), np.sin(angle), rng.uniform(-0.75, 0.75, count)], 1)
-    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    starts = centre + rng.normal(0, 0.35, (count, 3))
-    length = rng.uniform(2.4, 3.4, count) * (1 + 0.35 * np.maximum(direction[:, 1], 0))
-    levels = []
-    for _ in range(VESSEL_LEVELS):
-        middles = starts + direction * (length * 0.5)[:, None] + rng.normal(0, 0.12, starts.shape)
-        stops = middles + direction * (length * 0.5)[:, None] + rng.normal(0, 0.16, starts.shape)
-        levels.append((np.concatenate([starts, middles]), np.concatenate([middles, stops])))
-        starts = np.repeat(stops, 2, axis=0)
-        direction = np.repeat(direction, 2, axis=0) + rng.normal(0, 0.36, (len(starts), 3))
-        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-        length = np.repeat(length, 2) * rng.uniform(0.62, 0.9, len(starts))
-    return levels

@@ -34,11 +34,11 @@ def tile(kind: str) -> np.ndarray:
     return np.clip(0.6 * ridges**2 + 0.6 * coarse**2, 0, 1)
 
 
-def crop(kind: str, rng: np.random.Generator, height: int, width: int, pixels_per_cm: float) -> np.ndarray:
-    """A random crop of a tile, (height, width), at the scale of the image; anatomy-sized, whatever the resolution."""
+def crop(kind: str, seed: int, height: int, width: int, pixels_per_cm: float) -> np.ndarray:
+    """The crop of a tile that `seed` picks, (height, width), in anatomical size whatever the resolution."""
     rows = min(max(round(height / pixels_per_cm * PIXELS_PER_CM), 2), TILE)
     columns = min(max(round(width / pixels_per_cm * PIXELS_PER_CM), 2), TILE)
-    top, left = int(rng.integers(TILE - rows + 1)), int(rng.integers(TILE - columns + 1))
+    top, left = seed % (TILE - rows + 1), seed // 1013 % (TILE - columns + 1)
     piece = tile(kind)[top : top + rows, left : left + columns]
     return cv2.resize(piece, (width, height), interpolation=cv2.INTER_AREA if rows > height else cv2.INTER_LINEAR)
 

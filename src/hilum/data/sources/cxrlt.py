@@ -42,6 +42,7 @@ WHOLE = "labels.csv"
 SPLIT_NAMES = {"train": "train", "development": "val", "dev": "val", "validate": "val", "val": "val", "test": "test"}
 IDS = ("dicom_id", "subject_id", "study_id")
 VIEW_COLUMNS = {"ViewPosition": "stated", "ViewCodeSequence_CodeMeaning": "derived"}
+NOT_LABELS = (*IDS, *VIEW_COLUMNS, "path", "fpath", "split", "Unnamed: 0")
 CELLS = {"0": NEGATIVE, "1": POSITIVE, "0.0": NEGATIVE, "1.0": POSITIVE}
 KNOWN = (*CXRLT_2024_TASK1, *CXRLT_2024_TASK3, "No Finding")
 
@@ -115,7 +116,7 @@ def _labels_of(table: Table) -> dict[str, str]:
     """Column -> finding. A column of zeros and ones that is no finding is a misspelt one."""
     columns = {name: canonical(name) for name in table.columns if canonical(name) in KNOWN}
     for name in table.columns:
-        if name not in columns and table.frame[name].is_in(list(CELLS)).all():
+        if name not in (*columns, *NOT_LABELS) and table.frame[name].is_in(list(CELLS)).all():
             raise unknown_label(name, KNOWN, f"{table.path}, header")
     if len(set(columns.values())) < len(columns):
         raise ManifestError(f"{table.path}: a finding has two columns (names are matched without regard to case).")

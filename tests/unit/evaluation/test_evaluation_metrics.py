@@ -38,7 +38,8 @@ def test_a_finding_without_positives_is_null_and_counted(made_up):
     without = evaluate(table.select(["A", "C", "D"]), labels[:, [0, 2, 3]])
     labels[:, 1] = 0
     result = evaluate(table, labels)
-    assert result["findings"]["B"]["AP"] is None and result["findings"]["B"]["AUC"] is None
+    assert result["findings"]["B"]["AP"] is None
+    assert result["findings"]["B"]["AUC"] is None
     assert result["excluded"]["no_positives"] == ["B"]
     assert result["macro"]["mAP"] == without["macro"]["mAP"]
     assert result["macro"]["counted"]["mAP"] == 3
@@ -50,7 +51,8 @@ def test_findings_untrained_or_unlabelled_are_left_out_with_their_names(made_up)
     values[:, 0] = np.nan
     labels[:, 1] = -1
     result = evaluate(table.replace(values), labels, bootstraps=5)
-    assert result["excluded"]["untrained"] == ["A"] and result["excluded"]["no_labels"] == ["B"]
+    assert result["excluded"]["untrained"] == ["A"]
+    assert result["excluded"]["no_labels"] == ["B"]
     assert all(result["findings"]["A"][metric] is None for metric in METRICS)
     assert result["macro"]["findings"] == ["C", "D"]
     assert result["macro"]["mAP"] == evaluate(table.select(["C", "D"]), labels[:, 2:])["macro"]["mAP"]
@@ -106,7 +108,8 @@ def test_canaries(made_up):
     assert evaluate(table, shuffled)["macro"]["mAUC"] == pytest.approx(0.5, abs=0.03)
     constant = table.replace(np.broadcast_to(labels.mean(axis=0), labels.shape).copy())
     result = evaluate(constant, labels)
-    assert result["macro"]["mAUC"] == 0.5 and result["macro"]["mAP_normalised"] == pytest.approx(0)
+    assert result["macro"]["mAUC"] == 0.5
+    assert result["macro"]["mAP_normalised"] == pytest.approx(0)
     assert result["macro"]["mECE_standard"] == pytest.approx(0, abs=1e-12)
 
 

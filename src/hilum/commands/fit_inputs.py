@@ -1,0 +1,172 @@
+"""What `fit` starts from, checked: images of train and val, their labels, and a backbone that fits the store.
+
+No label of another split is read here or later. `fit.py` trains and writes.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Int64, UInt64
+
+from hilum.backbones.vit import SIZES, VisionTransformer
+from hilum.backbones.weights import load_backbone, read_backbone_config
+from hilum.core.errors import ConfigError, LeakageError, PreprocessingMismatchError, UnknownNameError
+from hilum.core.seeding import forked
+from hilum.core.types import POSITIVE, UNKNOWN
+from hilum.data.labels import frequency_groups
+from hilum.data.store import Store
+from hilum.deploy.model_files import Finding
+from hilum.pretraining.exposure import SEEN_NAME, read_seen
+
+RANDOM = "random:"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The images to learn and to choose from."""
+
+    store: Store
+    train: Int64[np.ndarray, " n"]
+    """Store indices of the training split."""
+    val: Int64[np.ndarray, " m"]
+    """Store indices of the validation split."""
+    findings: tuple[Finding, ...]
+    labels: Int[np.ndarray, "N C"]
+    """By store index; unknown for other splits, and for findings without a positive training image."""
+    scored: Bool[np.ndarray, " C"]
+    """Findings that are trained and have a validation positive."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the findings, in order."""
+        return tuple(finding.name for finding in self.findings)
+
+    @property
+    def both(self) -> Int64[np.ndarray, " k"]:
+        """Store indices of train and val."""
+        return np.concatenate([self.train, self.val])
+
+
+def open_examples(data: Path, wanted: tuple[str, ...] | None) -> Examples:
+    """Read the splits and labels of a store.
+
+    Args:
+        data: the store.
+        wanted: findings, in the order they shall have; None: all.
+
+    Raises:
+        ConfigError: no training or validation split, or no finding that can be both learned and scored.
+        LeakageError: a patient in two splits.
+        UnknownNameError: a finding that the store does not have.
+    """
+    store = Store.open(data)
+    train, val = store.indices("train"), store.indices("val")
+    _check_splits(store, train, val)
+    names = _choose_findings(store, wanted)
+    labels = np.full((len(store), len(names)), UNKNOWN, dtype=np.int8)
+    both = np.concatenate([train, val])
+    labels[both] = store.labels[both][:, [store.findings.index(name) for name in names]]
+    findings = _describe_findings(names, labels[train])
+    trained = np.array([finding.trained for finding in findings])
+    labels[:, ~trained] = UNKNOWN  # without a positive there is nothing to learn; their predictions are null
+    scored = (labels[val] == POSITIVE).any(axis=0)
+    if not scored.any():
+        raise ConfigError(
+            f"{data}: none of {len(names)} findings has positive images in both train and val; there is nothing to "
+            "select a learning rate on. Check the labels and the splits (`hilum audit`)."
+        )
+    return Examples(store, train, val, findings, labels, scored)
+
+
+def _check_splits(store: Store, train: np.ndarray, val: np.ndarray) -> None:
+    if not len(train):
+        raise ConfigError(f"{store.path} has no training images (split 'train'); splits are made by `hilum manifest`.")
+    if not len(val):
+        raise ConfigError(
+            f"{store.path} has no validation images (split 'val'). Learning rates, epochs, calibrators and thresholds "
+            "are chosen on validation, and never on test. Make the manifest again with a validation split."
+        )
+    patients = np.char.add(np.char.add(store.datasets, "\x1f"), store.patients)
+    splits = {"train": train, "val": val, "test": store.indices("test")}
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        both = np.intersect1d(patients[splits[one]], patients[splits[other]])
+        if len(both):
+            raise LeakageError(
+                f"{store.path}: {len(both)} patients have images both in {one} and in {other}. Run `hilum audit` on "
+                "the manifest and make the splits by patient."
+            )
+
+
+def _choose_findings(store: Store, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    names = store.findings if wanted is None else wanted
+    for name in names:
+        if name not in store.findings:
+            raise UnknownNameError("finding of the store", name, store.findings)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"findings: expected one or more different names, found {list(names)}.")
+    return tuple(names)
+
+
+def _describe_findings(names: tuple[str, ...], train_labels: Int[np.ndarray, "N C"]) -> tuple[Finding, ...]:
+    positives, known = (train_labels == POSITIVE).sum(axis=0).tolist(), (train_labels >= 0).sum(axis=0).tolist()
+    groups = frequency_groups(dict(zip(names, positives, strict=True)), len(train_labels))
+    return tuple(
+        Finding(name, groups[name], positives[column] > 0, positives[column], known[column])
+        for column, name in enumerate(names)
+    )
+
+
+@dataclass(frozen=True)
+class OpenBackbone:
+    """A backbone and what is known of where it comes from."""
+
+    model: VisionTransformer
+    preprocess_id: str
+    seen: UInt64[np.ndarray, " n"]
+    """Identities of the images it was pretrained on, as far as recorded."""
+    provenance: dict[str, Any]
+    """For `config.json`."""
+
+
+def open_backbone(backbone: Path | str, resolution: int | None, store: Store, seed: int) -> OpenBackbone:
+    """Load a backbone, or make an untrained one, and hold it against the store.
+
+    Args:
+        backbone: a RUN folder, a weights file, or "random:SIZE".
+        resolution: side of the images, pixels; None: the backbone's own.
+        store: what it is to see.
+        seed: of an untrained backbone.
+
+    Raises:
+        UnknownNameError: no such size.
+        CheckpointError: damaged weights, or none.
+        PreprocessingMismatchError: the store was built for another recipe.
+    """
+    name = str(backbone)
+    if name.startswith(RANDOM):
+        size = name.removeprefix(RANDOM)
+        if size not in SIZES:
+            raise UnknownNameError("backbone size", size, SIZES)
+        with forked(seed, "random backbone", size):
+            model = VisionTransformer(replace(SIZES[size], image_size=resolution or SIZES[size].image_size))
+        return OpenBackbone(model, store.preprocess_id, np.zeros(0, np.uint64), {"kind": "random", "size": size})
+    path = Path(name)
+    described = read_backbone_config(path)
+    if described["preprocess_id"] != store.preprocess_id:
+        raise PreprocessingMismatchError(
+            f"{path} was trained with preprocessing {described['preprocess_id'] or 'unknown'!r}, and {store.path} was "
+            f"built for {store.preprocess_id!r}: features would be those of another kind of image. Build the store "
+            "that the backbone needs."
+        )
+    folder = path if path.is_dir() else path.parent
+    provenance = {
+        "kind": described["format"],
+        "name": path.name,
+        "seen_recorded": (folder / SEEN_NAME).exists(),
+        "seen": described.get("seen"),
+    }
+    return OpenBackbone(
+        load_backbone(path, image_size=resolution), described["preprocess_id"], read_seen(folder), provenance
+    )

@@ -1,0 +1,181 @@
+"""What people give to `hilum predict`: files, folders, tables of paths, a split of a store -> a list of images.
+
+Nothing is decoded here; DICOM headers are read for their study. Files that cannot be used are listed with a reason and
+the rest goes on.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from hilum.core.errors import ConfigError, ImageError, MissingColumnError, UnknownNameError
+from hilum.core.types import SPLITS, VIEWS
+from hilum.data.images import kind_of, read_dicom_header
+from hilum.data.store import Store, uid_of
+
+DATASET = "files"
+SUFFIXES = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg"})
+"""What is taken from a folder, upper or lower case. A file without a suffix, or whose suffix is a number (an UID as a
+name), is taken when its content is an image."""
+HEADER_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """One image file to predict."""
+
+    path: Path
+    image_id: str
+    """SOP instance UID, or the path as given (within its folder)."""
+    study: str
+    patient: str
+    view: str
+
+    @property
+    def uid(self) -> str:
+        """Identity in a prediction table."""
+        return uid_of(DATASET, self.image_id)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One input that was left out."""
+
+    path: Path
+    reason: str
+    """Short code, as in `ImageError`."""
+    message: str
+
+
+@dataclass
+class Inputs:
+    """Everything to predict: images of files, or a part of a store."""
+
+    images: list[FileImage] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    store: Store | None = None
+    indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def identity(self) -> dict[str, np.ndarray]:
+        """Identity columns of the images of files."""
+        rows = [(one.uid, one.image_id, one.study, one.patient, DATASET, one.view) for one in self.images]
+        names = ("image_uid", "image_id", "study_id", "patient_id", "dataset", "view")
+        return {name: np.array([row[place] for row in rows], dtype=str) for place, name in enumerate(names)}
+
+
+def resolve(inputs: list[str]) -> Inputs:
+    """Find the images that the given texts stand for.
+
+    Args:
+        inputs: files, folders (searched to the bottom), CSV files with a column `path` (and `study_id`, `patient_id`,
+            `view`), or one "STORE:split".
+
+    Raises:
+        ConfigError: nothing there, an empty folder, no image among the inputs, or a store beside other inputs.
+        UnknownNameError: a split that does not exist.
+        MissingColumnError: a CSV without `path`.
+    """
+    if not inputs:
+        raise ConfigError("Nothing to predict: name files, folders, a CSV of paths, or STORE:split.")
+    result = Inputs()
+    for text in inputs:
+        folder, split = _store_and_split(text)
+        if folder is not None:
+            if len(inputs) > 1:
+                raise ConfigError(f"{text} is a part of a store and is predicted alone; found {len(inputs)} inputs.")
+            result.store = Store.open(folder)
+            result.indices = result.store.indices(split)
+            if not len(result.indices):
+                raise ConfigError(f"{folder} has no images of split {split!r}.")
+            return result
+        _add(result, Path(text))
+    unique = {image.uid: image for image in result.images}
+    result.images = list(unique.values())
+    return result
+
+
+def _store_and_split(text: str) -> tuple[Path | None, str]:
+    name, colon, split = text.rpartition(":")
+    if colon and (Path(name) / "store.json").is_file():
+        if split not in SPLITS or not split:
+            raise UnknownNameError("split", split, [known for known in SPLITS if known])
+        return Path(name), split
+    if (Path(text) / "store.json").is_file():
+        raise ConfigError(f"{text} is a store: say which split, for example {text}:test.")
+    return None, ""
+
+
+def _add(result: Inputs, path: Path) -> None:
+    if path.is_dir():
+        found = [file for file in _files(path) if _is_wanted(file)]
+        if not found:
+            raise ConfigError(f"{path} holds no DICOM, PNG or JPEG file.")
+        for file in found:
+            _add_file(result, file, file.relative_to(path).as_posix())
+    elif path.suffix.lower() == ".csv":
+        _add_table(result, path)
+    elif path.is_file():
+        _add_file(result, path, path.as_posix())
+    else:
+        raise ConfigError(f"{path} does not exist; expected a file, a folder, a CSV of paths, or STORE:split.")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _is_wanted(path: Path) -> bool:
+    nameless = not path.suffix or path.suffix[1:].isdigit()
+    return _kind(path) != "" if nameless else path.suffix.lower() in SUFFIXES
+
+
+def _kind(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return kind_of(file.read(HEADER_BYTES))
+    except (ImageError, OSError):
+        return ""
+
+
+def _add_file(result: Inputs, path: Path, name: str, study: str = "", patient: str = "", view: str = "UNKNOWN") -> None:
+    """One file; DICOM says its own study and patient where the caller did not. Damaged headers wait for decoding."""
+    image_id = name
+    if _kind(path) == "dicom":
+        try:
+            header = read_dicom_header(path)
+        except ImageError as error:
+            result.refused.append(Refused(path, error.reason, str(error)))
+            return
+        image_id = header["SOPInstanceUID"] or name
+        study = study or header["StudyInstanceUID"]
+        patient = patient or header["PatientID"]
+        position = header["ViewPosition"].upper()
+        view = position if view == "UNKNOWN" and position in VIEWS else view
+    study = study or image_id
+    result.images.append(FileImage(path, image_id, study, patient or study, view))
+
+
+def _add_table(result: Inputs, path: Path) -> None:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read as a CSV: {error}.") from error
+    if "path" not in columns:
+        raise MissingColumnError(f"{path}: expected a column 'path'; found {', '.join(columns) or 'no header'}.")
+    if not rows:
+        raise ConfigError(f"{path} lists no images.")
+    for row in rows:
+        values = {name: (row.get(name) or "").strip() for name in ("path", "study_id", "patient_id", "view")}
+        listed = path.parent / values["path"]
+        if not values["path"] or not listed.is_file():
+            result.refused.append(Refused(listed, "missing", f"{path}: no file {values['path']!r}."))
+            continue
+        view = values["view"].upper() if values["view"].upper() in VIEWS else "UNKNOWN"
+        _add_file(result, listed, values["path"], values["study_id"], values["patient_id"], view)

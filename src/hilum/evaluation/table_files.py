@@ -1,0 +1,142 @@
+"""Tables of columns with their metadata as Parquet, CSV or JSON: the file formats of `predictions.py`.
+
+Parquet keeps metadata in its header and needs polars or pyarrow, imported on use. A CSV keeps it beside itself, in
+`FILE.csv.meta.json`, so that other tools can read the table as it is; neither CSV nor JSON needs more than Python.
+What the columns mean is not known here.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from hilum.core.errors import PredictionError
+from hilum.core.files import atomic_path, read_json, write_json, write_text
+from hilum.core.tracking import warn
+
+METADATA_KEY = "hilum"
+Columns = dict[str, list[Any]]
+"""Column name -> texts, or floats with None where empty."""
+
+
+def write_table(columns: Columns, text_columns: Collection[str], metadata: dict[str, Any], path: Path) -> None:
+    """Write columns of equal length; `text_columns` hold text, the others float64 or None.
+
+    Raises:
+        PredictionError: another suffix than .parquet, .csv or .json.
+    """
+    _choose(path, WRITERS)(columns, text_columns, metadata, path)
+
+
+def read_table(path: Path) -> tuple[Columns, dict[str, Any]]:
+    """Read what `write_table` wrote, or another tool; numbers of a CSV come as text.
+
+    Raises:
+        PredictionError: no such file, another suffix, or damaged.
+    """
+    reader = _choose(path, READERS)
+    if not path.is_file():
+        raise PredictionError(f"{path} does not exist; expected a prediction file.")
+    return reader(path)
+
+
+def _choose(path: Path, table: dict[str, Callable]) -> Callable:
+    if path.suffix not in table:
+        raise PredictionError(
+            f"{path}: predictions are kept as {', '.join(table)}, not {path.suffix or 'no suffix'!r}."
+        )
+    return table[path.suffix]
+
+
+def _write_csv(columns: Columns, text_columns: Collection[str], metadata: dict[str, Any], path: Path) -> None:
+    del text_columns
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    # csv writes a float as repr, the shortest text that reads back as the same float64, and None as nothing
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_json(sidecar(path), metadata)
+    write_text(path, text.getvalue())
+
+
+def sidecar(path: Path) -> Path:
+    """Where the metadata of a CSV is."""
+    return path.with_name(path.name + ".meta.json")
+
+
+def _read_csv(path: Path) -> tuple[Columns, dict[str, Any]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    ragged = next((number for number, row in enumerate(rows, 2) if len(row) != len(header)), None)
+    if ragged is not None or len(set(header)) != len(header):
+        where = f"line {ragged} has another number of columns than the header" if ragged else "a column name repeats"
+        raise PredictionError(f"{path}: {where}.")
+    columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
+    if sidecar(path).exists():
+        return columns, read_json(sidecar(path), PredictionError)
+    warn(f"{path} has no {sidecar(path).name} beside it; taken for raw predictions, one row per image.")
+    return columns, {}
+
+
+def _write_json(columns: Columns, text_columns: Collection[str], metadata: dict[str, Any], path: Path) -> None:
+    del text_columns
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    write_json(path, {"metadata": metadata, "predictions": rows})
+
+
+def _read_json(path: Path) -> tuple[Columns, dict[str, Any]]:
+    content = read_json(path, PredictionError)
+    if not isinstance(content, dict) or not isinstance(content.get("predictions"), list):
+        raise PredictionError(f"{path}: expected an object with 'metadata' and a list 'predictions'.")
+    rows, metadata = content["predictions"], dict(content.get("metadata", {}))
+    names = list(rows[0]) if rows else list(metadata.get("columns", []))
+    uneven = next((number for number, row in enumerate(rows) if set(row) != set(names)), None)
+    if uneven is not None:
+        raise PredictionError(f"{path}: entry {uneven} has other columns than the first.")
+    return {name: [row[name] for row in rows] for name in names}, metadata
+
+
+def _write_parquet(columns: Columns, text_columns: Collection[str], metadata: dict[str, Any], path: Path) -> None:
+    header = {METADATA_KEY: json.dumps(metadata, allow_nan=False)}
+    with atomic_path(path) as temporary:
+        try:
+            import polars as pl
+        except ImportError:
+            import pyarrow as pa  # type: ignore[import-not-found]
+            import pyarrow.parquet as pq  # type: ignore[import-not-found]
+
+            kinds = {name: pa.string() if name in text_columns else pa.float64() for name in columns}
+            table = pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
+            pq.write_table(table.replace_schema_metadata(header), temporary)
+        else:
+            schema = {name: pl.String() if name in text_columns else pl.Float64() for name in columns}
+            pl.DataFrame(columns, schema=schema).write_parquet(temporary, metadata=header)
+
+
+def _read_parquet(path: Path) -> tuple[Columns, dict[str, Any]]:
+    try:
+        import polars as pl
+    except ImportError:
+        import pyarrow as pa  # type: ignore[import-not-found]
+        import pyarrow.parquet as pq  # type: ignore[import-not-found]
+
+        try:
+            table, header = pq.read_table(path), pq.read_metadata(path).metadata or {}
+        except (pa.ArrowException, OSError) as error:
+            raise PredictionError(f"{path} cannot be read as Parquet: {error}.") from error
+        return table.to_pydict(), json.loads(header.get(METADATA_KEY.encode(), b"{}").decode())
+    try:
+        frame, metadata = pl.read_parquet(path), pl.read_parquet_metadata(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise PredictionError(f"{path} cannot be read as Parquet: {error}.") from error
+    return {name: frame[name].to_list() for name in frame.columns}, json.loads(metadata.get(METADATA_KEY, "{}"))
+
+
+WRITERS: dict[str, Callable[[Columns, Collection[str], dict[str, Any], Path], None]] = {
+    ".parquet": _write_parquet, ".csv": _write_csv, ".json": _write_json,
+}  # fmt: skip
+READERS: dict[str, Callable[[Path], tuple[Columns, dict[str, Any]]]] = {
+    ".parquet": _read_parquet, ".csv": _read_csv, ".json": _read_json,
+}  # fmt: skip

@@ -1,0 +1,544 @@
+"""`hilum pretrain` end to end on a few small images: files, resumption, preemption, refusals, stages."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hilum.backbones.pos_embed import resize_positions
+from hilum.backbones.weights import load_backbone, read_backbone_config
+from hilum.commands import pretrain
+from hilum.commands.pretrain import PretrainConfig, run
+from hilum.core.checkpoint import Checkpoint, digest, folder_lock, load_newest
+from hilum.core.config import read_yaml
+from hilum.core.errors import (
+    CheckpointError,
+    ConfigError,
+    HilumError,
+    NonFiniteLossError,
+    PreprocessingMismatchError,
+    UnknownNameError,
+)
+from hilum.data.store import Store, write_arrays
+from hilum.pretraining import dinov2, exposure
+from hilum.pretraining.crops import CropConfig
+from hilum.pretraining.dinov2 import HeadConfig, LossConfig
+from hilum.pretraining.loading import PretrainBatch
+from hilum.pretraining.state import start_from
+
+CONFIG = PretrainConfig(
+    architecture="demo8", embed_dim=16, depth=2, num_heads=2, registers=1, layer_scale=0.1,
+    crops=CropConfig(global_size=32, local_size=16, local_crops=2), heads=HeadConfig(16, 16, 8, 8),
+    batch_size=4, steps=4, learning_rate=0.02, momentum=(0.6, 1.0), drop_path=0.3, precision="fp32",
+    threads=1, log_every=1, checkpoint_every=10,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images of 20 patients; split by patient, but for patient 0, who also has an image that is in no split."""
+    folder = tmp_path_factory.mktemp("pretrain") / "store"
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (40 + index % 5, 48), dtype=np.uint8) for index in range(30)]
+    splits = ["test"] * 3 + ["val"] * 3 + ["train"] * 18 + [""] * 6
+    patients = [f"p{index // 2}" for index in range(28)] + ["p0", "p99"]
+    write_arrays(
+        folder, images, np.zeros((30, 1), np.int8), ["x"],
+        splits=splits, patients=patients, ssl_ok=[index != 10 for index in range(30)],
+    )  # fmt: skip
+    return folder
+
+
+def final(out: Path) -> Checkpoint:
+    loaded = load_newest(out / "checkpoints")
+    assert loaded is not None
+    return loaded
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, count: int, what: Callable[[], None]) -> None:
+    """Call `what` inside the `count`-th step."""
+    real, calls = dinov2.update_teacher, 0
+
+    def update(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        real(*arguments)
+        if calls == count:
+            what()
+
+    monkeypatch.setattr(dinov2, "update_teacher", update)
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(CONFIG, data, tmp_path_factory.mktemp("straight") / "run")
+
+
+def test_run_folder(straight: Path, data: Path) -> None:
+    assert read_yaml(PretrainConfig, straight / "config.yaml") == CONFIG
+    assert [line["step"] for line in lines(straight)] == [1, 2, 3, 4]
+    expected = {
+        "loss", "dino_local", "dino_global", "ibot", "koleo", "learning_rate", "momentum", "weight_decay",
+        "teacher_temperature", "gradient_norm_backbone", "gradient_norm_dino_head", "gradient_norm_ibot_head",
+        "cls_prototype_usage", "nearest_distance", "teacher_effective_rank", "images_per_second", "batch",
+    }  # fmt: skip
+    assert expected <= set(lines(straight)[0])
+    for line in lines(straight):
+        parts = line["dino_local"] + line["dino_global"] + 3 * line["ibot"] + 0.1 * line["koleo"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+    teacher = load_backbone(straight)
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, final(straight).tensors[f"teacher.backbone.{name}"])
+    described = read_backbone_config(straight)
+    assert described["resolution"] == 32
+    assert described["preprocess_id"] == Store.open(data).preprocess_id
+    assert described["seen"]["sha256"] == exposure.seen_digest(exposure.read_seen(straight))
+
+
+def test_held_out_images_and_patients_are_never_seen(straight: Path, data: Path) -> None:
+    store = Store.open(data)
+    pool = exposure.select(store, CONFIG.train_on)
+    forbidden = [0, 1, 2, 3, 4, 5, 10, 28]  # test, val, not allowed, another image of a test patient
+    assert set(pool.indices.tolist()) == set(range(30)) - set(forbidden)
+    assert (pool.held_out, pool.held_out_patients, pool.not_allowed) == (6, 1, 1)
+    numbers = exposure.uid_numbers(store.uids)
+    seen = exposure.read_seen(straight)
+    assert 12 <= len(seen) <= 16  # four batches of four
+    assert not np.isin(numbers[forbidden], seen).any()
+    assert np.isin(seen, numbers).all()
+
+
+def test_held_out_patients_are_told_apart_by_dataset(tmp_path: Path) -> None:
+    images = [np.zeros((8, 8), np.uint8)] * 4
+    store = write_arrays(
+        tmp_path / "s", images, np.zeros((4, 1), np.int8), ["x"], patients=["1", "1", "1", "2"],
+        datasets=["a", "b", "a", "b"], splits=["test", "train", "train", ""],
+    )  # fmt: skip
+    assert exposure.select(store, ("train", "")).indices.tolist() == [1, 3]
+    assert exposure.select(store, ("train",)).indices.tolist() == [1]
+    assert exposure.select(store, ("train", "", "test")).indices.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match="none of its 4 images"):
+        exposure.select(store, ("val",))
+    with pytest.raises(UnknownNameError, match="train"):
+        exposure.select(store, ("trian",))
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preempted_and_resumed_equals_straight_bit_for_bit(
+    straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_number: int
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), signal_number))
+        with pytest.raises(SystemExit) as stopped:
+            run(CONFIG, data, out)
+    assert stopped.value.code == pretrain.STOPPED_STATUS
+    assert final(out).step == 2
+    assert signal.getsignal(signal_number) == signal.SIG_DFL
+    run(CONFIG, data, out)
+    assert digest(final(out).tensors) == digest(final(straight).tensors)
+    timeless = [[{**line, "images_per_second": 0} for line in lines(folder)] for folder in (out, straight)]
+    assert timeless[0] == timeless[1]  # sample order, masks and crops (their hash), losses; each step once
+    assert (out / "teacher.safetensors").read_bytes() == (straight / "teacher.safetensors").read_bytes()
+
+
+def test_another_seed_is_another_run(straight: Path, data: Path, tmp_path: Path) -> None:
+    other = run(dataclasses.replace(CONFIG, seed=1, steps=1), data, tmp_path / "run")
+    assert lines(other)[0]["batch"] != lines(straight)[0]["batch"]
+
+
+def test_crash_with_a_damaged_checkpoint_falls_back_and_ends_the_same(
+    straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, config = tmp_path / "run", dataclasses.replace(CONFIG, checkpoint_every=1)
+
+    def crash() -> None:
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            run(config, data, out)
+    assert [line["step"] for line in lines(out)] == [1, 2, 3]
+    with (final(out).path / "state.safetensors").open("r+b") as file:
+        file.seek(-9, os.SEEK_END)
+        file.write(b"\x7f\x3f\x1f")
+    run(config, data, out)
+    assert capsys.readouterr().err.count("warning: skipped") == 1
+    assert digest(final(out).tensors) == digest(final(straight).tensors)
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+    assert len(list((out / "checkpoints").iterdir())) == config.keep
+
+
+def test_a_finished_run_stays_as_it_is_and_its_backbone_comes_back(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(dataclasses.replace(CONFIG, steps=1), data, tmp_path / "run")
+    content = (out / "teacher.safetensors").read_bytes()
+    (out / "teacher.safetensors").unlink()
+    (out / "seen.npz").unlink()
+    capsys.readouterr()
+    run(dataclasses.replace(CONFIG, steps=1), data, out)
+    assert "is finished" in capsys.readouterr().out
+    assert (out / "teacher.safetensors").read_bytes() == content
+    assert len(exposure.read_seen(out)) == 4
+
+
+def test_what_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(dataclasses.replace(CONFIG, steps=6), data, tmp_path / "run")
+    output = capsys.readouterr().out
+    assert "Images: 22 (left out: 6 held out, 1 of held-out patients, 1 not allowed for pretraining)" in output
+    assert "Steps: 6 of 4 images (1.1 passes)" in output
+    assert "About" in output
+    assert output.splitlines()[-1].startswith("Next: hilum fit")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 9}, "seed"),
+        ({"learning_rate": 1.0}, "learning_rate"),
+        ({"losses": LossConfig(ibot=1.0)}, "losses.ibot"),
+    ],
+)
+def test_other_settings_are_refused_by_name(straight: Path, data: Path, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(named)} was"):
+        run(dataclasses.replace(CONFIG, **change), data, straight)
+
+
+def test_settings_that_change_nothing_may_change(straight: Path, data: Path) -> None:
+    before = digest(final(straight).tensors)
+    run(dataclasses.replace(CONFIG, workers=1, log_every=3, keep=5), data, straight)
+    assert digest(final(straight).tensors) == before
+
+
+def test_an_existing_run_is_refused_without_resume_and_while_in_use(straight: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(CONFIG, data, straight, resume=False)
+    with folder_lock(straight), pytest.raises(HilumError, match=f"in use by process {os.getpid()}"):
+        run(CONFIG, data, straight)
+
+
+def test_another_store_is_refused(straight: Path, tmp_path: Path) -> None:
+    images = [np.full((40, 40), index, np.uint8) for index in range(8)]
+    write_arrays(tmp_path / "other", images, np.zeros((8, 1), np.int8), ["x"])
+    with pytest.raises(CheckpointError, match="another images to train on"):
+        run(CONFIG, tmp_path / "other", straight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 23}, "more than the 22 images"),
+        ({"architecture": "vitb17"}, "Did you mean"),
+        ({"crops": CropConfig(global_size=36, local_size=16)}, "multiple of the patch size"),
+        ({"num_heads": 3}, "do not divide into 3 heads"),
+    ],
+)
+def test_settings_that_do_not_fit(data: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(dataclasses.replace(CONFIG, **changes), data, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 0}, {"keep": 1}, {"warmup": 1.5}, {"crops": CropConfig(global_crops=3)}, {"drop_path": 1.0}],
+)
+def test_impossible_settings_are_refused_at_once(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def snapshot(student: dinov2.Network, teacher: dinov2.Network) -> str:
+    tensors = {f"s.{name}": value for name, value in student.state_dict().items()}
+    return digest(tensors | {f"t.{name}": value for name, value in teacher.state_dict().items()})
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_value_that_is_not_finite_moves_no_weight(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    out, config = tmp_path / "run", dataclasses.replace(CONFIG, checkpoint_every=1)
+    held: dict[str, Any] = {}
+    real_networks, real_losses, real_clip = dinov2.make_networks, dinov2.compute_losses, dinov2.clip_gradients
+
+    def networks(*arguments: Any) -> Any:
+        held["networks"] = real_networks(*arguments)
+        return held["networks"]
+
+    def losses(*arguments: Any) -> dinov2.Losses:
+        found = real_losses(*arguments)
+        held["calls"] = held.get("calls", 0) + 1
+        if held["calls"] == 3:
+            held["before"] = snapshot(*held["networks"])
+            if where == "loss":
+                return found._replace(total=found.total * float("nan"), ibot=found.ibot * float("nan"))
+        return found
+
+    def clip(student: dinov2.Network, limit: float) -> dict[str, torch.Tensor]:
+        if held["calls"] == 3 and where == "gradient":
+            next(student.ibot_head.parameters()).grad[0] = float("inf")
+        return real_clip(student, limit)
+
+    monkeypatch.setattr(dinov2, "make_networks", networks)
+    monkeypatch.setattr(dinov2, "compute_losses", losses)
+    monkeypatch.setattr(dinov2, "clip_gradients", clip)
+    with pytest.raises(NonFiniteLossError, match=r"Step 3: .*no weight was moved"):
+        run(config, data, out)
+    assert snapshot(*held["networks"]) == held["before"]
+    assert final(out).step == 2
+    record = json.loads((out / "non_finite_step_00000003_rank_0.json").read_text())
+    assert record["values"]["total" if where == "loss" else "ibot_head"] in ("nan", "inf")
+    uids = Store.open(data).uids
+    assert len(record["images"]) == 4
+    assert set(record["images"]) <= set(uids.tolist())
+
+
+def grown(size: int) -> PretrainConfig:
+    return dataclasses.replace(CONFIG, steps=1, crops=CropConfig(global_size=size, local_size=16, local_crops=2))
+
+
+def test_the_next_stage_takes_teacher_into_teacher_and_resamples_positions(straight: Path, data: Path) -> None:
+    """The public code threw the teacher away and drew new positions (method.md C4)."""
+    earlier = final(straight).tensors
+    assert not torch.equal(earlier["teacher.backbone.norm.weight"], earlier["student.backbone.norm.weight"])
+    config = grown(48)
+    student, teacher = dinov2.make_networks(config.vit(), config.heads, seed=5)
+    inherited = start_from(straight, student, teacher, Store.open(data).preprocess_id)
+    for network, part in ((student, "student"), (teacher, "teacher")):
+        for name, value in network.state_dict().items():
+            before = earlier[f"{part}.{name}"]
+            expected = resize_positions(before, (6, 6)) if name == "backbone.pos_embed" else before
+            assert torch.equal(value, expected), (part, name)
+        assert network.backbone.pos_embed.shape == (1, 37, 16)
+        assert torch.equal(network.backbone.pos_embed[:, 0], earlier[f"{part}.backbone.pos_embed"][:, 0])
+    assert torch.equal(inherited, torch.from_numpy(exposure.read_seen(straight).view(np.int64)))
+
+
+def test_a_stage_at_another_resolution_runs_and_remembers_what_was_seen(
+    straight: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(grown(48), data, tmp_path / "run", init=straight)
+    assert load_backbone(out).config.image_size == 48
+    assert set(exposure.read_seen(straight).tolist()) <= set(exposure.read_seen(out).tolist())
+    assert f"from {straight}" in capsys.readouterr().out
+    run(grown(48), data, out, init=straight)
+    with pytest.raises(ConfigError, match="started from"):
+        run(grown(48), data, out, init=tmp_path)
+
+
+def test_a_stage_of_another_network_is_refused(straight: Path, data: Path, tmp_path: Path) -> None:
+    preprocess_id = Store.open(data).preprocess_id
+    for changes, found in (
+        ({"num_heads": 4}, "num_heads 2, here 4"),  # same shapes
+        ({"depth": 3}, "depth 2, here 3"),
+        ({"heads": HeadConfig(17, 16, 8, 8)}, r"last_layer.weight_g is \(16, 1\), expected \(17, 1\)"),
+    ):
+        config = dataclasses.replace(grown(48), **changes)
+        networks = dinov2.make_networks(config.vit(), config.heads, seed=5)
+        with pytest.raises(CheckpointError, match=found):
+            start_from(straight, *networks, preprocess_id)
+    networks = dinov2.make_networks(grown(48).vit(), CONFIG.heads, seed=5)
+    with pytest.raises(PreprocessingMismatchError, match="other-1"):
+        start_from(straight, *networks, "other-1")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        start_from(tmp_path / "absent", *networks, preprocess_id)
+
+
+def test_weights_alone_start_both_networks_with_new_heads(straight: Path, data: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("teacher.safetensors", "config.json", "seen.npz"):
+        (alone / name).write_bytes((straight / name).read_bytes())
+    config = grown(48)
+    student, teacher = dinov2.make_networks(config.vit(), config.heads, seed=5)
+    fresh = {name: value.clone() for name, value in student.state_dict().items()}
+    inherited = start_from(alone / "teacher.safetensors", student, teacher, Store.open(data).preprocess_id)
+    assert len(inherited) == len(exposure.read_seen(straight))
+    earlier = final(straight).tensors
+    for network in (student, teacher):
+        for name, value in network.state_dict().items():
+            if name == "backbone.pos_embed":
+                assert torch.equal(value, resize_positions(earlier[f"teacher.{name}"], (6, 6)))
+            elif name.startswith("backbone."):
+                assert torch.equal(value, earlier[f"teacher.{name}"])
+            else:
+                assert torch.equal(value, fresh[name])
+    out = run(config, data, tmp_path / "run", init=alone)
+    assert load_backbone(out).config.image_size == 48
+
+
+@pytest.mark.parametrize("changes", [{"losses": LossConfig(centering="centre")}, {"precision": "bf16"}])
+def test_variants_resume_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(CONFIG, steps=2, **changes)
+    whole = final(run(config, data, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run(config, data, tmp_path / "cut")
+    assert digest(final(run(config, data, tmp_path / "cut")).tensors) == digest(whole.tensors)
+
+
+def test_a_damaged_image_is_replaced_and_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, bad = Store.read, 12
+
+    def read(self: Store, index: int) -> np.ndarray:
+        if index == bad:
+            raise self._damage(index, "planted")
+        return real(self, index)
+
+    monkeypatch.setattr(Store, "read", read)
+    out = run(dataclasses.replace(CONFIG, steps=8), data, tmp_path / "run")
+    uid = Store.open(data).uids[bad]
+    assert f"image {uid} is damaged" in capsys.readouterr().err
+    assert int(uid, 16) not in exposure.read_seen(out).tolist()
+
+
+def test_a_damaged_record_of_what_was_seen_is_refused(tmp_path: Path) -> None:
+    exposure.write_seen(tmp_path, np.array([5, 3], np.uint64))
+    assert exposure.read_seen(tmp_path).tolist() == [3, 5]
+    with (tmp_path / "seen.npz").open("wb") as file:
+        np.savez(
+            file, uids=np.array([3, 6], np.uint64), sha256=np.array(exposure.seen_digest(np.array([3, 5], np.uint64)))
+        )
+    with pytest.raises(CheckpointError, match="digest"):
+        exposure.read_seen(tmp_path)
+    (tmp_path / "seen.npz").write_bytes(b"zip")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        exposure.read_seen(tmp_path)
+    with pytest.raises(ConfigError, match="16 hex"):
+        exposure.uid_numbers(np.array(["patient-1"]))
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    source = Path(pretrain.__file__).read_text()
+    unread = [
+        field.name
+        for field in dataclasses.fields(PretrainConfig)
+        if not re.search(rf"(config|self)\.{field.name}\b", source)
+        and not re.search(rf'names = \([^)]*"{field.name}"', source)
+    ]
+    assert unread == []
+
+
+def test_published_stage_is_the_default() -> None:
+    vit, schedules = PretrainConfig().vit(), PretrainConfig().schedules()
+    assert (vit.embed_dim, vit.depth, vit.patch_size, vit.registers, vit.image_size) == (1024, 24, 16, 4, 224)
+    assert schedules.learning_rate == pytest.approx(1.090e-4, rel=1e-3)  # 2e-4 at a global batch of 304
+
+
+def test_batch_fields_are_those_that_the_loader_gives() -> None:
+    assert {"global_crops", "local_crops", "masks", "mask_weights", "indices"} <= set(
+        PretrainBatch.__dataclass_fields__
+    )
+
+
+KILLED = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_pretrain
+from hilum.pretraining import dinov2
+
+real, calls = dinov2.update_teacher, 0
+
+def update(*arguments):
+    global calls
+    calls += 1
+    real(*arguments)
+    if calls == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    dinov2.update_teacher = update
+    config = dataclasses.replace(test_pretrain.CONFIG, checkpoint_every=1, workers=int(sys.argv[5]))
+    test_pretrain.run(config, Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_killed_again_and_again_equals_straight(straight: Path, data: Path, tmp_path: Path, workers: int) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, script, str(Path(__file__).parent), data, tmp_path / "run"]
+    codes = [
+        subprocess.run([*command, str(after), str(workers)], check=False, capture_output=True).returncode
+        for after in (2, 2, 1, 100)
+    ]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0]
+    assert digest(final(tmp_path / "run").tensors) == digest(final(straight).tensors)
+
+
+TWO = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_pretrain
+from hilum.pretraining import dinov2
+
+real, calls = dinov2.update_teacher, 0
+real_losses = dinov2.compute_losses
+
+def update(*arguments):
+    global calls
+    calls += 1
+    real(*arguments)
+    if sys.argv[4] == "stop" and calls == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def losses(*arguments):
+    found = real_losses(*arguments)
+    if sys.argv[4] == "nan" and calls == 1 and os.environ["RANK"] == "1":
+        return found._replace(koleo=found.koleo * float("nan"))
+    return found
+
+dinov2.update_teacher, dinov2.compute_losses = update, losses
+test_pretrain.run(test_pretrain.CONFIG, Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_resume_and_fail_together(straight: Path, data: Path, tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+
+    def two(name: str, what: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+        arguments = [str(Path(__file__).parent), data, tmp_path / name, what]
+        return subprocess.run([*command, *arguments], check=False, capture_output=True, text=True, timeout=120)
+
+    whole = two("whole", "")
+    assert whole.returncode == 0, whole.stderr
+    assert [line["step"] for line in lines(tmp_path / "whole")] == [1, 2, 3, 4]
+    assert len(exposure.read_seen(tmp_path / "whole")) == len(exposure.read_seen(straight))  # both ranks' images
+
+    assert two("cut", "stop").returncode != 0
+    assert final(tmp_path / "cut").step == 3  # the ranks agree on stopping once a step
+    assert two("cut", "").returncode == 0
+    assert digest(final(tmp_path / "cut").tensors) == digest(final(tmp_path / "whole").tensors)
+    with pytest.raises(CheckpointError, match="another number of processes"):
+        run(CONFIG, data, tmp_path / "whole")
+
+    broken = two("broken", "nan")
+    assert broken.returncode != 0
+    assert "Step 2: a value on another process is not finite" in broken.stderr
+    assert "koleo is not finite" in broken.stderr
