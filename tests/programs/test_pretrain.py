@@ -39,7 +39,7 @@ from hilum.pretraining.state import start_from
 CONFIG = PretrainConfig(
     architecture="demo8", embed_dim=16, depth=2, num_heads=2, registers=1, layer_scale=0.1,
     crops=CropConfig(global_size=32, local_size=16, local_crops=2), heads=HeadConfig(16, 16, 8, 8),
-    batch_size=4, steps=4, learning_rate=0.02, momentum=(0.6, 1.0), drop_path=0.3, precision="fp32",
+    batch_size=4, steps=4, learning_rate=0.02, momentum=(0.6, 1.0), drop_path=0.3, precision="fp32", accelerator="cpu",
     threads=1, log_every=1, checkpoint_every=10,
 )  # fmt: skip
 
@@ -542,3 +542,23 @@ def test_two_processes_stop_resume_and_fail_together(straight: Path, data: Path,
     assert broken.returncode != 0
     assert "Step 2: a value on another process is not finite" in broken.stderr
     assert "koleo is not finite" in broken.stderr
+
+
+@pytest.mark.gpu
+def test_gpu_stops_resumes_and_agrees_with_the_cpu(
+    straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    config = dataclasses.replace(CONFIG, accelerator="cuda", drop_path=0.0)
+    on_cpu = run(dataclasses.replace(CONFIG, drop_path=0.0), data, tmp_path / "cpu")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run(config, data, tmp_path / "gpu")
+    run(config, data, tmp_path / "gpu")
+    for ours, theirs in zip(lines(tmp_path / "gpu"), lines(on_cpu), strict=True):
+        assert ours["batch"] == theirs["batch"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    half = run(dataclasses.replace(config, precision="bf16", drop_path=0.3), data, tmp_path / "half")
+    assert all(np.isfinite(line["loss"]) for line in lines(half))

@@ -5,13 +5,20 @@ import sys
 
 import pytest
 
+# Blocked packages can be looked up, as lazy importers do, and not loaded.
 BLOCKER = """
 import sys
+from importlib.machinery import ModuleSpec
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in BLOCKED:
-            raise ImportError(f"{name} is blocked in this test")
+        return ModuleSpec(name, self) if name.split(".")[0] in BLOCKED else None
+
+    def create_module(self, spec):
+        raise ImportError(f"{spec.name} is blocked in this test")
+
+    def exec_module(self, module):
+        raise AssertionError("never reached")
 
 sys.meta_path.insert(0, Blocker())
 """

@@ -117,7 +117,7 @@ class PretrainConfig:
     clip: float = 3.0
     """Largest gradient norm of backbone, DINO head and iBOT head, each by itself; 0: no limit."""
     precision: Precision = "bf16"
-    """Of matrix products; weights and losses are float32."""
+    """Of matrix products; weights and losses are float32. auto: bf16 where the hardware has it."""
     accelerator: Accelerator = "auto"
     """auto takes a GPU where there is one."""
     seed: int = 0

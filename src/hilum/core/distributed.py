@@ -21,7 +21,8 @@ from torch.distributed import ReduceOp
 from hilum.core.errors import ConfigError
 
 Accelerator = Literal["auto", "cpu", "cuda"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
+"""Of matrix products. auto: bfloat16 where the hardware multiplies it natively, float32 elsewhere."""
 
 _SECONDS_TO_DRAIN = 1.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -55,7 +56,7 @@ def launch(devices: int = 1, precision: Precision = "fp32", accelerator: Acceler
 
     Args:
         devices: GPUs, or CPU processes, of this machine. Under torchrun or srun the launcher's count stands.
-        precision: "bf16" runs matrix products in bfloat16.
+        precision: of matrix products.
         accelerator: "auto" takes CUDA where there is one.
 
     Raises:
@@ -68,6 +69,8 @@ def launch(devices: int = 1, precision: Precision = "fp32", accelerator: Acceler
     if devices < 1 or (kind == "cuda" and devices > torch.cuda.device_count()):
         found = f", found {torch.cuda.device_count()} CUDA device(s) here" if kind == "cuda" else ""
         raise ConfigError(f"devices={devices}: expected 1 or more{found}.")
+    if precision == "auto":
+        precision = "bf16" if kind == "cuda" or torch.cpu._is_avx512_bf16_supported() else "fp32"
     if devices == 1 and _launched_processes() == 1:
         yield _SingleEngine(precision, kind)
         return

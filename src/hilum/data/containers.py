@@ -5,10 +5,11 @@ without its end is truncated, a chunk that does not match its checksum is damage
 from its header. No pixel is decoded here.
 """
 
-import re
 import struct
 import zlib
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from hilum.core.errors import UnreadableImageError, UnsupportedImageError
 
@@ -19,9 +20,6 @@ MAX_SCANS = 100
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
-_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
-_MARKER_LS = re.compile(rb"\xff+[\x80-\xcf\xd8-\xfe]")
-"""In JPEG-LS data, 0xFF is followed by a byte below 0x80, not by zero."""
 _TABLE_MARKERS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xDA, 0xF8, 0xFE})
 _APPLICATION_MARKERS = frozenset(range(0xE0, 0xF0))
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
@@ -134,13 +132,14 @@ def check_jpeg(content: bytes) -> tuple[JpegFrame, bytes]:
     position, scans, exif = 2, 0, b""
     frame: JpegFrame | None = None
     lossless = baseline = in_data = False
+    candidates = _after_ff(content)
     while True:
-        found = (_MARKER_LS if lossless else _MARKER).search(content, position)
+        found = _next_marker(content, candidates, position, lossless)
         if found is None:
             raise short
-        if found.start() != position and not in_data:
+        if not in_data and content[position:found].strip(b"\xff"):
             raise UnreadableImageError("damaged", "a JPEG segment is not followed by a marker.")
-        marker, position = content[found.end() - 1], found.end()
+        marker, position = content[found], found + 1
         if marker == 0xD9:
             if frame is None or scans == 0:
                 raise UnreadableImageError("damaged", "the JPEG has no image.")
@@ -167,6 +166,23 @@ def check_jpeg(content: bytes) -> tuple[JpegFrame, bytes]:
             if scans > MAX_SCANS:
                 raise UnsupportedImageError("too_large", f"a JPEG of more than {MAX_SCANS} scans.")
         position += max(length, 2)
+
+
+def _after_ff(content: bytes) -> np.ndarray:
+    """Positions of the bytes that follow 0xFF and are neither zero, nor 0xFF, nor a restart: markers, if in order."""
+    values = np.frombuffer(content, np.uint8)
+    positions = np.flatnonzero(values[:-1] == 0xFF) + 1
+    following = values[positions]
+    return positions[(following != 0x00) & (following != 0xFF) & ((following & 0xF8) != 0xD0)]
+
+
+def _next_marker(content: bytes, candidates: np.ndarray, position: int, lossless: bool) -> int | None:
+    """Position of the first marker code whose 0xFF is at `position` or later; None where there is none."""
+    for index in range(int(np.searchsorted(candidates, position + 1)), len(candidates)):
+        found = int(candidates[index])
+        if not lossless or content[found] >= 0x80:  # in JPEG-LS data 0xFF is followed by a byte below 0x80
+            return found
+    return None
 
 
 def exif_orientation(exif: bytes) -> int:

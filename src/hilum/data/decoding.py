@@ -122,8 +122,8 @@ def _ready() -> bool:
 class Decoders:
     """Decodes tasks in this process or in several, always in order, with few results in memory.
 
-    A file that kills its process (a fault in a decoder's native code) is found by trying its neighbours one by one in
-    processes of their own, and is refused like any other.
+    A file that kills its process (a fault in a decoder's native code) is found by halving in processes of their own,
+    and is refused like any other.
     """
 
     def __init__(self, settings: Settings, workers: int) -> None:
@@ -149,8 +149,8 @@ class Decoders:
                 outcomes = future.result()
             except BrokenProcessPool:
                 self.close()
-                outcomes = [self._alone(task) for task in chunk]
-                pending = deque((other, self._submit(other)) for other, _ in pending)
+                outcomes = self._isolated(chunk)
+                pending = deque((other, self._again(other, result)) for other, result in pending)
             yield from outcomes
 
     def _submit(self, chunk: Sequence[Task]) -> "Future[list[Outcome]]":
@@ -170,13 +170,22 @@ class Decoders:
             failed.set_exception(error)
             return failed
 
-    def _alone(self, task: Task) -> Outcome:
+    def _again(self, chunk: Sequence[Task], result: "Future[list[Outcome]]") -> "Future[list[Outcome]]":
+        """The result, where it came before the processes ended; otherwise another attempt."""
+        return result if result.done() and result.exception() is None else self._submit(chunk)
+
+    def _isolated(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Decode in a process of its own; where that ends too, by halves, down to the file that ends it."""
         try:
             with _pool(1) as pool:
-                return pool.submit(decode_one, task, self.settings).result()
+                return pool.submit(_decode_chunk, tasks, self.settings).result()
         except BrokenProcessPool:
-            message = f"{task.uid}: the decoder stopped abnormally on this file."
-            return Outcome(task.uid, reason="decoder_crashed", message=message, found=fingerprint(task))
+            if len(tasks) > 1:
+                middle = len(tasks) // 2
+                return [*self._isolated(tasks[:middle]), *self._isolated(tasks[middle:])]
+        task = tasks[0]
+        message = f"{task.uid}: the decoder stopped abnormally on this file."
+        return [Outcome(task.uid, reason="decoder_crashed", message=message, found=fingerprint(task))]
 
     def close(self) -> None:
         """Stop the processes; what has not started is dropped."""

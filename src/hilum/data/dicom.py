@@ -1,9 +1,10 @@
-"""The DICOM half of images.py: header repair, decoding with declared sizes checked, and the display curve.
+"""The DICOM half of images.py: header repair, decoding with declared sizes checked, polarity.
 
 Never used directly: `images.read_image` and `images.read_dicom_header` decide what is DICOM and come here. Decoders
 are chosen by name: python-gdcm for lossless JPEG and JPEG-LS, OpenJPEG (pylibjpeg-openjpeg) for JPEG 2000 and HTJ2K,
-Pillow for lossy 8-bit JPEG, on whose damaged headers GDCM ends the process. A stream is checked before any sees it. Nothing here follows a path or a reference found inside a file, and no
-message holds a value read from a header, which may identify a person. Reference: PS3.3 C.7.6.3, C.11; PS3.5 A.5.
+Pillow for lossy 8-bit JPEG, on whose damaged headers GDCM ends the process. A stream is checked before any sees it.
+Nothing here follows a path or a reference found inside a file, and no message holds a value read from a header, which
+may identify a person. Reference: PS3.3 C.7.6.3, C.11; PS3.5 A.4, A.5.
 """
 
 import struct

@@ -29,10 +29,13 @@ from PIL import JpegImagePlugin, PngImagePlugin
 from PIL.ImageFile import ImageFile
 
 from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
+from hilum.data.area import area_mean
 from hilum.data.containers import check_jpeg, check_pixels, check_png, exif_orientation, kind_of
 from hilum.data.intensity import histogram, luma, over_black, percentile_bounds, quantise, stretch
 
 MAX_FILE_BYTES = 2**30
+LARGE = 2**20
+"""Pixels from which the area mean by matrix products is faster than OpenCV's, where the ratio is not whole."""
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, zlib.error)
 _WARNINGS = threading.Lock()
 
@@ -141,7 +144,11 @@ def resize_once(pixels: np.ndarray, height: int, width: int) -> UInt8[np.ndarray
         width: columns of the result.
     """
     if pixels.shape != (height, width):
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+        even = pixels.shape[0] % height == 0 and pixels.shape[1] % width == 0
+        if even or pixels.size < LARGE:
+            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+        else:
+            pixels = area_mean(pixels, height, width)
     return np.ascontiguousarray(pixels) if pixels.dtype == np.uint8 else quantise(pixels)
 
 
@@ -262,7 +269,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def quality_flags(pixels: UInt8[np.ndarray, "H W"]) -> tuple[str, ...]:
     """What a person might want to look at: constant, low_contrast, polarity_suspect. Pixels stay as they are."""
     small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
-    low, high = np.percentile(small, (1, 99))
+    low, high = np.sort(small, axis=None)[[10, -11]]
     if int(pixels.max()) == int(pixels.min()):
         return ("constant",)
     if high - low < 16:

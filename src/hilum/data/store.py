@@ -189,7 +189,8 @@ class Store:
         shard, length = int(columns["shard"][index]), int(columns["length"][index])
         buffer = np.empty(length, np.uint8)
         try:
-            found = os.preadv(self._file(shard).number, [buffer.data], int(columns["offset"][index])) if length else 0
+            file = self._file(shard)  # held until the read is over: another thread may let go of it meanwhile
+            found = os.preadv(file.number, [buffer.data], int(columns["offset"][index])) if length else 0
         except OSError as error:
             raise self._damage(index, error.strerror or str(error)) from error
         if found != length:

@@ -200,6 +200,9 @@ class Model:
         facts = {
             "model": self.digest,
             "groups": self.groups,
+            "prevalence": {
+                one.name: one.positives / one.known for one in self.networks[0].config.findings if one.known
+            },
             "head_splits": [name for name in ("train", "val") if len(getattr(self.exposure, name))],
             "exposed_images": met["any"],
             "exposure": met,

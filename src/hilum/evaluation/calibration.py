@@ -163,7 +163,7 @@ class Calibrator:
             stage="calibrated",
             calibrated_from=predictions.stage,
             calibration=self.provenance(),
-            thresholds={name: self.thresholds[name] for name in predictions.findings},
+            thresholds={name: self.thresholds[name] for name in predictions.findings if name in self.thresholds},
         )
 
     def check_stage(self, predictions: Predictions) -> None:

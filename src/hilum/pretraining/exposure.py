@@ -56,8 +56,8 @@ def select(store: Store, train_on: Sequence[str]) -> Pool:
     if not chosen.any():
         named = ", ".join(repr(split) for split in train_on)
         raise ConfigError(
-            f"{store.path}: none of its {len(store)} images can be used. In the splits {named}: {int(wanted.sum())}; of "
-            f"these {int((wanted & ~store.ssl_ok).sum())} are not allowed for pretraining (ssl_ok), and "
+            f"{store.path}: none of its {len(store)} images can be used. In the splits {named}: {int(wanted.sum())}; "
+            f"of these {int((wanted & ~store.ssl_ok).sum())} are not allowed for pretraining (ssl_ok), and "
             f"{int(shared.sum())} share a patient with held-out images. Check the splits of the manifest, or train_on."
         )
     return Pool(

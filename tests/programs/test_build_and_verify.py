@@ -1,0 +1,92 @@
+"""hilum build and hilum verify as a person runs them, from a folder with a table."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from hilum.commands import build, manifest, verify
+from hilum.core.errors import ConfigError, StoreError
+from hilum.data.store import Store
+
+
+def pool(root: Path, count: int = 8) -> Path:
+    """A folder of PNG and JPEG files, its table, and the manifest made from it."""
+    (root / "films").mkdir(parents=True)
+    lines = ["path,patient_id,study_id,view,split,Edema,Mass"]
+    for number in range(count):
+        name = f"films/{number}.{'png' if number % 2 else 'jpg'}"
+        grain = np.random.default_rng(number).integers(90, 160, (60 + number, 50), dtype=np.uint8)
+        Image.fromarray(grain).save(root / name)
+        lines.append(f"{name},p{number},s{number},PA,{('train', 'val')[number % 2]},{number % 2},")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+    manifest.run([f"folder={root}"], root / "manifest.parquet")
+    return root / "manifest.parquet"
+
+
+def test_build_prints_counts_and_the_next_command(tmp_path, capsys):
+    path = pool(tmp_path / "raw")
+    capsys.readouterr()
+    build.run(path, tmp_path / "store", 32, workers=1)
+    out = capsys.readouterr().out
+    assert "8 images in the manifest: 8 stored, 0 in quarantine." in out
+    assert f"Next: hilum pretrain RECIPE --data {tmp_path / 'store'} --out RUN" in out
+    verify.run(tmp_path / "store")
+    out = capsys.readouterr().out
+    assert "8 of 8 images read and decoded" in out
+    assert "by split: train 4, val 4" in out
+
+
+def test_more_refused_than_the_budget_is_an_error_after_everything_is_written(tmp_path, capsys):
+    path = pool(tmp_path / "raw")
+    (tmp_path / "raw" / "films" / "3.png").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"1 of 8 images \(12\.5%\)"):
+        build.run(path, tmp_path / "store", 32, workers=1)
+    assert "refused, zero_bytes: 1" in capsys.readouterr().out
+    assert len(Store.open(tmp_path / "store")) == 7
+    assert pl.read_csv(tmp_path / "store" / "quarantine.csv").height == 1
+    build.run(path, tmp_path / "store", 32, workers=1, budget=0.2)
+
+
+def test_shares_of_an_array_job(tmp_path, capsys):
+    path = pool(tmp_path / "raw")
+    build.run(path, tmp_path / "store", 32, shard="1/2", workers=1)
+    assert "once the other jobs are through" in capsys.readouterr().out
+    assert not (tmp_path / "store" / "store.json").exists()
+    build.run(path, tmp_path / "store", 32, shard="0/2", workers=1)
+    assert len(Store.open(tmp_path / "store")) == 8
+
+
+@pytest.mark.parametrize(
+    "options", [{"shard": "3"}, {"shard": "a/b"}, {"shard": "2/2"}, {"roots": ["nowhere"]}, {"budget": 2.0}]
+)
+def test_options_that_make_no_sense(tmp_path, options):
+    with pytest.raises(ConfigError):
+        build.run(pool(tmp_path / "raw", 2), tmp_path / "store", 32, workers=1, **options)
+
+
+def test_the_images_have_moved(tmp_path):
+    path = pool(tmp_path / "raw", 4)
+    (tmp_path / "raw" / "films").rename(tmp_path / "films")
+    with pytest.raises(StoreError, match="4 of 4"):  # every image is missing, and says so
+        build.run(path, tmp_path / "store", 32, workers=1)
+    key = pl.read_parquet(path)["source_root_key"][0]
+    build.run(path, tmp_path / "store", 32, workers=1, roots=[f"{key}={tmp_path}"])
+    assert len(Store.open(tmp_path / "store")) == 4
+
+
+def test_verify_lists_what_is_damaged(tmp_path, capsys):
+    build.run(pool(tmp_path / "raw"), tmp_path / "store", 32, workers=1)
+    store = Store.open(tmp_path / "store")
+    file = tmp_path / "store" / "shards" / store.shards[0].name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(StoreError, match="damaged"):
+        verify.run(tmp_path / "store")
+    out = capsys.readouterr().out
+    assert "7 of 8 images" in out
+    assert out.count(store.shards[0].name) == 2  # the record, and the shard's SHA-256
