@@ -37,7 +37,7 @@ from hilum.data.schema import Manifest, complete, image_uid, write_manifest
 
 SIZES = {"2500 x 2048": (2500, 2048), "3056 x 2544": (3056, 2544)}
 IMAGES, ROUNDS, SHORT_SIDE = 6, 7, 512
-BUILD_IMAGES = 96
+BUILD_IMAGES = 240
 
 
 def film(height: int, width: int, seed: int) -> np.ndarray:
@@ -53,7 +53,10 @@ def write_films(folder: Path, shape: tuple[int, int], count: int) -> list[Path]:
     paths = [folder / f"{number}.jpg" for number in range(count)]
     distinct = [film(*shape, number) for number in range(min(count, IMAGES))]
     for number, path in enumerate(paths):
-        Image.fromarray(distinct[number % len(distinct)]).save(path, "JPEG", quality=95)
+        if number < len(distinct):
+            Image.fromarray(distinct[number]).save(path, "JPEG", quality=95)
+        else:
+            path.hardlink_to(paths[number % len(distinct)])
     return paths
 
 
@@ -70,7 +73,7 @@ def with_pil(path: Path, resample: Image.Resampling = Image.Resampling.LANCZOS) 
 def with_hilum(path: Path) -> int:
     task = Task(path.stem, path.name, str(path.parent))
     record = decode_one(task, Settings(SHORT_SIDE, "jpeg95", ())).record
-    return len(record) + zlib.crc32(record) * 0
+    return zlib.crc32(record)
 
 
 def milliseconds(pipelines: dict[str, Callable[[Path], int]], paths: list[Path]) -> dict[str, float]:

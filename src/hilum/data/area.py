@@ -1,18 +1,66 @@
-"""The area mean of a large image, by matrix products: the same weights as OpenCV's INTER_AREA, about four times faster.
+"""Shrinking by area, from full precision, rounding once: what every image goes through on its way into the store.
 
-OpenCV sums pixel by pixel where the ratio of the sizes is not a whole number, which takes longer than decoding the
-JPEG. The weights are separable and each output row needs few input rows, so a few rows at a time are one small matrix
-product. Differs from OpenCV only in the rounding of exact halves. images.py decides which of the two is used.
+Small images, and ratios that are whole numbers, by OpenCV's INTER_AREA. Otherwise OpenCV sums pixel by pixel, which
+takes about as long as decoding the JPEG; large images get the same weights by matrix products instead, about four
+times faster. The weights are separable and each output row needs few input rows, so a few rows at a time are one small
+product. The two differ only in the rounding of exact halves. Nothing here grows an image.
 """
 
 from functools import lru_cache
 from math import ceil, isqrt
 
+import cv2
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Integer, Num, UInt8
 
+from hilum.data.intensity import quantise
+
+LARGE = 2**20
+"""Pixels from which the area mean by matrix products is faster than OpenCV's, where the ratio is not whole."""
 PRODUCT = 300_000
 """Multiplications in one matrix product: few enough that no library starts threads for it."""
+
+
+def shrunk_size(shape: tuple[int, ...], short_side: int | None) -> tuple[int, int]:
+    """Height and width after `shrink`; unchanged where `short_side` is None or not smaller."""
+    height, width = shape
+    shorter = min(height, width)
+    if short_side is None or shorter <= short_side:
+        return height, width
+    return round(height * short_side / shorter), round(width * short_side / shorter)
+
+
+def resize_once(pixels: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, "h w"]:
+    """To a size that is not larger, by area, and to uint8, rounding once.
+
+    Args:
+        pixels: (H, W), uint8, or float32 display values in [0, 255].
+        height: rows of the result.
+        width: columns of the result.
+    """
+    if pixels.shape != (height, width):
+        even = pixels.shape[0] % height == 0 and pixels.shape[1] % width == 0
+        if even or pixels.size < LARGE:
+            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+        else:
+            pixels = area_mean(pixels, height, width)
+    return np.ascontiguousarray(pixels) if pixels.dtype == np.uint8 else quantise(pixels)
+
+
+def apply_curve(
+    index: Integer[np.ndarray, "H W"], curve: Float[np.ndarray, " n"], height: int, width: int
+) -> UInt8[np.ndarray, "h w"]:
+    """Display values of an image, shrunk from full precision, rounded once.
+
+    Args:
+        index: the position of each pixel's value in `curve`.
+        curve: display values in [0, 255].
+        height: rows of the result.
+        width: columns of the result.
+    """
+    if index.shape == (height, width):
+        return quantise(curve)[index]
+    return resize_once(curve.astype(np.float32)[index], height, width)
 
 
 def area_mean(pixels: Num[np.ndarray, "H W"], height: int, width: int) -> Float[np.ndarray, "h w"]:

@@ -12,22 +12,24 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
 from pydicom import uid
 from pydicom.encaps import generate_frames
-from pydicom.pixels import apply_color_lut, get_decoder
+from pydicom.pixels import get_decoder
 
 from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
 from hilum.data import intensity
+from hilum.data.area import apply_curve, resize_once, shrunk_size
 from hilum.data.containers import MAX_PIXELS, check_jpeg, check_pixels
-from hilum.data.dicom_display import display_curve, fits, levels, padding_levels, square_size, text
-from hilum.data.images import DecodedImage, apply_curve, quality_flags, quiet, resize_once, shrunk_size
+from hilum.data.dicom_display import display_curve, fits, grey_from_colour, levels, padding_levels, square_size, text
+from hilum.data.images import DecodedImage, quality_flags, quiet
 
 MAX_INFLATED = 4 * MAX_PIXELS + 2**24
 """Bytes that a deflated data set may grow to."""
+HEADER_START = 8192  # bytes in which the file meta information must be
 DEFLATED = str(uid.DeflatedExplicitVRLittleEndian)
 
 NATIVE = frozenset(
@@ -62,11 +64,20 @@ HEADER_KEYS: tuple[str, ...] = (
 )  # fmt: skip
 
 
-def header(content: bytes) -> dict[str, str]:
-    """See `images.read_dicom_header`."""
+def needs_repair(start: bytes) -> bool:
+    """Whether a file that begins so has to be read whole to be understood (no prefix, or deflated)."""
+    return start[128:132] != b"DICM" or DEFLATED.encode() in start
+
+
+def header(file: BinaryIO) -> dict[str, str]:
+    """See `images.read_dicom_header`. Reads up to the pixels, or the whole file where it `needs_repair`."""
     with _silent():
         try:
-            dataset = _parse(content, stop_before_pixels=True)
+            repair = needs_repair(file.read(HEADER_START))
+            file.seek(0)
+            if repair:
+                file = BytesIO(_repaired(file.read()))
+            dataset = pydicom.dcmread(file, stop_before_pixels=True)
             return {key: text(dataset.get(key)) for key in HEADER_KEYS}
         except ImageError:
             raise
@@ -97,18 +108,21 @@ def _silent() -> Iterator[None]:
             log.disabled = before
 
 
-def _parse(content: bytes, stop_before_pixels: bool = False) -> pydicom.FileDataset:
-    """Read a data set, repairing a missing preamble and a missing transfer syntax (then implicit VR little endian)."""
-    if content[128:132] != b"DICM":
-        content = bytes(128) + b"DICM" + content
-    if DEFLATED.encode() in content[:8192]:
-        content = _inflated(content)
-    dataset = pydicom.dcmread(BytesIO(content), stop_before_pixels=stop_before_pixels)
+def _parse(content: bytes) -> pydicom.FileDataset:
+    """Read a data set; where the transfer syntax is missing, it is the one that the bytes were read with."""
+    dataset = pydicom.dcmread(BytesIO(_repaired(content)))
     if not dataset.file_meta.get("TransferSyntaxUID"):
         implicit, little = dataset.original_encoding
         explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
     return dataset
+
+
+def _repaired(content: bytes) -> bytes:
+    """With the preamble and prefix that every reader expects, and not deflated."""
+    if content[128:132] != b"DICM":
+        content = bytes(128) + b"DICM" + content
+    return _inflated(content) if DEFLATED.encode() in content[:HEADER_START] else content
 
 
 def _inflated(content: bytes) -> bytes:
@@ -123,8 +137,10 @@ def _inflated(content: bytes) -> bytes:
         if element == 0x0010:
             syntax = content[position : position + length].rstrip(b"\0 ")
         position += length
-    if syntax != DEFLATED.encode():
-        return content if syntax else _refuse_meta()
+    if not syntax:
+        raise UnreadableImageError("damaged_header", "the file meta information cannot be read.")
+    if syntax != DEFLATED.encode():  # the name is somewhere else in the header
+        return content
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     body = inflater.decompress(content[position:], MAX_INFLATED)
     if inflater.unconsumed_tail:
@@ -135,10 +151,6 @@ def _inflated(content: bytes) -> bytes:
     return content[:132] + struct.pack("<HH2sH", 0x0002, 0x0010, b"UI", len(name)) + name + body
 
 
-def _refuse_meta() -> bytes:
-    raise UnreadableImageError("damaged_header", "the file meta information cannot be read.")
-
-
 def _render(dataset: pydicom.FileDataset, short_side: int | None) -> DecodedImage:
     rows, cols = _check_header(dataset)
     stored = _meaningful_bits(dataset, _decode(dataset, rows, cols))
@@ -146,7 +158,7 @@ def _render(dataset: pydicom.FileDataset, short_side: int | None) -> DecodedImag
     flags: list[str] = []
     size = shrunk_size(square_size(dataset, rows, cols, flags), short_side)
     if stored.ndim == 3 or photometric == "PALETTE COLOR":
-        source, grey = "as_is", resize_once(_grey_from_colour(dataset, stored), *size)
+        source, grey = "as_is", resize_once(grey_from_colour(dataset, stored), *size)
     else:
         index, values = levels(stored)
         padding = padding_levels(dataset, values)
@@ -272,8 +284,7 @@ def _check_stream(stream: bytes, dataset: pydicom.FileDataset) -> None:
         if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) and frame.precision != 8:
             raise UnsupportedImageError("unsupported_transfer_syntax", f"lossy JPEG of {frame.precision} bits.")
         if not 2 <= frame.precision <= int(dataset.BitsAllocated) or frame.components != dataset.SamplesPerPixel:
-            found = f"{frame.components} components of {frame.precision} bits"
-            raise UnreadableImageError("damaged", f"the stream holds {found}, which is not what is declared.")
+            raise UnreadableImageError("damaged", "the stream has other components or bits than declared.")
         size = (frame.height, frame.width)
     elif syntax in _JPEG_2000_FAMILY:
         start = stream.find(b"\xff\x4f\xff\x51")
@@ -286,16 +297,4 @@ def _check_stream(stream: bytes, dataset: pydicom.FileDataset) -> None:
     else:
         return
     if size != declared:
-        found = f"the stream holds {size[0]} x {size[1]}"
-        raise UnreadableImageError("size_mismatch", f"declared {declared[0]} x {declared[1]}, {found}.")
-
-
-def _grey_from_colour(dataset: pydicom.FileDataset, stored: np.ndarray) -> np.ndarray:
-    if stored.ndim == 2:
-        stored = apply_color_lut(stored, dataset)
-    if stored.dtype not in (np.uint8, np.uint16):
-        raise UnsupportedImageError("unsupported_pixels", f"colour pixels of type {stored.dtype}.")
-    if stored.dtype == np.uint8:
-        return intensity.luma(stored)
-    top = float(2 ** max(int(stored.max()).bit_length(), 8) - 1)
-    return intensity.luma(stored).astype(np.float32) * np.float32(intensity.WHITE / top)
+        raise UnreadableImageError("size_mismatch", f"declared {declared} rows and columns, the stream holds {size}.")

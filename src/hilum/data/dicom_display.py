@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 from pydicom import Dataset
+from pydicom.pixels import apply_color_lut
 
+from hilum.core.errors import UnsupportedImageError
 from hilum.data import intensity
 
 
@@ -135,3 +137,15 @@ def _number(value: Any) -> float | None:
 def text(value: Any) -> str:
     """An element as text; "" where it is absent."""
     return "" if value is None else str(value).strip()
+
+
+def grey_from_colour(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
+    """Display values of RGB (H, W, 3) or palette (H, W) pixels: their luma; more than 8 bits are not yet rounded."""
+    if stored.ndim == 2:
+        stored = apply_color_lut(stored, dataset)
+    if stored.dtype not in (np.uint8, np.uint16):
+        raise UnsupportedImageError("unsupported_pixels", f"colour pixels of type {stored.dtype}.")
+    if stored.dtype == np.uint8:
+        return intensity.luma(stored)
+    top = float(2 ** max(int(stored.max()).bit_length(), 8) - 1)
+    return intensity.luma(stored).astype(np.float32) * np.float32(intensity.WHITE / top)

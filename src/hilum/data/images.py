@@ -21,21 +21,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import UInt8
 from PIL import JpegImagePlugin, PngImagePlugin
 from PIL.ImageFile import ImageFile
 
 from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
-from hilum.data.area import area_mean
+from hilum.data.area import apply_curve, resize_once, shrunk_size
 from hilum.data.containers import check_jpeg, check_pixels, check_png, exif_orientation, kind_of
-from hilum.data.intensity import histogram, luma, over_black, percentile_bounds, quantise, stretch
+from hilum.data.intensity import histogram, luma, over_black, percentile_bounds, stretch
 
 MAX_FILE_BYTES = 2**30
-LARGE = 2**20
-"""Pixels from which the area mean by matrix products is faster than OpenCV's, where the ratio is not whole."""
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, zlib.error)
 _WARNINGS = threading.Lock()
 
@@ -113,12 +112,22 @@ def read_dicom_header(source: Path | bytes) -> dict[str, str]:
 
     name = str(source) if isinstance(source, Path) else "image"
     try:
-        content = source if isinstance(source, bytes) else read_file(source)
-        if kind_of(content) != "dicom":
-            raise UnreadableImageError("not_an_image", "expected DICOM, found another kind of file.")
-        return dicom.header(content)
+        if isinstance(source, bytes):
+            return dicom.header(BytesIO(_dicom_only(source)))
+        with open_file(source) as file:
+            start = file.read(dicom.HEADER_START)
+            if dicom.needs_repair(_dicom_only(start)):
+                return dicom.header(BytesIO(start + file.read()))
+            file.seek(0)
+            return dicom.header(file)  # reads no further than the pixels
     except ImageError as error:
         raise type(error)(error.reason, f"{name}: {error}") from error.__cause__
+
+
+def _dicom_only(content: bytes) -> bytes:
+    if kind_of(content) != "dicom":
+        raise UnreadableImageError("not_an_image", "expected DICOM, found another kind of file.")
+    return content
 
 
 def shrink(pixels: UInt8[np.ndarray, "H W"], short_side: int) -> UInt8[np.ndarray, "h w"]:
@@ -126,53 +135,19 @@ def shrink(pixels: UInt8[np.ndarray, "H W"], short_side: int) -> UInt8[np.ndarra
     return resize_once(pixels, *shrunk_size(pixels.shape, short_side))
 
 
-def shrunk_size(shape: tuple[int, ...], short_side: int | None) -> tuple[int, int]:
-    """Height and width after `shrink`; unchanged where `short_side` is None or not smaller."""
-    height, width = shape
-    shorter = min(height, width)
-    if short_side is None or shorter <= short_side:
-        return height, width
-    return round(height * short_side / shorter), round(width * short_side / shorter)
-
-
-def resize_once(pixels: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, "h w"]:
-    """To a size that is not larger, by area, and to uint8, rounding once.
-
-    Args:
-        pixels: (H, W), uint8, or float32 display values in [0, 255].
-        height: rows of the result.
-        width: columns of the result.
-    """
-    if pixels.shape != (height, width):
-        even = pixels.shape[0] % height == 0 and pixels.shape[1] % width == 0
-        if even or pixels.size < LARGE:
-            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-        else:
-            pixels = area_mean(pixels, height, width)
-    return np.ascontiguousarray(pixels) if pixels.dtype == np.uint8 else quantise(pixels)
-
-
-def apply_curve(
-    index: Integer[np.ndarray, "H W"], curve: Float[np.ndarray, " n"], height: int, width: int
-) -> UInt8[np.ndarray, "h w"]:
-    """Display values of an image, shrunk from full precision, rounded once.
-
-    Args:
-        index: the position of each pixel's value in `curve`.
-        curve: display values in [0, 255].
-        height: rows of the result.
-        width: columns of the result.
-    """
-    if index.shape == (height, width):
-        return quantise(curve)[index]
-    return resize_once(curve.astype(np.float32)[index], height, width)
-
-
 def read_file(path: Path) -> bytes:
-    """The bytes of a regular file.
+    """The bytes of a regular file; raises as `open_file`."""
+    with open_file(path) as file:
+        return file.read()
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading; what goes wrong while it is open gets a reason too.
 
     Raises:
-        UnreadableImageError: missing, not_a_file (a folder, a pipe, a device), unreadable, too_large.
+        UnreadableImageError: missing, not_a_file (a folder, a pipe, a device), unreadable.
+        UnsupportedImageError: too_large.
     """
     try:
         status = path.stat()
@@ -180,14 +155,17 @@ def read_file(path: Path) -> bytes:
             raise UnreadableImageError("not_a_file", "not a regular file.")
         if status.st_size > MAX_FILE_BYTES:
             raise UnsupportedImageError("too_large", f"{status.st_size} bytes; at most {MAX_FILE_BYTES} are read.")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield file
     except FileNotFoundError as error:
         raise UnreadableImageError("missing", "no such file.") from error
-    except ValueError as error:  # a NUL in the path
-        raise UnreadableImageError("missing", "not a possible path.") from error
     except OSError as error:
         reason = "missing" if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG) else "unreadable"
         raise UnreadableImageError(reason, f"cannot be read: {error.strerror or type(error).__name__}.") from error
+    except ValueError as error:
+        if "\0" in str(path):
+            raise UnreadableImageError("missing", "not a possible path.") from error
+        raise
 
 
 def _read_raster(content: bytes, kind: str, short_side: int | None) -> DecodedImage:
@@ -268,7 +246,8 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def quality_flags(pixels: UInt8[np.ndarray, "H W"]) -> tuple[str, ...]:
     """What a person might want to look at: constant, low_contrast, polarity_suspect. Pixels stay as they are."""
-    small = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    height, width = (side // 32 * 32 or side for side in pixels.shape)  # whole ratios are several times faster
+    small = cv2.resize(pixels[:height, :width], (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low, high = np.sort(small, axis=None)[[10, -11]]
     if int(pixels.max()) == int(pixels.min()):
         return ("constant",)

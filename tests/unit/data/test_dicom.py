@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections import Counter
@@ -451,6 +453,39 @@ def test_mutated_dicom_is_read_or_refused_with_a_reason_in_many_cases():
     assert survives_mutations(3000)["read"] > 2000
 
 
+FUZZ = """
+import sys, warnings
+from pathlib import Path
+import numpy as np
+from hilum.core.errors import ImageError
+from hilum.data.images import read_image
+rng = np.random.default_rng(0)
+for path in map(Path, sys.argv[1:]):
+    content = path.read_bytes()
+    start = max(content.find(b"\\xff\\xd8\\xff"), 0)
+    for _ in range(400):
+        changed = bytearray(content)
+        for _ in range(rng.integers(1, 4)):
+            low, high = (start, len(content)) if rng.random() < 0.6 else (128, max(start, 900))
+            changed[int(rng.integers(low, min(high, len(content))))] = int(rng.integers(256))
+        try:
+            read_image(bytes(changed))
+        except ImageError:
+            pass
+print("survived")
+"""
+
+
+@pytest.mark.slow
+def test_damaged_streams_do_not_end_the_process():
+    """GDCM ends the process on headers that contradict the data set; such streams must not reach it."""
+    names = "SC_rgb_jpeg_gdcm MR_small_jpeg_ls_lossless JPEGLSNearLossless_08 SC_rgb_jpeg_dcmtk SC_rgb_jls_lossy_sample"
+    files = [str(pydicom.data.get_testdata_file(f"{name}.dcm")) for name in names.split()]
+    done = subprocess.run([sys.executable, "-c", FUZZ, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "survived"
+
+
 def test_corpus_of_pydicom():
     """Every file of pydicom's own corpus is rendered at its declared size, or refused with a reason."""
     outcomes = Counter[str]()
@@ -502,6 +537,11 @@ def test_header_for_grouping(tmp_path):
     assert header["SeriesInstanceUID"] == "9.9"
     assert header["StudyDate"] == ""
     assert read_dicom_header(written(dataset(PixelData=None)))["PatientID"] == "MRN-77"
+    whole = written(dataset(syntax=uid.DeflatedExplicitVRLittleEndian))
+    for name, content in {"deflated": whole, "bare": written(dataset())[132:]}.items():
+        (tmp_path / name).write_bytes(content)
+        assert read_dicom_header(tmp_path / name)["PatientID"] == "MRN-77"
+        assert read_dicom_header(content)["StudyInstanceUID"] == "1.2.3"
     with pytest.raises(ImageError) as caught:
         read_dicom_header(b"\x89PNG\r\n\x1a\n")
     assert caught.value.reason == "not_an_image"

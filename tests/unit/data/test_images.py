@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
+from hilum.data.area import area_mean, resize_once, shrunk_size
 from hilum.data.images import quality_flags, read_image, shrink
 
 
@@ -186,6 +187,20 @@ def area_weights(old: int, new: int) -> np.ndarray:
     edges = np.arange(new + 1) * old / new
     overlap = np.minimum(edges[1:, None], np.arange(1, old + 1)) - np.maximum(edges[:-1, None], np.arange(old))
     return np.clip(overlap, 0, None) * new / old
+
+
+@pytest.mark.parametrize("shape", [(1500, 1201), (1024, 1027), (2049, 700)])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_large_images_get_the_same_area_mean_as_by_opencv(shape, kind):
+    pixels = np.random.default_rng(7).integers(0, 256, shape).astype(kind)
+    height, width = shrunk_size(shape, 300)
+    expected = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    np.testing.assert_allclose(area_mean(pixels, height, width), cv2.resize(
+        pixels.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA), atol=2e-4)  # fmt: skip
+    mine = resize_once(pixels, height, width)
+    assert mine.dtype == np.uint8
+    assert np.abs(mine - np.rint(expected)).max() <= 1
+    assert (mine != np.rint(expected)).mean() < 1e-3
 
 
 def test_shrink_never_grows():
@@ -363,11 +378,11 @@ def test_what_is_not_a_readable_file(tmp_path, monkeypatch):
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     assert reason(tmp_path / "loop.png") == "unreadable"
 
-    def refuse(self: Path) -> bytes:
+    def refuse(self: Path, mode: str) -> io.BytesIO:
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "secret.png").write_bytes(SOUND["png"])
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert reason(tmp_path / "secret.png") == "unreadable"
 
 
