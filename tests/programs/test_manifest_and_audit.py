@@ -52,7 +52,9 @@ def test_a_leak_is_printed_and_raised(clinic, tmp_path, capsys):
     leaking = table.frame.with_columns(split_project=pl.when(first).then(pl.lit("test")).otherwise("split_project"))
     other = leaking.filter(pl.col("image_id") == "0LL.png")["split_project"][0]
     if other == "test":
-        leaking = table.frame.with_columns(split_project=pl.when(first).then(pl.lit("train")).otherwise("split_project"))
+        leaking = table.frame.with_columns(
+            split_project=pl.when(first).then(pl.lit("train")).otherwise("split_project")
+        )
     write_manifest(type(table)(leaking, table.findings, table.metadata), out)
     capsys.readouterr()
     with pytest.raises(LeakageError, match="patient across splits"):

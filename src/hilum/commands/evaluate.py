@@ -98,7 +98,8 @@ def run(
         warn(line)
     say(summary(result))
     say(
-        f"{out / 'metrics.json'}, {out / 'report.html'}: {len(names)} findings, {len(joined.predictions)} {table.unit} rows"
+        f"{out / 'metrics.json'}, {out / 'report.html'}: {len(names)} findings, "
+        f"{len(joined.predictions)} {table.unit} rows"
     )
     return result
 

@@ -1,0 +1,117 @@
+"""The whole way on a few phantoms, with the packages blocked that the core must not need."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hilum.commands import demo
+from hilum.commands.fit import FitConfig
+from hilum.commands.pretrain import PretrainConfig
+from hilum.core.errors import ConfigError
+from hilum.data.store import Store
+from hilum.deploy.predictor import load
+from hilum.evaluation.predictions import read_predictions
+from hilum.evaluation.studies import mean_over_studies
+from hilum.recipes import demo_plan
+
+PATIENTS = 40
+BLOCKED = ("torchvision", "timm", "transformers", "xformers")
+
+
+def tiny_plan() -> demo.DemoPlan:
+    """The demo's own plan, a few steps of each stage."""
+    plan = demo_plan()
+
+    def few(config: PretrainConfig, size: int) -> PretrainConfig:
+        crops = replace(config.crops, global_size=size, local_size=32, local_crops=2)
+        return replace(config, crops=crops, steps=2, batch_size=8, precision="fp32")
+
+    def short(config: FitConfig) -> FitConfig:
+        return replace(config, search_epochs=2, refit_epochs=2, learning_rates=(1e-3, 5e-3), augmented_views=1)
+
+    return replace(
+        plan,
+        pretraining=few(plan.pretraining, 64),
+        higher_resolution=few(plan.higher_resolution, 96),
+        linear=short(plan.linear),
+        decoder=short(plan.decoder),
+        image_size=128,
+        store_size=112,
+        bootstraps=20,
+        examples=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo that ran in its own process, with the blocked packages absent."""
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    code = f"""
+import sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_demo
+test_demo.demo.run(test_demo.tiny_plan(), Path({str(out)!r}), patients={PATIENTS})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "+ calibration" in done.stdout
+    return out
+
+
+def test_the_table_has_every_step_with_its_difference(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert [step["name"] for step in results["steps"]] == [
+        "linear", "decoder", "+ study mean", "+ ensemble", "+ calibration",
+    ]  # fmt: skip
+    for step in results["steps"][1:]:
+        difference = step["difference"]
+        assert difference["low"] <= difference["high"]
+        assert difference["shown"] == (difference["low"] > 0 or difference["high"] < 0)
+    assert len(results["metrics"]["findings"]) == 40
+    few = results["metrics"]["excluded"]["few_positives"]
+    assert {name for name, one in results["metrics"]["findings"].items() if one["positives"] < 10} >= set(few)
+
+
+def test_calibration_changes_no_ranking(finished: Path) -> None:
+    steps = {step["name"]: step for step in json.loads((finished / "results.json").read_text())["steps"]}
+    for metric in ("mAP", "mAUC"):
+        assert steps["+ calibration"][metric] == pytest.approx(steps["+ ensemble"][metric], abs=1e-12)
+
+
+def test_the_last_row_is_what_the_saved_ensemble_predicts(finished: Path) -> None:
+    store = Store.open(finished / "store")
+    predicted = load(finished / "model").predict_store(store, store.indices("test"), raw=True)
+    table = read_predictions(finished / "uncalibrated.parquet")
+    assert np.array_equal(predicted.image_uid, table.image_uid)
+    mean = mean_over_studies(predicted.replace(predicted.probabilities, stage="raw"))
+    np.testing.assert_allclose(mean.probabilities, table.probabilities, atol=1e-6)
+
+
+def test_nothing_held_out_was_pretrained_on(finished: Path) -> None:
+    store = Store.open(finished / "store")
+    model = load(finished / "model")
+    assert model.exposure.count(store.uids[store.indices("test")])["any"] == 0
+    assert model.exposure.count(store.uids[store.indices("train")])["any"] == len(store.indices("train"))
+
+
+def test_the_report_shows_lesions_and_needs_nothing_else(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Research use only" in page
+    assert "Study 1" in page
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert "https://" not in page
+
+
+def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="not a demo"):
+        demo.run(tiny_plan(), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
