@@ -28,6 +28,7 @@ Workers = Annotated[int | None, typer.Option(help="Processes; default: the proce
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, any setting of the recipe.", show_default=False)
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Store = Annotated[Path, typer.Option("--data", help="A store made by hilum build.")]
 
 
@@ -164,12 +165,13 @@ def fit(
     data: Store = Path("store"),
     backbone: Annotated[str, typer.Option(help="A run, weights, or random:SIZE.")] = "run",
     out: Out = Path("model"),
+    device: Device = "auto",
 ) -> None:
     """Search learning rates for a head on a frozen backbone, refit, calibrate; writes a self-contained model."""
     from hilum.commands import fit as program
     from hilum.recipes import fit_recipe
 
-    program.run(fit_recipe(recipe, overrides or []), data, backbone, out)
+    program.run(fit_recipe(recipe, overrides or []), data, backbone, out, device)
 
 
 @app.command()
@@ -186,12 +188,15 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(help="Images, folders, a CSV of paths, or STORE:split.")],
     out: Out = Path("predictions.parquet"),
     raw: Annotated[bool, typer.Option(help="Without the model's calibrator, for combine.")] = False,
+    study: Annotated[str | None, typer.Option(help="mean: one row per study instead of one per image.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+    device: Device = "auto",
+    shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n jobs; a study is never divided.")] = None,
 ) -> None:
     """Findings for images or a split of a store, as Parquet, CSV or JSON."""
     from hilum.commands import predict as program
 
-    program.run(model, inputs, out, raw=raw, batch_size=batch_size)
+    program.run(model, inputs, out, raw=raw, study=study, batch_size=batch_size, device=device, shard=shard)
 
 
 @app.command(epilog=example("hilum combine a.parquet b.parquet --study mean --ensemble mean --out both.parquet"))
