@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hilum.commands.fit import FitConfig
-from hilum.commands.pretrain import PretrainConfig
 from hilum.core.config import override, read_yaml
 from hilum.core.errors import UnknownNameError
+from hilum.heads.config import FitConfig
+from hilum.pretraining.config import PretrainConfig
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.dinov2 import HeadConfig, LossConfig
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from hilum.commands import demo
-from hilum.commands.fit import FitConfig
-from hilum.commands.pretrain import PretrainConfig
 from hilum.core.errors import ConfigError
 from hilum.data.store import Store
 from hilum.deploy.predictor import load
 from hilum.evaluation.predictions import read_predictions
 from hilum.evaluation.studies import mean_over_studies
+from hilum.heads.config import FitConfig
+from hilum.pretraining.config import PretrainConfig
 from hilum.recipes import demo_plan
 
 PATIENTS = 40

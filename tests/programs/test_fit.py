@@ -10,7 +10,6 @@ import torch
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
 from hilum.commands import fit
-from hilum.commands.fit import FitConfig
 from hilum.core.config import override
 from hilum.core.errors import (
     ConfigError,
@@ -26,6 +25,7 @@ from hilum.deploy import model_files as files
 from hilum.deploy.out_of_sample import fit_calibrators
 from hilum.deploy.predictor import load
 from hilum.evaluation.predictions import read_predictions
+from hilum.heads.config import FitConfig
 from hilum.heads.sweep import Sweep
 from hilum.pretraining.exposure import uid_numbers, write_seen
 

@@ -10,12 +10,12 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from hilum.commands import fit, predict
-from hilum.commands.fit import FitConfig
 from hilum.core.errors import ConfigError, EmptyStudyError, MissingColumnError, UnknownNameError
 from hilum.data.store import Store, write_arrays
 from hilum.deploy.predictor import load
 from hilum.evaluation.predictions import read_predictions
 from hilum.evaluation.studies import mean_over_studies
+from hilum.heads.config import FitConfig
 
 FINDINGS = ("Edema", "Mass")
 

@@ -40,6 +40,8 @@ from hilum.evaluation.predictions import Predictions, write_predictions
 from hilum.evaluation.report import write_report
 from hilum.evaluation.studies import mean_over_studies
 from hilum.evaluation.summary import step_table
+from hilum.heads.config import FitConfig
+from hilum.pretraining.config import PretrainConfig
 
 RESULTS_NAME, REPORT_NAME = "results.json", "report.html"
 FORMAT = "hilum-demo-1"
@@ -51,13 +53,13 @@ MINIMUM_POSITIVES = 10
 class DemoPlan:
     """What is run; the numbers are fixed in `recipes.py` before any comparison."""
 
-    pretraining: pretrain.PretrainConfig
+    pretraining: PretrainConfig
     """First stage."""
-    higher_resolution: pretrain.PretrainConfig
+    higher_resolution: PretrainConfig
     """Second stage, started from the first."""
-    linear: fit.FitConfig
+    linear: FitConfig
     """Linear head on the first stage."""
-    decoder: fit.FitConfig
+    decoder: FitConfig
     """Decoder, on both stages."""
     image_size: int = 256
     """Shorter side of the phantoms, pixels."""

@@ -9,10 +9,9 @@ one GPU, or several through `core.distributed`. The objective is `pretraining/di
     RUN/teacher.safetensors, config.json    the backbone, renewed with every checkpoint
     RUN/seen.npz           the identity of every image that it, or a stage before it, was trained on
 
-More than 300 lines because the settings are documented where they are defined.
+More than 300 lines: the loop, and all that it says, checks and writes, in one place.
 """
 
-import dataclasses
 import hashlib
 import math
 import signal
@@ -20,20 +19,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hilum.backbones.layers import FeedForward
-from hilum.backbones.vit import SIZES, ViTConfig
+from hilum.backbones.vit import ViTConfig
 from hilum.backbones.weights import WEIGHTS_NAME, save_backbone
 from hilum.core import checkpoint
 from hilum.core.config import read_yaml, to_dict, write_yaml
-from hilum.core.distributed import Accelerator, Engine, Precision, launch, max_over_ranks, mean_over_ranks
-from hilum.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UnknownNameError
+from hilum.core.distributed import Engine, launch, max_over_ranks, mean_over_ranks
+from hilum.core.errors import CheckpointError, ConfigError, NonFiniteLossError
 from hilum.core.files import write_json
 from hilum.core.seeding import torch_stream
 from hilum.core.tracking import Bar, MetricsLog, duration, next_step, progress, say
@@ -41,10 +38,10 @@ from hilum.data.samplers import EndlessSampler
 from hilum.data.store import Store
 from hilum.data.transforms import Preprocessing, normalise, preprocessing
 from hilum.pretraining import dinov2, exposure
-from hilum.pretraining.crops import CropConfig
+from hilum.pretraining.config import PretrainConfig
 from hilum.pretraining.loading import PretrainBatch, PretrainLoader, PretrainSource
 from hilum.pretraining.param_groups import parameter_groups, set_values
-from hilum.pretraining.schedules import Schedules, Values, scaled_learning_rate
+from hilum.pretraining.schedules import Values
 from hilum.pretraining.state import CHECKPOINTS, TrainingState, start_from
 
 CONFIG_NAME, METRICS_NAME = "config.yaml", "metrics.jsonl"
@@ -53,126 +50,6 @@ STOPPED_STATUS = 75
 _STEPS_BEFORE_ESTIMATE = 5
 _MAY_CHANGE = ("workers", "checkpoint_every", "keep", "log_every", "threads")
 """Settings that a resumed run may have otherwise: no result depends on them (on `threads` in the last bits only)."""
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Settings of one stage of self-supervised pretraining. Defaults: CheXFound's ViT-L stage at 224 pixels."""
-
-    architecture: str = "vitl16"
-    """Named size, see `hilum.backbones.vit.SIZES`; the fields below change it."""
-    embed_dim: int | None = None
-    """Channels of a token; None: of the named size. So for the next six."""
-    depth: int | None = None
-    """Transformer blocks."""
-    num_heads: int | None = None
-    """Attention heads."""
-    patch_size: int | None = None
-    """Side of a patch, pixels."""
-    registers: int | None = None
-    """Register tokens."""
-    feed_forward: FeedForward | None = None
-    """Feed-forward of the blocks."""
-    layer_scale: float | None = None
-    """Initial LayerScale factor."""
-    crops: CropConfig = field(default_factory=CropConfig)
-    """Views; `crops.global_size` is the resolution of the stage."""
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Smallest and largest share of masked patches of a masked crop."""
-    mask_probability: float = 0.5
-    """Share of global crops that are masked."""
-    heads: dinov2.HeadConfig = field(default_factory=dinov2.HeadConfig)
-    """Projection heads and prototypes."""
-    losses: dinov2.LossConfig = field(default_factory=dinov2.LossConfig)
-    """Weights and temperatures of the losses."""
-    train_on: tuple[str, ...] = ("train", "")
-    """Splits whose images may be seen ("" belongs to none); images not `ssl_ok` never are, nor any image of a patient
-    with images in another split."""
-    batch_size: int = 304
-    """Images a step, over all processes."""
-    steps: int = 250_000
-    """Length of the stage; all schedules are fractions of it. CheXFound: 100 epochs of 2,500."""
-    learning_rate: float = 2e-4
-    """Peak for a batch of 1024; multiplied by sqrt(batch_size / 1024)."""
-    final_learning_rate: float = 1e-6
-    """End of the cosine; not scaled."""
-    warmup: float = 0.1
-    """Fraction of the run in which the rate grows from 0."""
-    weight_decay: tuple[float, float] = (0.04, 0.2)
-    """First and last value, half a cosine between."""
-    momentum: tuple[float, float] = (0.994, 1.0)
-    """EMA of the teacher: first and last value, half a cosine between."""
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)
-    """First and constant value, linear between."""
-    teacher_temperature_warmup: float = 0.3
-    """Fraction of the run until the constant value."""
-    freeze_last_layer: float = 0.01
-    """Fraction of the run in which the prototypes do not move."""
-    layer_decay: float = 1.0
-    """Learning-rate factor per block below the top; DINOv2 0.9, CheXFound 1."""
-    patch_embed_factor: float = 0.2
-    """Learning-rate factor of the patch embedding."""
-    drop_path: float = 0.4
-    """Stochastic depth of the student."""
-    clip: float = 3.0
-    """Largest gradient norm of backbone, DINO head and iBOT head, each by itself; 0: no limit."""
-    precision: Precision = "bf16"
-    """Of matrix products; weights and losses are float32. auto: bf16 where the hardware has it."""
-    accelerator: Accelerator = "auto"
-    """auto takes a GPU where there is one."""
-    seed: int = 0
-    """Root of every random stream."""
-    threads: int | None = None
-    """CPU threads of torch; None leaves torch's choice. Another number changes results in the last bits."""
-    workers: int = 0
-    """Processes that make batches; 0 makes them in the training process."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints."""
-    keep: int = 3
-    """Checkpoints kept, at least 2."""
-    log_every: int = 10
-    """Steps between lines of `metrics.jsonl`."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}.")
-        for name in ("warmup", "teacher_temperature_warmup", "freeze_last_layer"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: expected a fraction of the run, 0 to 1, found {getattr(self, name)}.")
-        if self.keep < 2:
-            raise ConfigError(f"keep: expected at least 2, found {self.keep}; the newest may turn out damaged.")
-        if self.crops.global_crops != 2:
-            raise ConfigError(f"crops.global_crops: the objective takes 2, found {self.crops.global_crops}.")
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"drop_path: expected a rate in [0, 1), found {self.drop_path}.")
-
-    def vit(self) -> ViTConfig:
-        """The architecture, its position table laid out for this stage's resolution.
-
-        Raises:
-            UnknownNameError: no such named size.
-            ConfigError: numbers that do not fit together.
-        """
-        if self.architecture not in SIZES:
-            raise UnknownNameError("architecture", self.architecture, SIZES)
-        names = ("embed_dim", "depth", "num_heads", "patch_size", "registers", "feed_forward", "layer_scale")
-        changes = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(SIZES[self.architecture], image_size=self.crops.global_size, **changes)
-
-    def schedules(self) -> Schedules:
-        """The schedules, with the learning rate scaled to the batch."""
-        return Schedules(
-            self.steps,
-            scaled_learning_rate(self.learning_rate, self.batch_size),
-            self.final_learning_rate,
-            self.warmup,
-            self.weight_decay,
-            self.momentum,
-            self.teacher_temperature,
-            self.teacher_temperature_warmup,
-            self.freeze_last_layer,
-        )
 
 
 def run(

@@ -8,10 +8,10 @@ import pytest
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
 from hilum.commands import fit
-from hilum.commands.fit import FitConfig
 from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
 from hilum.deploy.ensemble_model import combine_models
+from hilum.heads.config import FitConfig
 
 FINDINGS = ("Edema", "Hernia", "Mass")
 SETTINGS = {
