@@ -17,6 +17,8 @@ ATTENUATION = 0.19  # 1 / cm of soft tissue near 70 keV (NIST XCOM: water 0.193)
 WINDOW = {"PA": (0.95, 4.75), "AP": (0.95, 4.7), "LATERAL": (1.0, 5.4), "LL": (1.0, 5.4)}
 SCATTER = {"PA": 0.10, "AP": 0.2, "LATERAL": 0.14, "LL": 0.14}  # share of the primary, behind the grid or without one
 FLOOR = 0.004
+THICKNESS = {"PA": 24.0, "AP": 24.0, "LATERAL": 31.0, "LL": 31.0}  # cm of the patient that the windows are made for
+AUTOMATIC_EXPOSURE = 0.8
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def matrix(view: View, technique: Technique) -> Array:
     return np.asarray(turned, np.float64)
 
 
-def expose(path: Array, view: View, technique: Technique, rng: np.random.Generator) -> Array:
-    """Soft tissue path (cm, float32) -> uint8 image."""
+def expose(path: Array, thickness: float, view: View, technique: Technique, rng: np.random.Generator) -> Array:
+    """Soft tissue path (cm, float32) through a trunk of the given thickness (cm) -> uint8 image."""
     height, width = path.shape
     tilted = cv2.warpAffine(path, matrix(view, technique), (width, height), borderMode=cv2.BORDER_REPLICATE)
     tilted = cv2.GaussianBlur(tilted, (0, 0), max(0.035 * view.scale, 0.45))
@@ -82,7 +84,9 @@ def expose(path: Array, view: View, technique: Technique, rng: np.random.Generat
     signal = primary + scattered * np.float32(technique.scatter) + np.float32(FLOOR)
     density = -cv2.log(signal)
     low, high = WINDOW[view.position]
-    middle = (low + high) / 2 + technique.exposure
+    # the automatic exposure follows the patient's thickness, if not fully
+    thicker = AUTOMATIC_EXPOSURE * ATTENUATION * (thickness - THICKNESS[view.position])
+    middle = (low + high) / 2 + thicker + technique.exposure
     span = (high - low) / technique.contrast
     base = cv2.resize(density, (width // 4, height // 4), interpolation=cv2.INTER_AREA)
     base = cv2.resize(

@@ -28,7 +28,7 @@ from hilum.data.phantoms.render import render_study
 from hilum.data.phantoms.tables import LAYOUTS, MaskRow, StudyJob, csv_text
 
 FORMAT = "hilum-phantom-1"
-VERSION = 1
+VERSION = 2
 """Of the generator: pictures of two versions differ for one seed."""
 SMALLEST, LARGEST = 64, 2048
 JPEG_QUALITY = 95

@@ -140,7 +140,7 @@ def _render(
             masks[parent] = np.logical_or.reduce(parts)
     paint_vessels(canvas)
     path = canvas.body - canvas.air * np.float32(1 - anatomy.lung_density) + canvas.extra
-    pixels = expose(path.astype(np.float32), view, technique, rng)
+    pixels = expose(path.astype(np.float32), float(canvas.body.max()), view, technique, rng)
     shown = {name: expose_mask(mask, view, technique) for name, mask in masks.items() if mask.any()}
     return RenderedImage(view, pixels, {name: mask for name, mask in shown.items() if mask.any()})
 

@@ -15,8 +15,8 @@ from hilum.data.phantoms.skeleton import displaced_clavicle, displaced_ribs, sca
 
 def shape_cardiomegaly(anatomy: Anatomy, rng: Generator, severity: float) -> None:
     """Cardiothoracic ratio from just above 0.5 to 0.65."""
-    anatomy.heart_length *= between(1.1, 1.42, severity)
-    anatomy.heart_breadth *= between(1.05, 1.28, severity)
+    anatomy.heart_length *= between(1.07, 1.38, severity)
+    anatomy.heart_breadth *= between(1.04, 1.25, severity)
     anatomy.heart_depth *= between(1.05, 1.25, severity)
 
 
@@ -28,7 +28,7 @@ def heart_region(canvas: Canvas) -> Array:
 def shape_enlarged_cardiomediastinum(anatomy: Anatomy, rng: Generator, severity: float) -> None:
     """The upper mediastinum is wide on both sides."""
     for side in SIDES:
-        anatomy.widening[side] += between(0.55, 2.1, severity) * rng.uniform(0.8, 1.2)
+        anatomy.widening[side] += between(0.3, 1.6, severity) * rng.uniform(0.8, 1.2)
 
 
 def mediastinum_region(canvas: Canvas) -> Array:
@@ -74,19 +74,19 @@ def calcification_of_the_aorta(canvas: Canvas, rng: Generator, severity: float) 
 
 def shape_pulmonary_hypertension(anatomy: Anatomy, rng: Generator, severity: float) -> None:
     """The main pulmonary artery bulges below the aortic knob."""
-    anatomy.pulmonary_trunk += between(0.6, 1.5, severity)
+    anatomy.pulmonary_trunk += between(0.35, 1.2, severity)
 
 
 def pulmonary_hypertension(canvas: Canvas, rng: Generator, severity: float) -> None:
     """Large central arteries, pruned periphery."""
     anatomy = canvas.anatomy
-    width = between(1.3, 2.3, severity)
+    width = between(1.2, 2.0, severity)
     for side in SIDES:
-        artery(canvas, side, width * rng.uniform(0.9, 1.1), between(0.9, 1.8, severity))
+        artery(canvas, side, width * rng.uniform(0.9, 1.1), between(0.6, 1.5, severity))
         prune = np.clip(1.15 - between(0.35, 0.8, severity) * _away_from_hilum(canvas, side) / 6, 0.3, 1)
         canvas.thin_vessels(side, prune.astype(np.float32))
     trunk = np.array([2.6 + anatomy.pulmonary_trunk * 0.5, 9.8, -2.0])
-    canvas.ellipsoid(trunk, np.array([1.5, 1.5, 1.6]), between(0.4, 0.8, severity), 0.6)
+    canvas.ellipsoid(trunk, np.array([1.4, 1.5, 1.6]), between(0.3, 0.7, severity), 0.6)
 
 
 def artery(canvas: Canvas, side: int, width: float, amount: float) -> None:
@@ -152,9 +152,9 @@ def hernia(canvas: Canvas, rng: Generator, severity: float) -> None:
 
 def shape_kyphosis(anatomy: Anatomy, rng: Generator, severity: float) -> None:
     """The thoracic spine bows backwards, the chest gets deeper and shorter."""
-    anatomy.spine_curve += between(1.5, 4.0, severity)
-    anatomy.dome -= between(0.3, 1.2, severity)
-    anatomy.rib_slope *= between(1.05, 1.3, severity)
+    anatomy.spine_curve += between(0.8, 3.2, severity)
+    anatomy.dome -= between(0.1, 0.9, severity)
+    anatomy.rib_slope *= between(1.02, 1.2, severity)
 
 
 def spine_region(canvas: Canvas) -> Array:

@@ -8,7 +8,7 @@ from hilum.data.phantoms.anatomy import LEFT, RIGHT, Array
 from hilum.data.phantoms.canvas import Canvas
 from hilum.data.phantoms.signs_lung import Generator, between, circle, pick_side
 
-CATHETER, WIRE, METAL = 1.5, 3.5, 9.0  # cm of soft tissue that stop as much
+CATHETER, WIRE, METAL = 2.0, 3.5, 9.0  # cm of soft tissue that stop as much
 KINDS = ("central line", "picc", "tube", "feeding tube", "pacemaker", "sternal wires", "electrodes", "chest drain")
 WEIGHTS = (0.22, 0.16, 0.13, 0.13, 0.12, 0.12, 0.08, 0.04)  # shares among devices in MIMIC-like reports, rounded
 

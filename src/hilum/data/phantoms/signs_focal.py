@@ -24,7 +24,7 @@ def mass(canvas: Canvas, rng: Generator, severity: float) -> None:
     side = pick_side(rng)
     centre = canvas.anatomy.spot(rng, side, (0.15, 0.85), (0.2, 0.85))
     radius = between(1.6, 3.0, severity)
-    canvas.ellipsoid(centre, radius * rng.uniform(0.85, 1.1, 3), between(0.45, 0.75, severity), 0.5)
+    canvas.ellipsoid(centre, radius * rng.uniform(0.85, 1.1, 3), between(0.55, 0.85, severity), 0.5)
     for _ in range(4):
         lobule = centre + rng.normal(0, 0.5, 3) * radius
         canvas.ellipsoid(lobule, np.full(3, radius * rng.uniform(0.4, 0.6)), between(0.3, 0.5, severity), 0.5)

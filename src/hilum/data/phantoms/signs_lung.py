@@ -36,10 +36,10 @@ def _bronchograms(canvas: Canvas, rng: Generator, centre: Array, radius: float, 
 def lung_opacity(canvas: Canvas, rng: Generator, severity: float) -> None:
     """Hazy ground glass through which the vessels stay visible."""
     side = pick_side(rng)
-    centre = canvas.anatomy.spot(rng, side, (0.25, 0.9))
-    radii = rng.uniform(0.8, 1.25, 3) * between(2.8, 4.8, severity)
+    centre = canvas.anatomy.spot(rng, side, (0.35, 0.95))
+    radii = rng.uniform(0.8, 1.25, 3) * between(3.0, 5.0, severity)
     canvas.ellipsoid(
-        centre, radii, between(0.13, 0.34, severity), 1.1, in_lung=True, rng=rng, texture="cloud", strength=0.3
+        centre, radii, between(0.18, 0.46, severity), 1.1, in_lung=True, rng=rng, texture="cloud", strength=0.3
     )
 
 
@@ -47,12 +47,12 @@ def consolidation(canvas: Canvas, rng: Generator, severity: float) -> None:
     """Dense, homogeneous, segmental to lobar, with air bronchograms."""
     side = pick_side(rng)
     centre = canvas.anatomy.spot(rng, side, (0.4, 0.95), (0.15, 0.8))
-    radii = rng.uniform(0.75, 1.25, 3) * between(2.2, 4.0, severity)
+    radii = rng.uniform(0.75, 1.25, 3) * between(2.6, 4.6, severity)
     tilt = rng.uniform(-0.5, 0.5)
     canvas.ellipsoid(
         centre,
         radii,
-        between(0.35, 0.75, severity),
+        between(0.45, 0.9, severity),
         0.75,
         in_lung=True,
         rng=rng,
@@ -69,8 +69,8 @@ def pneumonia(canvas: Canvas, rng: Generator, severity: float) -> None:
     centre = canvas.anatomy.spot(rng, side, (0.5, 0.95))
     for number in range(3):
         place = centre + rng.normal(0, 1.6, 3) * (number > 0)
-        radii = rng.uniform(0.7, 1.3, 3) * between(1.7, 3.1, severity) * (1.0 if number == 0 else 0.7)
-        density = between(0.28, 0.6, severity) * (1.0 if number == 0 else 0.7)
+        radii = rng.uniform(0.7, 1.3, 3) * between(2.0, 3.6, severity) * (1.0 if number == 0 else 0.7)
+        density = between(0.35, 0.75, severity) * (1.0 if number == 0 else 0.7)
         canvas.ellipsoid(place, radii, density, 0.9, in_lung=True, rng=rng, texture="blotch", strength=0.75)
     _bronchograms(canvas, rng, centre, between(1.7, 3.1, severity), side, 3)
 
@@ -83,14 +83,14 @@ def infiltration(canvas: Canvas, rng: Generator, severity: float) -> None:
         place = canvas.anatomy.spot(rng, side, (0.5, 0.95), (0.1, 0.75))
         radii = rng.uniform(0.8, 1.3, 3) * between(2.8, 4.2, severity)
         if side == first or both:
-            density = between(0.17, 0.4, severity)
+            density = between(0.22, 0.5, severity)
             canvas.ellipsoid(place, radii, density, 0.9, in_lung=True, rng=rng, texture="reticular", strength=0.95)
 
 
 def edema(canvas: Canvas, rng: Generator, severity: float) -> None:
     """Perihilar bat-wing haze on both sides, thick upper-lobe vessels, septal (Kerley B) lines at the bases."""
     anatomy = canvas.anatomy
-    density, spread = between(0.07, 0.22, severity), between(4.2, 6.0, severity)
+    density, spread = between(0.06, 0.2, severity), between(4.2, 6.0, severity)
     for side in SIDES:
         x, y, z = anatomy.hilum(side)
         radii = np.array([spread * 0.95, spread * 1.25, 5.0]) * rng.uniform(0.9, 1.1, 3)
@@ -124,10 +124,10 @@ def atelectasis(canvas: Canvas, rng: Generator, severity: float) -> None:
             line = np.stack([centre[0] + side * reach * t, centre[1] + slope * reach * t - bow, 0 * t + centre[2]], 1)
             line[:, 2] += 0.7 * reach * t
             taper = width * between(0.7, 1.25, severity) * (1 - 0.6 * t**2)
-            canvas.band(line, taper, between(0.7, 2.0, severity), clip=True)
+            canvas.band(line, taper, between(1.0, 2.6, severity), clip=True)
         x, y, z = canvas.anatomy.dome_centre(side)
         haze = np.array([x - side * 1.0, y - 0.6, z + 2.5])
-        canvas.ellipsoid(haze, np.array([4.5, 1.8, 4.0]), between(0.05, 0.16, severity), 1.0, in_lung=True, mark=0.7)
+        canvas.ellipsoid(haze, np.array([4.5, 1.8, 4.0]), between(0.08, 0.28, severity), 1.0, in_lung=True, mark=0.7)
 
 
 # Lobe -> its side, and the outline when collapsed in the frontal (x from the midline, y) and the lateral view (z, y).
@@ -209,11 +209,11 @@ def shape_fibrosis(anatomy: Anatomy, rng: Generator, severity: float) -> None:
 
 def shape_emphysema(anatomy: Anatomy, rng: Generator, severity: float) -> None:
     """Hyperinflation: low flat diaphragm, deep chest, dark lungs with few vessels, narrow heart."""
-    anatomy.dome += between(0.7, 2.2, severity)
-    flat = between(0.75, 0.28, severity)
+    anatomy.dome += between(0.4, 2.1, severity)
+    flat = between(0.85, 0.3, severity)
     anatomy.dome_curvature = (anatomy.dome_curvature[0] * flat, anatomy.dome_curvature[1] * flat)
-    anatomy.front_depth += between(0.5, 1.6, severity)
-    anatomy.lung_density -= between(0.02, 0.06, severity)
+    anatomy.front_depth += between(0.3, 1.5, severity)
+    anatomy.lung_density -= between(0.012, 0.055, severity)
     anatomy.vessel_gain *= between(0.85, 0.6, severity)
     anatomy.heart_length *= between(0.98, 0.9, severity)
     anatomy.heart_tilt += between(0.05, 0.2, severity)

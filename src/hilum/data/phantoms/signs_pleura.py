@@ -24,7 +24,7 @@ def pleural_effusion(canvas: Canvas, rng: Generator, severity: float) -> None:
     both = rng.random() < 0.4
     first = pick_side(rng)
     for side in (first, -first):
-        height = between(1.6, 9.0, severity**1.4) * rng.uniform(0.85, 1.15)
+        height = between(1.3, 8.5, severity**1.6) * rng.uniform(0.85, 1.15)
         if side == first or both:
             fluid(canvas, side, height * (1.0 if side == first else 0.7), meniscus=True)
 
