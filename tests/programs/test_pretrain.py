@@ -30,7 +30,7 @@ from hilum.core.errors import (
     UnknownNameError,
 )
 from hilum.data.store import Store, write_arrays
-from hilum.pretraining import dinov2, exposure
+from hilum.pretraining import config, dinov2, exposure
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.dinov2 import HeadConfig, LossConfig
 from hilum.pretraining.loading import PretrainBatch
@@ -429,7 +429,7 @@ def test_a_damaged_record_of_what_was_seen_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_read_somewhere() -> None:
-    source = Path(pretrain.__file__).read_text()
+    source = "".join(Path(module.__file__).read_text() for module in (pretrain, config))
     unread = [
         field.name
         for field in dataclasses.fields(PretrainConfig)

@@ -63,7 +63,7 @@ class DemoPlan:
     """Decoder, on both stages."""
     image_size: int = 256
     """Shorter side of the phantoms, pixels."""
-    store_size: int = 208
+    store_size: int = 176
     """Shorter side of the stored images, pixels."""
     bootstraps: int = 500
     """Resamples of patients for the intervals."""
