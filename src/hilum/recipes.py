@@ -75,12 +75,10 @@ def laptop_128() -> PretrainConfig:
     """6 blocks of 192 at 128 pixels, for hundreds to thousands of images: about 20 minutes on 2 cores.
 
     Small batches want few prototypes (an image spreads its Sinkhorn target over prototypes / views of them), a sharper
-    teacher and one that follows faster; a short run wants no near-zero LayerScale, which unfreezes only over many
-    thousand steps (docs/log.md).
+    teacher and one that follows faster (docs/log.md).
     """
     return PretrainConfig(
         architecture="mini16",
-        layer_scale=1.0,
         crops=CropConfig(128, 48, local_crops=4, augmentation="cxr"),
         heads=HeadConfig(prototypes=256, hidden=512, dino_bottleneck=128, ibot_bottleneck=128),
         batch_size=64,
@@ -108,7 +106,7 @@ def laptop_192() -> PretrainConfig:
 
 def demo_128() -> PretrainConfig:
     """First stage of `hilum demo`: 4 blocks of 128 at 128 pixels, under a minute on 2 cores."""
-    return replace(laptop_128(), architecture="demo16", steps=75, checkpoint_every=1000)
+    return replace(laptop_128(), architecture="demo16", steps=60, checkpoint_every=1000)
 
 
 def demo_160() -> PretrainConfig:
@@ -116,7 +114,7 @@ def demo_160() -> PretrainConfig:
     return replace(
         demo_128(),
         crops=CropConfig(160, 64, local_crops=4, augmentation="cxr"),
-        steps=20,
+        steps=16,
         learning_rate=1e-3,
         batch_size=32,
     )
@@ -133,12 +131,12 @@ PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
 
 def linear() -> FitConfig:
     """[CLS] of the last 4 blocks and the mean patch token; the epoch comes from validation."""
-    return FitConfig(head="linear", patch_mean=True, loss="masked_bce_mean")
+    return FitConfig(head="linear", patch_mean=True, loss="masked_bce_mean", standardise=True, prior_bias=True)
 
 
 def decoder() -> FitConfig:
     """ML-Decoder on the patch tokens of the last 4 blocks; the epoch comes from validation."""
-    return FitConfig(head="ml_decoder", loss="masked_bce_mean")
+    return FitConfig(head="ml_decoder", loss="masked_bce_mean", standardise=True, prior_bias=True)
 
 
 def slides_linear() -> FitConfig:
@@ -171,14 +169,15 @@ def laptop_decoder() -> FitConfig:
 
 def demo_linear() -> FitConfig:
     """Linear head of `hilum demo`."""
-    return replace(linear(), augmented_views=2, batch_size=32)
+    return replace(linear(), search_epochs=24, refit_epochs=24, augmented_views=4, batch_size=32)
 
 
 def demo_decoder() -> FitConfig:
-    """Decoder of `hilum demo`."""
+    """Decoder of `hilum demo`: narrow, and three of the nine rates, for the sake of two minutes."""
     return replace(
-        decoder(), blocks=2, decoder_dim=64, decoder_feed_forward=128, decoder_heads=4, augmented_views=2, batch_size=32
-    )
+        demo_linear(), head="ml_decoder", patch_mean=False, blocks=1, decoder_dim=64, decoder_feed_forward=128,
+        decoder_heads=4, learning_rates=(1e-3, 2e-3, 5e-3),
+    )  # fmt: skip
 
 
 FIT_RECIPES: dict[str, Callable[[], FitConfig]] = {

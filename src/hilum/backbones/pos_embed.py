@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from hilum.core.errors import CheckpointError
+from hilum.core.errors import CheckpointError, ConfigError
 
 
 def grid_side(table: Tensor) -> int:
@@ -26,6 +26,24 @@ def grid_side(table: Tensor) -> int:
             "Hilum reads ViT weights whose table was trained on square images."
         )
     return side
+
+
+def sincos_positions(dim: int, side: int) -> Float[Tensor, "1 rows dim"]:
+    """A table of 2-D sines and cosines to start from: half the channels tell the row, half the column, [CLS] is 0.
+
+    Wavelengths grow geometrically from 2 pi to 10,000 times that (Vaswani 2017; in two dimensions MoCo v3, MAE).
+
+    Raises:
+        ConfigError: a width that is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ConfigError(f"2-D sine positions need a width that is a multiple of 4, found {dim}.")
+    rates = 10_000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates  # side dim/4
+    one = torch.cat([angles.sin(), angles.cos()], dim=1)  # side dim/2
+    rows, columns = one[:, None].expand(-1, side, -1), one[None].expand(side, -1, -1)
+    patches = torch.cat([rows, columns], dim=2).reshape(side * side, dim)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches]).float()[None]
 
 
 def resize_positions(

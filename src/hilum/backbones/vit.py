@@ -7,14 +7,15 @@ Parameters are initialised from torch's global generator: build inside `core.see
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hilum.backbones.layers import NORM_EPS, Block, FeedForward, Shapes, draw_subsets
-from hilum.backbones.pos_embed import resize_positions
+from hilum.backbones.pos_embed import resize_positions, sincos_positions
 from hilum.core.errors import ConfigError
 
 
@@ -50,6 +51,9 @@ class ViTConfig:
     `swiglu_multiple`, for swiglu."""
     layer_scale: float = 1e-5
     """Initial LayerScale factor."""
+    positions: Literal["normal", "sincos"] = "normal"
+    """What the learned position table starts from: small noise (DINOv2), or 2-D sines, which tell a short run from the
+    first step where a patch is."""
     interpolate_antialias: bool = False
     """Low-pass positions before shrinking their grid; true for DINOv2 weights with registers."""
     interpolate_offset: float = 0.1
@@ -124,6 +128,8 @@ class VisionTransformer(nn.Module):
 
     def _initialise(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.config.positions == "sincos":
+            self.pos_embed.data.copy_(sincos_positions(self.config.embed_dim, self.config.grid))
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=1e-6)
@@ -247,11 +253,14 @@ class VisionTransformer(nn.Module):
         return outputs
 
 
+_small = partial(ViTConfig, layer_scale=1.0, positions="sincos")
+"""For runs of hundreds of steps: LayerScale near zero and positions near zero take many thousand to grow."""
+
 SIZES: dict[str, ViTConfig] = {
-    "demo8": ViTConfig(128, 4, 2, patch_size=8, image_size=64),
-    "demo16": ViTConfig(128, 4, 2, image_size=128),
-    "mini8": ViTConfig(192, 6, 3, patch_size=8, image_size=112),
-    "mini16": ViTConfig(192, 6, 3, image_size=224),
+    "demo8": _small(128, 4, 2, patch_size=8, image_size=64),
+    "demo16": _small(128, 4, 2, image_size=128),
+    "mini8": _small(192, 6, 3, patch_size=8, image_size=112),
+    "mini16": _small(192, 6, 3, image_size=224),
     "vitt16": ViTConfig(192, 12, 3, registers=4),
     "vits16": ViTConfig(384, 12, 6, registers=4),
     "vitb16": ViTConfig(768, 12, 12, registers=4),

@@ -31,10 +31,11 @@ from hilum.evaluation.calibration import fingerprint
 from hilum.evaluation.definitions import average_precision
 from hilum.evaluation.predictions import Predictions
 from hilum.heads.config import FitConfig
-from hilum.heads.features import Augmentation, FeatureSource, freeze
+from hilum.heads.features import Augmentation, Features, FeatureSource, freeze
 from hilum.heads.protocol import Choice, SearchEpoch, SearchRecord, choose
 from hilum.heads.registry import Head, HeadConfig, build_head
-from hilum.heads.sweep import Sweep
+from hilum.heads.standardise import absorb, measure
+from hilum.heads.sweep import Sweep, prior_log_odds
 from hilum.pretraining.exposure import uid_numbers
 
 SEARCH_FORMAT = "hilum-search-1"
@@ -79,6 +80,8 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
         device=place,
     )  # fmt: skip
     _announce(config, examples, source, opened)
+    scaling = measure(features for _, features in source.evaluation(_batches(train, config.batch_size)))
+    prepare = scaling.apply if config.standardise else _unchanged
 
     # Search: every rate on one pass over the features; scores on validation after every epoch.
     def score(probabilities: Float[np.ndarray, "N C"]) -> float:
@@ -86,7 +89,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
         values = [average_precision(probabilities[:, column], labels[val][:, column]) for column in columns]
         return float(np.mean([value for value in values if value is not None]))
 
-    epochs, states = _search(config, network.head, source, examples, score, place)
+    epochs, states = _search(config, network.head, source, prepare, examples, score, place)
     chosen = choose(
         np.array([epoch.scores for epoch in epochs]), config.learning_rates, train_images=len(train),
         val_images=len(val), refit_epochs=config.refit_epochs, stop_epoch=config.stop_epoch,
@@ -98,6 +101,8 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     # Calibration: validation as the search head predicts it, through the code path of every prediction.
     search_head = _on_meta(network.head)
     search_head.load_state_dict(states[chosen.epoch, chosen.learning_rate], assign=True)
+    if config.standardise:
+        absorb(search_head, scaling)
     provenance = {"head": "search", "learning_rate": chosen.learning_rate, "epoch": chosen.epoch}
     predictions = _predict_validation(Network(network, model, search_head, place), examples, config, provenance)
     groups = {finding.name: finding.group for finding in examples.findings}
@@ -105,7 +110,9 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
 
     # Refit on train + val.
     initial = states[config.search_epochs, chosen.learning_rate] if config.refit_init == "warm" else None
-    head, refit_losses = _refit(config, network.head, source, examples, chosen, initial, place)
+    head, refit_losses = _refit(config, network.head, source, prepare, examples, chosen, initial, place)
+    if config.standardise:
+        absorb(head, scaling)
 
     # Files; config.json last.
     out.mkdir(parents=True, exist_ok=True)
@@ -185,6 +192,14 @@ def _announce(config: FitConfig, examples: Examples, source: FeatureSource, open
         warn(f"the backbone was pretrained on {seen} test images; a test score would not be one on unseen images")
 
 
+def _bias(config: FitConfig, examples: Examples) -> torch.Tensor | None:
+    return prior_log_odds(examples.labels[examples.train]) if config.prior_bias else None
+
+
+def _unchanged(features: Features) -> Features:
+    return features
+
+
 def _batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
@@ -197,6 +212,7 @@ def _search(
     config: FitConfig,
     head: HeadConfig,
     source: FeatureSource,
+    prepare: Callable[[Features], Features],
     examples: Examples,
     score: Callable[[np.ndarray], float],
     device: torch.device,
@@ -206,6 +222,7 @@ def _search(
     sweep = Sweep(
         head, config.learning_rates, config.search_epochs * steps, loss=config.loss, weight_decay=config.weight_decay,
         seed=config.seed, phase="search", device=device, precision=config.precision,
+        bias=_bias(config, examples),
     )  # fmt: skip
     course: list[SearchEpoch] = []
     states: dict[tuple[int, float], Weights] = {}
@@ -215,10 +232,10 @@ def _search(
             order = stream(config.seed, "head order", "search", epoch).permutation(examples.train)
             losses = []
             for indices, features in source.training(epoch, _batches(order, config.batch_size)):
-                losses.append(sweep.step(features, torch.from_numpy(examples.labels[indices])))
+                losses.append(sweep.step(prepare(features), torch.from_numpy(examples.labels[indices])))
                 bar.advance()
             held_out = source.evaluation(_batches(examples.val, config.batch_size))
-            logits = torch.cat([sweep.logits(features) for _, features in held_out], dim=1)
+            logits = torch.cat([sweep.logits(prepare(features)) for _, features in held_out], dim=1)
             scores = [score(expit(values.double().numpy())) for values in logits]
             course.append(SearchEpoch(epoch + 1, tuple(scores), tuple(np.mean(losses, axis=0).tolist())))
             bar.note(f"validation mAP {max(scores):.3f}")
@@ -264,6 +281,7 @@ def _refit(
     config: FitConfig,
     head: HeadConfig,
     source: FeatureSource,
+    prepare: Callable[[Features], Features],
     examples: Examples,
     chosen: Choice,
     initial: Weights | None,
@@ -274,7 +292,7 @@ def _refit(
     sweep = Sweep(
         head, (chosen.learning_rate,), config.refit_epochs * steps, loss=config.loss,
         weight_decay=config.weight_decay, seed=config.seed, phase="refit", device=device, precision=config.precision,
-        initial=initial,
+        bias=_bias(config, examples), initial=initial,
     )  # fmt: skip
     course = []
     with progress("refit", chosen.refit_epochs * steps, "steps") as bar:
@@ -282,7 +300,7 @@ def _refit(
             order = stream(config.seed, "head order", "refit", epoch).permutation(examples.both)
             losses = []
             for indices, features in source.training(config.search_epochs + epoch, _batches(order, config.batch_size)):
-                losses.append(sweep.step(features, torch.from_numpy(examples.labels[indices])))
+                losses.append(sweep.step(prepare(features), torch.from_numpy(examples.labels[indices])))
                 bar.advance()
             course.append(float(np.mean(losses)))
     fitted = _on_meta(head)

@@ -48,6 +48,10 @@ class FitConfig:
     """A key of `hilum.heads.losses.LOSSES`."""
     batch_size: int = 256
     """Images a step; also of validation and prediction."""
+    standardise: bool = False
+    """Train on features of mean 0 and deviation 1 per channel (over training images), folded into the saved head."""
+    prior_bias: bool = False
+    """Start biases from the log-odds of each finding in the training images instead of 0."""
     weight_decay: float = 1e-4
     """AdamW, on every parameter of the head."""
     crop_scale: tuple[float, float] = (0.75, 1.0)

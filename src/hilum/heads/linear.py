@@ -29,6 +29,11 @@ class LinearHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
+    @property
+    def bias(self) -> nn.Parameter:
+        """One per finding."""
+        return self.linear.bias
+
     def draw_masks(self, batch: int, tokens: int, generator: torch.Generator) -> None:
         """Nothing: a linear head has no dropout."""
 

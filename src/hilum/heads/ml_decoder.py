@@ -206,6 +206,11 @@ class MLDecoder(nn.Module):
             learnable_queries,
         )  # fmt: skip
 
+    @property
+    def bias(self) -> nn.Parameter:
+        """One per finding."""
+        return self.decoder.duplicate_pooling_bias
+
     def draw_masks(self, batch: int, tokens: int, generator: torch.Generator) -> DropoutMasks | None:
         """Dropout masks for one training step over `batch` images of `tokens` patches; None without dropout."""
         if self.dropout == 0:

@@ -28,6 +28,15 @@ def cosine(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
 
+def prior_log_odds(labels: Int[np.ndarray, "N C"]) -> Float[Tensor, " C"]:
+    """Log-odds of each finding among its known labels, half a positive and half a negative added.
+
+    A head that starts there predicts prevalences and spends no step on learning them (Lin 2017, "Focal Loss", 4.1).
+    """
+    positives, negatives = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
+    return torch.from_numpy(np.log((positives + 0.5) / (negatives + 0.5))).float()
+
+
 @dataclass
 class _Candidate:
     rate: float
@@ -48,6 +57,7 @@ class Sweep:
         phase: name of the training phase ("search", "refit").
         device: where heads live.
         precision: "bf16" runs heads under autocast; losses are float32.
+        bias: start the heads' biases from these values (`prior_log_odds`) instead of 0.
         initial: start from these weights (`state`) instead of the seed's.
     """
 
@@ -63,6 +73,7 @@ class Sweep:
         phase: str = "search",
         device: torch.device | str = "cpu",
         precision: str = "fp32",
+        bias: Float[Tensor, " C"] | None = None,
         initial: dict[str, Tensor] | None = None,
     ) -> None:
         if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
@@ -75,6 +86,8 @@ class Sweep:
         for rate in rates:
             with forked(seed, "head initialisation"):
                 head = build_head(config)
+            if bias is not None:
+                head.bias.data.copy_(bias)
             if initial is not None:
                 head.load_state_dict(initial)
             head.to(self.device).train()
