@@ -67,6 +67,9 @@ def folder(tmp_path_factory) -> Path:
     write_seen(path / "run", uid_numbers(store.uids[:10]))
     fit.run(SMALL, path / "store", path / "run", path / "linear")
     fit.run(DECODER, path / "store", path / "run", path / "decoder")
+    prepared = ["standardise=true", "prior_bias=true"]
+    fit.run(override(SMALL, [*prepared, "patch_mean=true"]), path / "store", path / "run", path / "prepared_linear")
+    fit.run(override(DECODER, [*prepared, "cat_cls=true"]), path / "store", path / "run", path / "prepared_decoder")
     return path
 
 
@@ -107,7 +110,7 @@ def test_search_record_says_what_was_chosen_and_why(folder: Path) -> None:
     assert len(chosen["reasons"]) == 3
 
 
-@pytest.mark.parametrize("name", ["linear", "decoder"])
+@pytest.mark.parametrize("name", ["linear", "decoder", "prepared_linear", "prepared_decoder"])
 def test_validation_predictions_are_those_of_the_search_head_and_score_as_recorded(folder: Path, name: str) -> None:
     predictions, labels = files.read_validation(folder / name)
     store = Store.open(folder / "store")

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from hilum.backbones.pos_embed import grid_side, resize_positions
-from hilum.core.errors import CheckpointError
-from hilum.core.seeding import torch_stream
+from hilum.backbones.pos_embed import grid_side, resize_positions, sincos_positions
+from hilum.backbones.vit import SIZES, VisionTransformer
+from hilum.core.errors import CheckpointError, ConfigError
+from hilum.core.seeding import forked, torch_stream
 
 
 def table(side: int, dim: int = 8, seed: int = 0) -> torch.Tensor:
@@ -68,3 +69,23 @@ def test_half_precision_tables_are_resampled_in_float32() -> None:
 def test_a_table_that_is_not_square_is_refused() -> None:
     with pytest.raises(CheckpointError, match="198 rows"):
         grid_side(torch.zeros(1, 198, 4))
+
+
+def test_sine_positions_tell_rows_and_columns_apart() -> None:
+    table = sincos_positions(16, 5)
+    assert table.shape == (1, 26, 16)
+    assert (table[0, 0] == 0).all()
+    grid = table[0, 1:].reshape(5, 5, 16).double()
+    rates = 10_000.0 ** (-np.arange(4) / 4)
+    for row, column in [(0, 0), (2, 4), (3, 1)]:
+        expected = [f(place * rate) for place in (row, column) for f in (np.sin, np.cos) for rate in rates]
+        np.testing.assert_allclose(grid[row, column], expected, atol=1e-6)
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        sincos_positions(10, 2)
+
+
+def test_small_sizes_start_from_sine_positions() -> None:
+    config = SIZES["demo16"]
+    with forked(0, "model"):
+        model = VisionTransformer(config)
+    assert torch.equal(model.pos_embed.detach(), sincos_positions(config.embed_dim, config.grid))
