@@ -40,7 +40,7 @@ bench: setup
 
 gpu-bench: setup
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/hilum bench pretrain-step --device cuda
+	$(BIN)/hilum bench pretrain-step
 
 clean:
 	rm -rf .venv outputs

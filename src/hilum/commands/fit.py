@@ -34,7 +34,7 @@ from hilum.heads.config import FitConfig
 from hilum.heads.features import Augmentation, Features, FeatureSource, freeze
 from hilum.heads.protocol import Choice, SearchEpoch, SearchRecord, choose
 from hilum.heads.registry import Head, HeadConfig, build_head
-from hilum.heads.standardise import absorb, measure
+from hilum.heads.standardise import measure
 from hilum.heads.sweep import Sweep, prior_log_odds
 from hilum.pretraining.exposure import uid_numbers
 
@@ -102,7 +102,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     search_head = _on_meta(network.head)
     search_head.load_state_dict(states[chosen.epoch, chosen.learning_rate], assign=True)
     if config.standardise:
-        absorb(search_head, scaling)
+        search_head.absorb(scaling)
     provenance = {"head": "search", "learning_rate": chosen.learning_rate, "epoch": chosen.epoch}
     predictions = _predict_validation(Network(network, model, search_head, place), examples, config, provenance)
     groups = {finding.name: finding.group for finding in examples.findings}
@@ -112,7 +112,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     initial = states[config.search_epochs, chosen.learning_rate] if config.refit_init == "warm" else None
     head, refit_losses = _refit(config, network.head, source, prepare, examples, chosen, initial, place)
     if config.standardise:
-        absorb(head, scaling)
+        head.absorb(scaling)
 
     # Files; config.json last.
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hilum.heads.features import Features
+from hilum.heads.standardise import Scale, Standardisation, fold
 
 
 class LinearHead(nn.Module):
@@ -33,6 +34,14 @@ class LinearHead(nn.Module):
     def bias(self) -> nn.Parameter:
         """One per finding."""
         return self.linear.bias
+
+    @torch.no_grad()
+    def absorb(self, scaling: Standardisation) -> None:
+        """Give for raw features the logits that it gives for standardised ones."""
+        scale = scaling.cls
+        if self.patch_mean:
+            scale = Scale(*(torch.cat(pair) for pair in zip(scaling.cls, scaling.patch_mean, strict=True)))
+        fold(self.linear, scale)
 
     def draw_masks(self, batch: int, tokens: int, generator: torch.Generator) -> None:
         """Nothing: a linear head has no dropout."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hilum.core.errors import ConfigError
 from hilum.heads.features import Features
+from hilum.heads.standardise import Standardisation, fold
 
 
 class DropoutMasks(NamedTuple):
@@ -210,6 +211,18 @@ class MLDecoder(nn.Module):
     def bias(self) -> nn.Parameter:
         """One per finding."""
         return self.decoder.duplicate_pooling_bias
+
+    @torch.no_grad()
+    def absorb(self, scaling: Standardisation) -> None:
+        """Give for raw features the logits that it gives for standardised ones."""
+        assert scaling.patches is not None, "the decoder was trained on patch tokens"
+        fold(self.decoder.embed_standart, scaling.patches)
+        if self.cat_cls:
+            mean, deviation = (part.double().cpu() for part in scaling.cls)
+            prefix = self.decoder.duplicate_pooling[:, : len(mean), 0]  # C E
+            scaled = prefix.double() / deviation
+            self.bias.sub_((scaled @ mean).float())
+            prefix.copy_(scaled.float())
 
     def draw_masks(self, batch: int, tokens: int, generator: torch.Generator) -> DropoutMasks | None:
         """Dropout masks for one training step over `batch` images of `tokens` patches; None without dropout."""

@@ -2,7 +2,7 @@
 
 Tokens of a backbone share a large mean and channels of very different size, which a head with few steps to learn cannot
 undo. The statistics come from training images alone. A head begins with a linear map, so what was done to its inputs
-folds into that map exactly: the head that is saved reads the backbone's own tokens.
+folds into that map exactly (`absorb` of each head): the head that is saved reads the backbone's own tokens.
 """
 
 from collections.abc import Iterable
@@ -13,8 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hilum.heads.features import Features
-from hilum.heads.linear import LinearHead
-from hilum.heads.ml_decoder import MLDecoder
 
 SMALLEST_DEVIATION = 1e-4
 """Channels that vary less than this are centred and otherwise left as they are."""
@@ -73,27 +71,8 @@ def _scale(count: Tensor, total: Tensor, squares: Tensor) -> Scale:
 
 
 @torch.no_grad()
-def absorb(head: LinearHead | MLDecoder, standardisation: Standardisation) -> None:
-    """Change a head that was trained on standardised features so that it gives the same logits on raw ones."""
-    if isinstance(head, LinearHead):
-        scale = standardisation.cls
-        if head.patch_mean:
-            pairs = zip(standardisation.cls, standardisation.patch_mean, strict=True)
-            scale = Scale(*(torch.cat(pair) for pair in pairs))
-        _absorb_linear(head.linear, scale)
-        return
-    assert standardisation.patches is not None, "the decoder was trained on patch tokens"
-    decoder = head.decoder
-    _absorb_linear(decoder.embed_standart, standardisation.patches)
-    if head.cat_cls:
-        mean, deviation = (part.double().cpu() for part in standardisation.cls)
-        prefix = decoder.duplicate_pooling[:, : len(mean), 0]  # C E
-        scaled = prefix.double() / deviation
-        decoder.duplicate_pooling_bias.sub_((scaled @ mean).float())
-        prefix.copy_(scaled.float())
-
-
-def _absorb_linear(linear: nn.Linear, scale: Scale) -> None:
+def fold(linear: nn.Linear, scale: Scale) -> None:
+    """Change a linear map of standardised inputs so that it gives the same outputs for raw ones."""
     mean, deviation = (part.double().cpu() for part in scale)
     weight = linear.weight.double() / deviation
     linear.bias.copy_((linear.bias.double() - weight @ mean).float())

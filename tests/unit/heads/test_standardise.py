@@ -5,7 +5,7 @@ import torch
 from hilum.core.seeding import forked
 from hilum.heads.features import Features
 from hilum.heads.registry import HeadConfig, build_head
-from hilum.heads.standardise import absorb, measure
+from hilum.heads.standardise import measure
 from hilum.heads.sweep import Sweep, prior_log_odds
 
 DIM, BLOCKS, IMAGES, GRID = 8, 2, 12, (3, 2)
@@ -58,7 +58,7 @@ def test_a_folded_head_says_of_raw_features_what_it_said_of_standardised_ones(co
     seen = features(2)
     with torch.no_grad():
         before = head(measured.apply(seen))
-        absorb(head, measured)
+        head.absorb(measured)
         after = head(seen)
     assert before.std() > 0.1
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
