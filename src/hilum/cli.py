@@ -287,7 +287,7 @@ def submit(
 
 @app.command(epilog=example("hilum bench crops"))
 def bench(
-    name: Annotated[str, typer.Argument(help="build, crops, startup, or all.")] = "all",
+    name: Annotated[str, typer.Argument(help="build, crops, pretrain-step, startup, or all.")] = "all",
 ) -> None:
     """Measure speed with a peer or a floor beside each figure."""
     from hilum.commands import bench as program
