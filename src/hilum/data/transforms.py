@@ -6,7 +6,6 @@ device of the batch. Augmentation for pretraining is `pretraining/crops.py`; dec
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import cv2
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Real, UInt8
 
 from hilum.core.errors import ConfigError, PreprocessingMismatchError
+from hilum.data.area import area_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,46 +78,14 @@ def resize(pixels: UInt8[np.ndarray, "H W"], height: int, width: int) -> UInt8[n
 def shrink(pixels: Real[np.ndarray, "H W"], height: int, width: int) -> UInt8[np.ndarray, "height width"]:
     """`resize` for training views, where both axes shrink and speed matters: the same area weights, twice as fast.
 
-    Area weights are separable and banded, so blocks of a few output rows are small matrix products, which run on
-    vector units; OpenCV's loop for odd factors does not. Equal to `resize` but for ties in rounding.
+    Equal to `resize` but for ties in rounding.
 
     Args:
         pixels: at least `height` x `width`; uint8, or the same values as float32, which saves a conversion.
         height: rows of the result.
         width: columns of the result.
     """
-    rows, columns = pixels.shape
-    values = pixels.astype(np.float32, copy=False)
-    shrunk = np.empty((height, columns), np.float32)
-    for output, source, weights in _area_bands(rows, height, _block(rows / height, columns)):
-        np.matmul(weights, values[source], out=shrunk[output])
-    result = np.empty((height, width), np.float32)
-    for output, source, weights in _area_bands(columns, width, _block(columns / width, height)):
-        np.matmul(shrunk[:, source], weights.T, out=result[:, output])
-    return cv2.convertScaleAbs(result)  # rounds to nearest
-
-
-def _block(step: float, across: int) -> int:
-    """Outputs a block, so small that the library of matrix products stays on one thread, as loading workers must."""
-    return 16 if 16 * (16 * step + 2) * across < 2**18 else 8
-
-
-@lru_cache(maxsize=4096)
-def _area_bands(size_in: int, size_out: int, block: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """Area weights along one axis in blocks: (outputs, inputs they need, weights outputs x inputs).
-
-    Output i is the mean over [i, i + 1) * size_in / size_out, partial pixels by their share.
-    """
-    step = size_in / size_out
-    bands = []
-    for first in range(0, size_out, block):
-        last = min(first + block, size_out)
-        low, high = int(first * step), min(math.ceil(last * step - 1e-9), size_in)
-        left, cells = np.arange(first, last)[:, None] * step, np.arange(low, high)
-        share = np.minimum(left + step, cells + 1) - np.maximum(left, cells)
-        weights = (np.maximum(share, 0) / step).astype(np.float32)
-        bands.append((slice(first, last), slice(low, high), weights))
-    return bands
+    return cv2.convertScaleAbs(area_mean(pixels, height, width))  # rounds to nearest
 
 
 def crop_box(

@@ -203,6 +203,19 @@ def test_large_images_get_the_same_area_mean_as_by_opencv(shape, kind):
     assert (mine != np.rint(expected)).mean() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("shape", "target"),
+    [((900, 620), (601, 619)), ((512, 512), (224, 96)), ((131, 1700), (7, 1123)), ((1700, 131), (1123, 7)),
+     ((59, 58), (30, 29)), ((64, 48), (64, 48)), ((37, 41), (1, 1)), ((1, 97), (1, 96))],
+)  # fmt: skip
+def test_an_area_mean_sees_its_own_pixels_only(shape, target):
+    pixels = np.random.default_rng(8).integers(0, 256, shape)
+    inside = np.pad(pixels.astype(np.float32), 40, constant_values=np.nan)[40:-40, 40:-40]
+    expected = area_weights(shape[0], target[0]) @ pixels @ area_weights(shape[1], target[1]).T
+    np.testing.assert_allclose(area_mean(inside, *target), expected, atol=5e-4)
+    np.testing.assert_allclose(area_mean(pixels.astype(np.uint8), *target), expected, atol=5e-4)
+
+
 def test_shrink_never_grows():
     assert shrink(GREY, 80) is not None
     np.testing.assert_array_equal(shrink(GREY, 80), GREY)
