@@ -69,7 +69,7 @@ def needs_repair(start: bytes) -> bool:
     return start[128:132] != b"DICM" or DEFLATED.encode() in start
 
 
-def header(file: BinaryIO) -> dict[str, str]:
+def header(file: BinaryIO | BytesIO) -> dict[str, str]:
     """See `images.read_dicom_header`. Reads up to the pixels, or the whole file where it `needs_repair`."""
     with _silent():
         try:

@@ -30,7 +30,7 @@ def levels(stored: Integer[np.ndarray, "H W"]) -> tuple[Integer[np.ndarray, "H W
 def fits(dataset: Dataset, smallest: float, largest: float) -> bool:
     """Whether all stored values fit in Bits Stored."""
     bits, signed = int(dataset.BitsStored), bool(dataset.get("PixelRepresentation"))
-    return largest < 2.0 ** (bits - signed) and smallest >= (-(2.0 ** (bits - 1)) if signed else 0)
+    return bool(largest < 2.0 ** (bits - signed) and smallest >= (-(2.0 ** (bits - 1)) if signed else 0))
 
 
 def padding_levels(dataset: Dataset, values: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:

@@ -28,6 +28,8 @@ from hilum.core.files import read_json
 from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
 from hilum.data.shards import ENCODINGS, FORMAT, PREPROCESS_ID, Shard, decode, encode, new_shard, write_index
 
+Indices = Iterable[int] | Int[np.ndarray, " _"]
+"""Positions of images in a store."""
 _OPEN_SHARDS = 256
 
 
@@ -170,7 +172,7 @@ class Store:
         """Int64 positions of one split, ascending."""
         return np.flatnonzero(self.splits == split).astype(np.int64)
 
-    def fingerprint(self, indices: Iterable[int]) -> str:
+    def fingerprint(self, indices: Indices) -> str:
         """SHA-256 of the sorted (uid, split) pairs: the same images in the same splits, in any order."""
         chosen = np.asarray(list(indices), dtype=np.int64)
         pairs = sorted(zip(self.uids[chosen].tolist(), self.splits[chosen].tolist(), strict=True))

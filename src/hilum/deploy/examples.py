@@ -58,7 +58,7 @@ def _spread(turns: Sequence[int], count: int) -> Iterator[int]:
 def explain_study(
     model: Model,
     store: Store,
-    indices: Sequence[int],
+    indices: Sequence[int] | Int[np.ndarray, " _"],
     title: str,
     masks: Masks = lambda image_id, finding: None,
     threshold: str = "f1",

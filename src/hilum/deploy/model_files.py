@@ -72,8 +72,8 @@ class Exposure:
     """Identities (uint64) of the images that a model has met, by use."""
 
     pretraining: UInt64[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    train: UInt64[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    val: UInt64[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    train: UInt64[np.ndarray, " m"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    val: UInt64[np.ndarray, " k"] = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     def count(self, uids: np.ndarray) -> dict[str, int]:
         """How many of these images the model has met, by use and in all ("any")."""

@@ -2,7 +2,7 @@
 prediction; `fit` takes its validation predictions from here too. Studies, ensembles and calibration: `predictor.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from hilum.backbones.vit import VisionTransformer
 from hilum.core.errors import ConfigError
 from hilum.data.images import shrink
-from hilum.data.store import Store
+from hilum.data.store import Indices, Store
 from hilum.data.transforms import evaluation_crop, preprocessing
 from hilum.deploy.model_files import NetworkConfig
 from hilum.evaluation.predictions import IDENTITY
@@ -116,7 +116,7 @@ def store_identity(store: Store, indices: np.ndarray) -> dict[str, np.ndarray]:
 
 def raw_probabilities(
     networks: Sequence[Network],
-    indices: Iterable[int],
+    indices: Indices,
     read: Read,
     batch_size: int = 32,
     workers: int = 2,

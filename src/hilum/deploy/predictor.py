@@ -6,7 +6,7 @@ forward pass in `network.py`.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from hilum.core.errors import CheckpointError, EmptyStudyError, PreprocessingMismatchError, UnsupportedImageError
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.images import read_image, shrink
-from hilum.data.store import Store, uid_of
+from hilum.data.store import Indices, Store, uid_of
 from hilum.deploy import model_files as files
 from hilum.deploy.network import Network, Read, choose_device, raw_probabilities, store_identity
 from hilum.evaluation.ensemble import mean_over_models
@@ -84,11 +84,11 @@ class Model:
         """Names, in order."""
         return self.networks[0].findings
 
-    def predict(self, views: Sequence[Image], raw: bool = False, attention: bool = True) -> StudyResult:
+    def predict(self, views: Sequence[Image] | Image, raw: bool = False, attention: bool = True) -> StudyResult:
         """Findings of one study.
 
         Args:
-            views: its images, in any order: paths or contents of DICOM, PNG or JPEG files, or uint8 (H, W) arrays.
+            views: its images, in any order, or its one image: paths or contents of DICOM, PNG or JPEG files, or uint8 (H, W) arrays.
             raw: without calibration.
             attention: also attention maps.
 
@@ -133,7 +133,7 @@ class Model:
     def predict_store(
         self,
         store: Store,
-        indices: Iterable[int],
+        indices: Indices,
         raw: bool = False,
         unit: str = "image",
         batch_size: int = 32,
@@ -169,7 +169,7 @@ class Model:
     def predict_images(
         self,
         identity: Mapping[str, np.ndarray],
-        indices: Iterable[int],
+        indices: Indices,
         read: Read,
         raw: bool = False,
         unit: str = "image",
@@ -325,7 +325,7 @@ def _box(pixels: UInt8[np.ndarray, "H W"]) -> Box:
     return (1 - short / height) / 2, (1 - short / width) / 2, short / height, short / width
 
 
-def _mean_of_maps(maps: Sequence[Float[np.ndarray, "B C h w"]], views: int) -> list[Float[np.ndarray, "C h w"]]:
+def _mean_of_maps(maps: Sequence[Float[np.ndarray, "B C _ _"]], views: int) -> list[Float[np.ndarray, "C h w"]]:
     """Mean of the attention of several networks, on the finest grid among them."""
     if not maps:
         return []

@@ -260,7 +260,7 @@ def _wilson(observed: float, n: int, z: float = 1.959964) -> tuple[float, float]
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def _ends(values: Sequence[Float[np.ndarray, " P"]], margin: float = 0.0) -> tuple[float, float]:
+def _ends(values: Sequence[Float[np.ndarray, " _"]], margin: float = 0.0) -> tuple[float, float]:
     together = np.concatenate(values) if values else np.empty(0)
     if not together.size:
         return 0.0, 1.0

@@ -36,9 +36,9 @@ class ExampleFinding:
     """From validation; above it, the finding is flagged."""
     truth: int | None
     """1, 0; None or any other code: not annotated."""
-    attention: tuple[Float[np.ndarray, "h w"] | None, ...]
+    attention: tuple[Float[np.ndarray, "_ _"] | None, ...]
     """One map per view, of any size and scale, covering the whole view; None where there is none."""
-    masks: tuple[Bool[np.ndarray, "H W"] | None, ...]
+    masks: tuple[Bool[np.ndarray, "_ _"] | None, ...]
     """True lesion per view, in the view's pixels; None where there is none."""
 
 
@@ -48,7 +48,7 @@ class ReportExample:
 
     title: str
     """Without patient identifiers."""
-    views: tuple[UInt8[np.ndarray, "H W"], ...]
+    views: tuple[UInt8[np.ndarray, "_ _"], ...]
     view_names: tuple[str, ...]
     findings: tuple[ExampleFinding, ...]
 
@@ -92,8 +92,8 @@ def poster(example: ReportExample) -> str:
 
 
 def heat_levels(
-    maps: Sequence[Float[np.ndarray, "h w"] | None],
-) -> tuple[Float[np.ndarray, "h w"] | None, ...]:
+    maps: Sequence[Float[np.ndarray, "_ _"] | None],
+) -> tuple[Float[np.ndarray, "_ _"] | None, ...]:
     """Attention of one finding over all views of a study, from 0 (median or below) to 1 (highest in the study).
 
     One scale for all views, so that the view that carried the finding is the bright one. A map without a peak (all
@@ -113,7 +113,7 @@ def heat_levels(
 
 
 def attention_inside(
-    maps: Sequence[Float[np.ndarray, "h w"] | None], masks: Sequence[Bool[np.ndarray, "H W"] | None]
+    maps: Sequence[Float[np.ndarray, "_ _"] | None], masks: Sequence[Bool[np.ndarray, "_ _"] | None]
 ) -> tuple[float, float] | None:
     """Share of the attention inside the outlines, and the share of the area they take, over views that have both.
 

@@ -4,7 +4,7 @@
     local crops ───────────▶         └─▶ masked ─▶ ibot_head ──┴▶ loss ◀┴─ ibot_head ◀─ masked ◀─┘            crops
 
 Takes batches that are already on the device; `commands/pretrain.py` owns the loop. Dimensions: G global and L local
-crops an image, 2B = G B rows, N patches of a global crop, M masked patches, K prototypes.
+crops an image, GB rows of global crops, N patches of a global crop, M masked patches, K prototypes.
 """
 
 from collections.abc import Callable
@@ -79,14 +79,14 @@ class LossConfig:
 class Batch(NamedTuple):
     """One step's input, on the device. Crop-major: all images of crop 1, then all of crop 2, ..."""
 
-    global_crops: Float[Tensor, "2B 1 S S"]
+    global_crops: Float[Tensor, "GB 1 S S"]
     """Normalised."""
     local_crops: Float[Tensor, "LB 1 s s"]
     """Normalised."""
-    masks: Bool[Tensor, "2B N"]
+    masks: Bool[Tensor, "GB N"]
     """True where the student does not see the patch."""
     masked: Int64[Tensor, " M"]
-    """Positions of the masked patches in the flattened 2B x N."""
+    """Positions of the masked patches in the flattened GB x N."""
     mask_weights: Float[Tensor, " M"]
     """1 / (masked patches of the same crop)."""
 
@@ -98,16 +98,16 @@ class StudentOutput(NamedTuple):
     """Rows of the global crops, then of the local crops."""
     patches: Projection
     """Rows of the masked patches."""
-    global_cls: Float[Tensor, "2B D"]
+    global_cls: Float[Tensor, "GB D"]
     """[CLS] of the global crops before the head."""
 
 
 class TeacherOutput(NamedTuple):
     """Logits of the teacher."""
 
-    cls: Float[Tensor, "2B K"]
+    cls: Float[Tensor, "GB K"]
     patches: Float[Tensor, "M K"]
-    global_cls: Float[Tensor, "2B D"]
+    global_cls: Float[Tensor, "GB D"]
 
 
 class Centres(NamedTuple):
@@ -153,7 +153,7 @@ class Network(nn.Module):
         crops = [batch.global_crops, batch.local_crops] if has_locals else [batch.global_crops]
         masks = [batch.masks, None] if has_locals else [batch.masks]
         global_tokens, *local_tokens = self.backbone.forward_crops(crops, masks, drop_path, generator)
-        cls = torch.cat([global_tokens.cls, *[tokens.cls for tokens in local_tokens]])  # 2B + LB, D
+        cls = torch.cat([global_tokens.cls, *[tokens.cls for tokens in local_tokens]])  # GB + LB, D
         masked = global_tokens.patches.flatten(0, 1).index_select(0, batch.masked)  # M D
         return StudentOutput(self.dino_head(cls), self.ibot_head(masked), global_tokens.cls)
 
@@ -176,10 +176,10 @@ def make_centres(prototypes: int, device: torch.device) -> Centres:
 @torch.no_grad()
 def teacher_forward(teacher: Network, batch: Batch) -> TeacherOutput:
     """The teacher's pass: unmasked global crops, no stochastic depth."""
-    tokens = teacher.backbone(batch.global_crops)  # cls 2B D, patches 2B N D
+    tokens = teacher.backbone(batch.global_crops)  # cls GB D, patches GB N D
     masked = tokens.patches.flatten(0, 1).index_select(0, batch.masked)  # M D
     return TeacherOutput(
-        cls=teacher.dino_head(tokens.cls).logits(),  # 2B K
+        cls=teacher.dino_head(tokens.cls).logits(),  # GB K
         patches=teacher.ibot_head(masked).logits(),  # M K
         global_cls=tokens.cls,
     )
@@ -191,7 +191,7 @@ def teacher_targets(
 ) -> Targets:
     """Targets of [CLS] over both global crops of all ranks, and of the masked patches of all ranks."""
     if config.centering == "sinkhorn":
-        cls = sinkhorn_targets(output.cls, temperature, config.sinkhorn_iterations)  # 2B K
+        cls = sinkhorn_targets(output.cls, temperature, config.sinkhorn_iterations)  # GB K
         patches = sinkhorn_targets(output.patches, temperature, config.sinkhorn_iterations)  # M K
     else:
         cls = centred_targets(output.cls, centres.cls, temperature)
@@ -235,7 +235,7 @@ def clip_gradients(student: Network, limit: float) -> dict[str, Tensor]:
 @torch.no_grad()
 def health(output: TeacherOutput, targets: Targets) -> dict[str, Tensor]:
     """Signs of collapse or of targets that say nothing, cheap enough for every logged step."""
-    features = output.global_cls.float()  # 2B D
+    features = output.global_cls.float()  # GB D
     unit = nn.functional.normalize(features, dim=-1)
     return {
         "cls_prototype_usage": prototype_usage(targets.cls.flatten(0, 1)),

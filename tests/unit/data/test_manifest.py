@@ -154,6 +154,7 @@ def test_the_documented_source_works(tmp_path, monkeypatch):
     assert notes == []
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_options_are_checked(make):
     with pytest.raises(UnknownNameError, match="split"):
         ManifestOptions(split="offical")

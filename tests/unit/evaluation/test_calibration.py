@@ -214,6 +214,7 @@ def test_fingerprint_is_of_the_set():
     assert fingerprint(["a", "b"]) == fingerprint(["b", "a"]) != fingerprint(["a", "c"])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_refused():
     p, y = miscalibrated(50, 0)
     with pytest.raises(UnknownNameError, match="platt"):

@@ -6,10 +6,13 @@ midline at the level of the first thoracic vertebra. Findings change an `Anatomy
 """
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 Array = np.ndarray
+Heights = TypeVar("Heights", np.ndarray, np.float64)
+"""Heights y, cm; of one height, given as a number or as an array of no dimension, numpy makes a number."""
 RIGHT, LEFT = -1, 1
 SIDES = (RIGHT, LEFT)
 RIBS = 11
@@ -69,7 +72,7 @@ class Anatomy:
     wedge: dict[int, float] = field(default_factory=dict)
     """Vertebra number -> share of its height that is lost in front."""
 
-    def rib_cage(self, y: Array) -> Array:
+    def rib_cage(self, y: Heights) -> Heights:
         """Half width of the rib cage at level y."""
         v = np.clip((y + 1.9) / 14.2, 0.0, 1.0)
         narrowing = 0.012 * np.maximum(y - 19, 0) ** 2
@@ -77,7 +80,7 @@ class Anatomy:
             self.half_width * np.sqrt(np.maximum(1 - (1 - v) ** 1.85, 1e-4)) + 0.05 * np.maximum(y - 11, 0) - narrowing
         )
 
-    def medial_border(self, y: Array, side: int) -> Array:
+    def medial_border(self, y: Heights, side: int) -> Heights:
         """Distance of the lung's medial border from the midline: the outline of the mediastinum above the heart."""
         border = self.vascular_pedicle[side] + 0.9 * np.exp(-np.maximum(y, 0) / 2.2)
         if side == LEFT:
@@ -87,20 +90,20 @@ class Anatomy:
             border = border + 0.35 * bump(y, 8.2, 0.9) + 0.5 * ramp(y, 9.0, 14.0)
         return border + self.widening[side] * bump(y, 6.5, 4.2)
 
-    def lateral_border(self, y: Array) -> Array:
+    def lateral_border(self, y: Heights) -> Heights:
         """Distance of the lung's lateral border from the midline."""
         return self.rib_cage(y) - 0.7
 
-    def spine(self, y: Array) -> Array:
+    def spine(self, y: Heights) -> Heights:
         """Depth z of the centre of the vertebral bodies."""
         return 4.6 + self.spine_curve * (1 - ((y - 10.5) / 13.0) ** 2)
 
-    def lung_front(self, y: Array) -> Array:
+    def lung_front(self, y: Heights) -> Heights:
         """Depth z of the front of the lungs."""
         v = np.clip((y + 0.5) / 14.0, 0.0, 1.0)
         return -self.front_depth * np.sqrt(1 - (1 - v) ** 1.3)
 
-    def lung_back(self, y: Array) -> Array:
+    def lung_back(self, y: Heights) -> Heights:
         """Depth z of the back of the lungs."""
         return self.spine(y) + 2.0
 
@@ -174,12 +177,12 @@ class Anatomy:
         return np.stack([x, y, z], 1)
 
 
-def bump(y: Array, centre: float, width: float) -> Array:
+def bump(y: Heights, centre: float, width: float) -> Heights:
     """A Gaussian bump of height 1."""
     return np.exp(-(((y - centre) / width) ** 2))
 
 
-def ramp(y: Array, start: float, stop: float) -> Array:
+def ramp(y: Heights, start: float, stop: float) -> Heights:
     """0 before `start`, 1 after `stop`, smooth between."""
     t = np.clip((y - start) / (stop - start), 0.0, 1.0)
     return t * t * (3 - 2 * t)

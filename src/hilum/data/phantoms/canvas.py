@@ -295,8 +295,9 @@ class Canvas:
         """Fill a polygon of pixel coordinates (N, 2) with smooth edges."""
         limited = np.clip(polygon, -2000, 4000)
         cv2.fillPoly(layer, [np.round(limited * (1 << SHIFT)).astype(np.int32)], value, cv2.LINE_AA, SHIFT)
-        low, high = np.floor(limited.min(0)).astype(int) - 2, np.ceil(limited.max(0)).astype(int) + 3
-        return max(low[0], 0), max(low[1], 0), min(high[0], self.shape[1]), min(high[1], self.shape[0])
+        left, top = (np.floor(limited.min(0)).astype(int) - 2).tolist()
+        right, bottom = (np.ceil(limited.max(0)).astype(int) + 3).tolist()
+        return max(left, 0), max(top, 0), min(right, self.shape[1]), min(bottom, self.shape[0])
 
     def blob(self, polygon: Array, blur: float = 0.0) -> Array:
         """A map (H, W) in [0, 1]: the inside of a polygon of 3D points (N, 3), its edge blurred by `blur` cm."""
