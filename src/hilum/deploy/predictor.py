@@ -88,7 +88,8 @@ class Model:
         """Findings of one study.
 
         Args:
-            views: its images, in any order, or its one image: paths or contents of DICOM, PNG or JPEG files, or uint8 (H, W) arrays.
+            views: its images in any order, or its only one: paths or contents of DICOM, PNG or JPEG files, or uint8
+                (H, W) arrays.
             raw: without calibration.
             attention: also attention maps.
 
