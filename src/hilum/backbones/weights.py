@@ -62,7 +62,7 @@ def save_backbone(
         raise ConfigError(f"Entries of {CONFIG_NAME} that are already defined: {', '.join(taken)}.")
     content |= extra or {}
     state = {name: value.to("cpu", torch.float32).contiguous() for name, value in model.state_dict().items()}
-    with atomic_path(Path(folder) / WEIGHTS_NAME) as temporary:
+    with atomic_path(Path(folder) / WEIGHTS_NAME, SafetensorError) as temporary:
         # One header entry only: the library writes several in random order, and equal models shall be equal files.
         save_file(state, temporary, metadata={"hilum": json.dumps(content, allow_nan=False, sort_keys=True)})
     write_json(Path(folder) / CONFIG_NAME, content)

@@ -16,10 +16,14 @@ from hilum.core.errors import HilumError
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, failure: type[Exception] = OSError) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and takes the name of `path`.
 
     For writers that want a file name. On any error the temporary file is removed and `path` stays as it was.
+
+    Args:
+        path: the file.
+        failure: what the writer raises where it cannot write, if not an OSError.
 
     Raises:
         HilumError: the disk is full or the folder cannot be written; the message names the path.
@@ -32,10 +36,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)
-    except OSError as error:
-        raise HilumError(
-            f"Could not write {path}: {error.strerror or error}. What was there before is unchanged."
-        ) from error
+    except (OSError, failure) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HilumError(f"Could not write {path}: {reason}. What was there before is unchanged.") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -60,8 +63,13 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON (NaN becomes an error, not a token) with a final newline."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write strict JSON (`json_text`)."""
+    write_text(path, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """Strict JSON (NaN becomes an error, not a token) with a final newline."""
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path, error: Callable[[str], Exception]) -> Any:

@@ -90,11 +90,13 @@ Calibrators = dict[str, Calibrator]
 
 
 def require_new(path: Path) -> None:
-    """Refuse to write over a model.
+    """Refuse to write over a model, or where no folder can be.
 
     Raises:
-        ConfigError: there is one already.
+        ConfigError: there is a model already, or a file.
     """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file; expected a folder for the model.")
     if (path / CONFIG_NAME).exists():
         raise ConfigError(f"{path} already holds {CONFIG_NAME}. Choose another folder, or move this one away.")
 
@@ -103,7 +105,7 @@ def write_weights(path: Path, backbone: VisionTransformer, head: Head) -> dict[s
     """Write `model.safetensors` (`backbone.*`, `head.*`, float32); returns its name and digest."""
     state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     state |= {f"head.{name}": value for name, value in head.state_dict().items()}
-    with atomic_path(path / WEIGHTS_NAME) as temporary:
+    with atomic_path(path / WEIGHTS_NAME, SafetensorError) as temporary:
         save_file(
             {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in state.items()}, temporary
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hilum.core.errors import PredictionError
-from hilum.core.files import atomic_path, read_json, write_json, write_text
+from hilum.core.files import atomic_path, json_text, read_json, write_bytes, write_json
 from hilum.core.tracking import warn
 
 METADATA_KEY = "hilum"
@@ -57,8 +57,9 @@ def _write_csv(columns: Columns, text_columns: Collection[str], metadata: dict[s
     writer.writerow(columns)
     # csv writes a float as repr, the shortest text that reads back as the same float64, and None as nothing
     writer.writerows(zip(*columns.values(), strict=True))
-    write_json(sidecar(path), metadata)
-    write_text(path, text.getvalue())
+    with atomic_path(sidecar(path)) as beside, atomic_path(path) as table:  # both, or what was there before
+        beside.write_text(json_text(metadata), encoding="utf-8")
+        table.write_text(text.getvalue(), encoding="utf-8", newline="")
 
 
 def sidecar(path: Path) -> Path:
@@ -67,15 +68,21 @@ def sidecar(path: Path) -> Path:
 
 
 def _read_csv(path: Path) -> tuple[Columns, dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise PredictionError(f"{path} cannot be read as a CSV: {error}.") from error
     ragged = next((number for number, row in enumerate(rows, 2) if len(row) != len(header)), None)
     if ragged is not None or len(set(header)) != len(header):
         where = f"line {ragged} has another number of columns than the header" if ragged else "a column name repeats"
         raise PredictionError(f"{path}: {where}.")
     columns = {name: [row[index] for row in rows] for index, name in enumerate(header)}
     if sidecar(path).exists():
-        return columns, read_json(sidecar(path), PredictionError)
+        metadata = read_json(sidecar(path), PredictionError)
+        if not isinstance(metadata, dict):
+            raise PredictionError(f"{sidecar(path)}: expected a JSON object.")
+        return columns, metadata
     warn(f"{path} has no {sidecar(path).name} beside it; taken for raw predictions, one row per image.")
     return columns, {}
 
@@ -99,20 +106,20 @@ def _read_json(path: Path) -> tuple[Columns, dict[str, Any]]:
 
 
 def _write_parquet(columns: Columns, text_columns: Collection[str], metadata: dict[str, Any], path: Path) -> None:
-    header = {METADATA_KEY: json.dumps(metadata, allow_nan=False)}
-    with atomic_path(path) as temporary:
-        try:
-            import polars as pl
-        except ImportError:
-            import pyarrow as pa  # type: ignore[import-not-found]
-            import pyarrow.parquet as pq  # type: ignore[import-not-found]
+    header, content = {METADATA_KEY: json.dumps(metadata, allow_nan=False)}, io.BytesIO()
+    try:
+        import polars as pl
+    except ImportError:
+        import pyarrow as pa  # type: ignore[import-not-found]
+        import pyarrow.parquet as pq  # type: ignore[import-not-found]
 
-            kinds = {name: pa.string() if name in text_columns else pa.float64() for name in columns}
-            table = pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
-            pq.write_table(table.replace_schema_metadata(header), temporary)
-        else:
-            schema = {name: pl.String() if name in text_columns else pl.Float64() for name in columns}
-            pl.DataFrame(columns, schema=schema).write_parquet(temporary, metadata=header)
+        kinds = {name: pa.string() if name in text_columns else pa.float64() for name in columns}
+        table = pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
+        pq.write_table(table.replace_schema_metadata(header), content)
+    else:
+        schema = {name: pl.String() if name in text_columns else pl.Float64() for name in columns}
+        pl.DataFrame(columns, schema=schema).write_parquet(content, metadata=header)
+    write_bytes(path, content.getvalue())  # a full disk is then named for what it is
 
 
 def _read_parquet(path: Path) -> tuple[Columns, dict[str, Any]]:
