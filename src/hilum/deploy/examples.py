@@ -32,7 +32,7 @@ def choose_studies(predictions: Predictions, labels: Int[np.ndarray, "N C"], cou
     positives = (labels == POSITIVE).sum(axis=0)
     turns = [
         column
-        for column in np.argsort(positives, kind="stable")
+        for column in np.argsort(positives, kind="stable").tolist()
         if positives[column] and predictions.trained[column] and predictions.findings[column] != "Normal"
     ]
     chosen: list[str] = []
@@ -60,7 +60,7 @@ def explain_study(
     store: Store,
     indices: Sequence[int] | Int[np.ndarray, " _"],
     title: str,
-    masks: Masks = lambda image_id, finding: None,
+    masks: Masks | None = None,
     threshold: str = "f1",
 ) -> ReportExample:
     """One study of a store as an example for the report.
@@ -70,7 +70,7 @@ def explain_study(
         store: where the images are.
         indices: the images of one study.
         title: without patient identifiers.
-        masks: true lesions, if they are known.
+        masks: true lesions; None where the data have none.
         threshold: which operating point.
     """
     views = [store.read(int(index)) for index in indices]
@@ -93,7 +93,7 @@ def explain_study(
                 truth=truth.get(name),
                 attention=tuple(attention) if attention else (None,) * len(views),
                 masks=tuple(
-                    _in_box(masks(str(store.image_ids[index]), name), box)
+                    _in_box(masks(str(store.image_ids[index]), name) if masks else None, box)
                     for index, box in zip(indices, result.boxes, strict=True)
                 ),
             )
@@ -103,6 +103,7 @@ def explain_study(
         views=tuple(_cut(view, box) for view, box in zip(views, result.boxes, strict=True)),
         view_names=tuple(str(store.views[index]) for index in indices),
         findings=tuple(findings),
+        outlined=masks is not None,
     )
 
 

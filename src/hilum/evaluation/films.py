@@ -51,6 +51,8 @@ class ReportExample:
     views: tuple[UInt8[np.ndarray, "_ _"], ...]
     view_names: tuple[str, ...]
     findings: tuple[ExampleFinding, ...]
+    outlined: bool = True
+    """Whether the data have outlines of lesions at all; False where a mask is never there."""
 
 
 def study(example: ReportExample, number: int) -> str:
@@ -239,9 +241,11 @@ def _maps(finding: ExampleFinding, example: ReportExample, films: Sequence[_Film
         edge = f'<path class="lesion halo" d="{path}"/><path class="lesion" d="{path}"/>' if path else ""
         again = f'<g class="also">{edge}</g>' if edge else ""
         heat = film.frame(_heat(level, film) + again, f"{name}: attention for {finding.name}")
-        truth = film.frame(edge, f"{name}: true outline of {finding.name}" if edge else f"{name}: nothing outlined")
+        outlined = f"{name}: true outline of {finding.name}" if edge else f"{name}: nothing outlined"
+        truth = film.frame(edge, outlined if example.outlined else name)
         left = "attention" if level is not None else "no attention map"
-        right = "true lesion" if edge else "absent" if finding.truth == 0 else "no outline in this view"
+        unseen = "no outline in this view" if example.outlined else "the same view"
+        right = "true lesion" if edge else "absent" if finding.truth == 0 else unseen
         pairs.append(
             f'<div class="pair"><figure>{heat}<figcaption><b>{text(name)}</b> {left}</figcaption></figure>'
             f"<figure>{truth}<figcaption>{right}</figcaption></figure></div>"

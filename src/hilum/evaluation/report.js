@@ -37,7 +37,8 @@
     document.getElementById("heat").addEventListener("input", function (event) {
       section.style.setProperty("--heat", event.target.value / 100);
     });
-    document.getElementById("outline").addEventListener("change", function (event) {
+    var outline = document.getElementById("outline");
+    if (outline) outline.addEventListener("change", function (event) {
       section.classList.toggle("outlined", event.target.checked);
     });
   }

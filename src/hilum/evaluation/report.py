@@ -105,7 +105,9 @@ def render_report(
         ]
     if examples:
         shown = "".join(study(example, number) for number, example in enumerate(examples, 1))
-        parts.append(("examples", "Example studies", words.EXAMPLES, words.EXAMPLES_CONTROLS + shown))
+        outlined = any(example.outlined for example in examples)
+        lead, controls = words.examples_lead(outlined), words.examples_controls(outlined)
+        parts.append(("examples", "Example studies", lead, controls + shown))
     parts.append(("reading", "How to read this page", "", words.READING))
     parts.append(("provenance", "Provenance", "", _provenance(metrics, given)))
 

@@ -45,18 +45,28 @@ THRESHOLDS = (
     "reaches 0.5, so its best threshold lies far below: that is expected, and it is why F1 at 0.5 says little about "
     "the tail."
 )
-EXAMPLES = (
-    "Each study first as it came, with the model's probabilities; then, finding by finding, where the model read "
-    "(colour) beside what is truly there (outline). Colour has one scale for all views of a finding, so the view that "
-    "carried it is the bright one."
-)
-EXAMPLES_CONTROLS = (
-    '<div class="panel-row"><div class="controls" hidden>'
-    '<label>Overlay <input type="range" id="heat" min="0" max="100" value="85"></label>'
-    '<label><input type="checkbox" id="outline"> outline on the attention too</label></div>'
-    '<p class="heat-key"><span>median or below</span><i aria-hidden="true"></i><span>highest in the study</span></p>'
-    "</div>"
-)
+
+
+def examples_lead(outlined: bool) -> str:
+    """What the example studies show; `outlined`: whether the data have outlines of lesions at all."""
+    beside = "what is truly there (outline)." if outlined else "the same view: these data have no outlines of lesions."
+    return (
+        "Each study first as it came, with the model's probabilities; then, finding by finding, where the model read "
+        f"(colour) beside {beside} Colour has one scale for all views of a finding, so the view that carried it is "
+        "the bright one."
+    )
+
+
+def examples_controls(outlined: bool) -> str:
+    """Strength of the overlay, its key, and with `outlined` a box that draws the outline over the attention."""
+    box = '<label><input type="checkbox" id="outline"> outline on the attention too</label>' if outlined else ""
+    return (
+        '<div class="panel-row"><div class="controls" hidden>'
+        f'<label>Overlay <input type="range" id="heat" min="0" max="100" value="85"></label>{box}</div>'
+        '<p class="heat-key"><span>median or below</span><i aria-hidden="true"></i>'
+        "<span>highest in the study</span></p></div>"
+    )
+
 
 _READING: tuple[tuple[str, str], ...] = (
     (
@@ -92,7 +102,8 @@ _READING: tuple[tuple[str, str], ...] = (
     (
         "Attention",
         "Which patches the classifier read for a finding. It is not a segmentation and does not say why: a right "
-        "answer can be read from the wrong place, and the outline beside it is there to show that.",
+        "answer can be read from the wrong place. Where the data have outlines of lesions, they stand beside it to "
+        "show that.",
     ),
     (
         "Present, absent, flagged, missed",

@@ -114,6 +114,17 @@ def test_a_view_is_embedded_once_and_small():
     assert "no outline in this view" in html
 
 
+def test_without_any_outlines_no_view_is_said_to_lack_one():
+    view = np.zeros((20, 20), np.uint8)
+    findings = tuple(finding(truth=truth, attention=(np.eye(4),), name=name) for name, truth in
+                     (("Mass", 1), ("Edema", 0), ("Hernia", -1)))  # fmt: skip
+    html = study(ReportExample("Study", (view,), ("PA",), findings, outlined=False), 1)
+    assert html.count('class="map"') == 3
+    assert "outline" not in html
+    assert html.count("<figcaption>the same view</figcaption>") == 2
+    assert html.count("<figcaption>absent</figcaption>") == 1
+
+
 def test_a_finding_without_maps_is_in_the_list_only():
     view = np.zeros((20, 20), np.uint8)
     html = study(ReportExample("Study", (view,), ("PA",), (finding(), finding(truth=0, name="Edema"))), 1)
