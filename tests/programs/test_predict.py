@@ -202,6 +202,21 @@ def test_inputs_that_mean_nothing_are_refused(folder: Path, films: Path, tmp_pat
             predict.run(model, [f"{store}:test"], tmp_path / "out.csv", shard=shard)
 
 
+def test_another_file_under_the_same_id_is_listed(folder: Path, tmp_path: Path) -> None:
+    for name in ("left", "right"):
+        (tmp_path / name).mkdir()
+        cv2.imwrite(str(tmp_path / name / "film.png"), noise(len(name)))
+    out = tmp_path / "out.csv"
+    predict.run(folder / "model", [str(tmp_path / "left"), str(tmp_path / "right")], out, device="cpu")
+    assert read_predictions(out).image_id.tolist() == ["film.png"]
+    with (tmp_path / "out.csv.quarantine.csv").open() as file:
+        assert [row["reason"] for row in csv.DictReader(file)] == ["repeated_id"]
+    predict.run(folder / "model", [str(tmp_path / "left")], out, device="cpu")
+    assert not (tmp_path / "out.csv.quarantine.csv").exists()  # that of the earlier prediction
+    predict.run(folder / "model", [str(tmp_path)], out, device="cpu")
+    assert sorted(read_predictions(out).image_id) == ["left/film.png", "right/film.png"]
+
+
 def test_the_same_file_twice_is_one_image(folder: Path, films: Path, tmp_path: Path) -> None:
     predict.run(folder / "model", [str(films / "d.png"), str(films / "d.png")], tmp_path / "out.csv", device="cpu")
     assert len(read_predictions(tmp_path / "out.csv")) == 1

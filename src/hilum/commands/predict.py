@@ -133,6 +133,7 @@ def _predict_files(
 
 def _report(predictions: Predictions, found: Inputs, out: Path, total: int) -> None:
     quarantine = out.with_name(out.name + ".quarantine.csv")
+    quarantine.unlink(missing_ok=True)  # of an earlier prediction under this name
     if found.refused:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

@@ -92,9 +92,21 @@ def resolve(inputs: list[str]) -> Inputs:
                 raise ConfigError(f"{folder} has no images of split {split!r}.")
             return result
         _add(result, Path(text))
-    unique = {image.uid: image for image in result.images}
-    result.images = list(unique.values())
+    _drop_repeats(result)
     return result
+
+
+def _drop_repeats(result: Inputs) -> None:
+    """A file given twice is one image; another file under the same id is refused, never left out in silence."""
+    kept: dict[str, FileImage] = {}
+    for image in result.images:
+        first = kept.get(image.uid, image)
+        if first.path.resolve() == image.path.resolve():
+            kept[image.uid] = image
+            continue
+        message = f"{image.path.name}: another input has the same id. Leave one out, or name a folder above both."
+        result.refused.append(Refused(image.path, "repeated_id", message))
+    result.images = list(kept.values())
 
 
 def _store_and_split(text: str) -> tuple[Path | None, str]:
