@@ -1,7 +1,7 @@
 """The command line. One function a program: its options, an example, and a lazy import of what it runs.
 
-Nothing heavy is imported here, so that `hilum --help` answers at once. A `HilumError` becomes one line and exit
-status 1; a mistake in the options is exit status 2.
+Nothing heavy is imported here, so that `hilum --help` answers at once. A `HilumError`, and what the system
+refuses, becomes one line and exit status 1; a mistake in the options is exit status 2.
 """
 
 import sys
@@ -299,7 +299,7 @@ def main() -> None:
     """Entry point of the `hilum` program."""
     try:
         app()
-    except HilumError as error:
+    except (HilumError, OSError) as error:  # what the system refuses (a permission, a full disk) is no fault of ours
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

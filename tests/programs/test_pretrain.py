@@ -233,6 +233,13 @@ def test_an_existing_run_is_refused_without_resume_and_while_in_use(straight: Pa
         run(CONFIG, data, straight)
 
 
+def test_a_file_in_the_place_of_the_run_folder_is_an_error(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("not a run")
+    with pytest.raises(HilumError, match="cannot be written as a folder"):
+        run(CONFIG, data, tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "not a run"
+
+
 def test_another_store_is_refused(straight: Path, tmp_path: Path) -> None:
     images = [np.full((40, 40), index, np.uint8) for index in range(8)]
     write_arrays(tmp_path / "other", images, np.zeros((8, 1), np.int8), ["x"])
@@ -256,8 +263,11 @@ def test_settings_that_do_not_fit(data: Path, tmp_path: Path, changes: dict[str,
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 0}, {"keep": 1}, {"warmup": 1.5}, {"crops": CropConfig(global_crops=3)}, {"drop_path": 1.0}],
-)
+    [
+        {"steps": 0}, {"keep": 1}, {"warmup": 1.5}, {"crops": CropConfig(global_crops=3)}, {"drop_path": 1.0},
+        {"threads": 0}, {"workers": -1}, {"mask_ratio": (0.5, 2.0)}, {"mask_probability": -0.1},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused_at_once(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         dataclasses.replace(CONFIG, **changes)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import hilum
-from hilum.core.errors import PredictionError, StageError, UnknownNameError
+from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.core.files import sha256_file, write_json
 from hilum.core.tracking import say, warn
 from hilum.core.types import RESEARCH_NOTICE
@@ -58,11 +58,14 @@ def run(
         explain: a model that shows example studies of the report; `labels` must be a store.
 
     Raises:
+        ConfigError: options that mean nothing.
         StageError: a calibrator or threshold was fitted on evaluated items, or at another stage.
         PredictionError: items or findings that cannot be joined.
     """
     if task is not None and task not in TASKS:
         raise UnknownNameError("task", task, TASKS)
+    if bootstraps < 0 or min_positives < 0:
+        raise ConfigError(f"--bootstraps, --min-positives: expected 0 or more, found {bootstraps} and {min_positives}.")
     table, truth = read_predictions(predictions), read_truth(labels)
     if split is not None and not truth.has_splits:
         raise PredictionError(f"{labels} does not say which split an item is in; leave out --split.")

@@ -251,11 +251,15 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; the lock ends with the process, however it ends.
 
     Raises:
-        HilumError: another process has it; names its id.
+        HilumError: another process has it; names its id. Or no folder can be made there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
-    with path.open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+")
+    except OSError as error:
+        raise HilumError(f"{folder} cannot be written as a folder: {error.strerror or error}.") from error
+    with opened as file:
         waited = time.monotonic()
         while not _try_lock(file.fileno()):
             file.seek(0)

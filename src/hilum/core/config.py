@@ -98,7 +98,7 @@ def read_yaml(kind: type[Config], path: Path) -> Config:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as a configuration: {error}.") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}.")

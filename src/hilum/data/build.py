@@ -97,6 +97,8 @@ def build_store(
     """
     started, out = time.monotonic(), Path(out)
     settings = _settings(size, encoding, refuse, shard)
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers: expected at least 1 process, found {workers}.")
     manifest = read_manifest(Path(manifest_path))
     plan = _plan(manifest, _roots(manifest, roots or {}), settings, shard_bytes)
     _check_folder(out, settings)

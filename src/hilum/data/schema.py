@@ -168,6 +168,8 @@ def read_manifest(path: Path, check: bool = True) -> Manifest:
         LeakageError: a patient is in two splits, or evaluation material is open to self-supervision.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ManifestError(f"{path} is a folder; expected a manifest. A store keeps its own in manifest.parquet.")
     if not path.is_file():
         raise ManifestError(f"{path} is not a file. Make a manifest with `hilum manifest SOURCE=ROOT --out {path}`.")
     try:

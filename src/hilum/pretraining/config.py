@@ -101,6 +101,12 @@ class PretrainConfig:
             raise ConfigError(f"keep: expected at least 2, found {self.keep}; the newest may turn out damaged.")
         if self.crops.global_crops != 2:
             raise ConfigError(f"crops.global_crops: the objective takes 2, found {self.crops.global_crops}.")
+        if self.workers < 0 or (self.threads is not None and self.threads < 1):
+            raise ConfigError(f"workers, threads: expected 0 or more, 1 or more; found {self.workers}, {self.threads}.")
+        if not 0 <= self.mask_ratio[0] <= self.mask_ratio[1] <= 1 or not 0 <= self.mask_probability <= 1:
+            raise ConfigError(
+                f"mask_ratio {self.mask_ratio} and mask_probability {self.mask_probability}: expected shares in [0, 1]."
+            )
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"drop_path: expected a rate in [0, 1), found {self.drop_path}.")
 

@@ -364,11 +364,13 @@ def test_roots(tmp_path):
         ({"size": 0}, ConfigError),
         ({"shard": (2, 2)}, ConfigError),
         ({"shard": (-1, 2)}, ConfigError),
+        ({"workers": 0}, ConfigError),
+        ({"workers": -1}, ConfigError),
     ],
 )
 def test_wrong_settings(tmp_path, options, error):
     with pytest.raises(error):
-        build_store(pool(tmp_path / "raw", 2), tmp_path / "store", workers=1, **options)
+        build_store(pool(tmp_path / "raw", 2), tmp_path / "store", **({"workers": 1} | options))
     assert not (tmp_path / "store").exists()
 
 
