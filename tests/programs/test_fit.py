@@ -26,6 +26,7 @@ from hilum.deploy.out_of_sample import fit_calibrators
 from hilum.deploy.predictor import load
 from hilum.evaluation.predictions import read_predictions
 from hilum.heads.config import FitConfig
+from hilum.heads.features import FeatureSource
 from hilum.heads.sweep import Sweep
 from hilum.pretraining.exposure import uid_numbers, write_seen
 
@@ -208,6 +209,32 @@ def test_slides_protocol_stops_at_epoch_two_of_ten(folder: Path, tmp_path: Path)
     assert first != second  # the cosine is laid out for refit_epochs
 
 
+def test_the_search_sees_train_alone_and_the_refit_train_and_val(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Every epoch is one pass in its own order; a cosine is as long as its settings say, wherever training stops."""
+    sweeps, passes = [], []
+
+    class Watched(Sweep):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            sweeps.append(self)
+
+    class Source(FeatureSource):
+        def training(self, epoch, batches):
+            batches = list(batches)
+            passes.append(np.concatenate(batches))
+            return super().training(epoch, batches)
+
+    monkeypatch.setattr(fit, "Sweep", Watched)
+    monkeypatch.setattr(fit, "FeatureSource", Source)
+    fit.run(override(SMALL, ["stop_epoch=2", "refit_epochs=5"]), folder / "store", folder / "run", tmp_path / "model")
+    assert [sorted(order.tolist()) for order in passes] == [list(range(40))] * 3 + [list(range(56))] * 2
+    assert len({tuple(order.tolist()) for order in passes}) == 5
+    search, refit = sweeps
+    assert (search.steps, search.total_steps) == (3 * 3, 3 * 3)  # 40 images in batches of 16
+    assert (refit.steps, refit.total_steps) == (2 * 4, 5 * 4)  # 56 images
+    assert refit.rates == (json.loads((tmp_path / "model" / "search.json").read_text())["chosen"]["learning_rate"],)
+
+
 @pytest.mark.parametrize("init", ["cold", "warm"])
 def test_a_refit_starts_where_it_says(folder: Path, tmp_path: Path, monkeypatch, init: str) -> None:
     sweeps, starts = [], []
@@ -250,6 +277,8 @@ def test_findings_can_be_chosen_and_ordered(folder: Path, tmp_path: Path) -> Non
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="already holds"):
         fit.run(SMALL, folder / "store", folder / "run", folder / "linear")
+    with pytest.raises(ConfigError, match="is a file"):
+        fit.run(SMALL, folder / "store", folder / "run", folder / "linear" / "config.json")
     with pytest.raises(ConfigError, match="backbone that has 3"):
         fit.run(override(SMALL, ["blocks=4"]), folder / "store", folder / "run", tmp_path / "a")
     make_store(tmp_path / "recipe", preprocess_id="other-1")

@@ -100,6 +100,8 @@ def test_known_values():
     rare = np.array([1] + [0] * 99, np.int8)
     assert expected_calibration_error(np.full(100, 0.01), rare) == pytest.approx(0, abs=1e-12)
     assert challenge_ece(np.full(100, 0.01), rare) == pytest.approx(0.98)
+    # exactly 0.5 is called negative, and is right here; 0.52, of the same bin, is wrong
+    assert challenge_ece(np.array([0.5, 0.52]), np.zeros(2, np.int8)) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("name", METRICS)

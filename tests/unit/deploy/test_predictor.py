@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from scipy.special import expit
 
 import hilum
@@ -152,6 +154,44 @@ def test_png_jpeg_bytes_and_arrays_agree(fitted: Path, store: Store, tmp_path: P
     assert model.predict(str(tmp_path / "image.png")).probabilities == exact
     assert model.predict([(tmp_path / "image.png").read_bytes()]).probabilities == exact
     assert model.predict([tmp_path / "image.jpg"]).probabilities == pytest.approx(exact, abs=0.02)
+
+
+def test_dicom_is_read_as_its_header_says(fitted: Path, store: Store, tmp_path: Path) -> None:
+    model = hilum.load(fitted / "decoder")
+    pixels = store.read(57)
+    wide = pixels.astype(np.uint16) * 16 + 7  # 12 bits, the window of which is the 8-bit image
+    window = {"WindowCenter": 2047.5 + 0.5, "WindowWidth": 4081.0}
+    write_dicom(tmp_path / "plain.dcm", pixels, WindowCenter=128.0, WindowWidth=256.0)
+    write_dicom(tmp_path / "inverse.dcm", 255 - pixels, "MONOCHROME1", WindowCenter=128.0, WindowWidth=256.0)
+    write_dicom(tmp_path / "wide.dcm", wide, **window)
+    exact = model.predict(pixels).probabilities
+    for name in ("plain", "inverse"):
+        assert model.predict([tmp_path / f"{name}.dcm"]).probabilities == exact
+    assert model.predict([tmp_path / "wide.dcm"]).probabilities == pytest.approx(exact, abs=0.02)
+    study = model.predict([tmp_path / "plain.dcm", tmp_path / "inverse.dcm"])
+    assert study.probabilities == pytest.approx(exact, abs=1e-6)
+    write_dicom(tmp_path / "empty.dcm", None)
+    with pytest.raises(ImageError, match=r"view 2 \(empty.dcm\).*without pixel data") as raised:
+        model.predict([tmp_path / "plain.dcm", tmp_path / "empty.dcm"])
+    assert raised.value.reason == "no_pixel_data"
+
+
+def write_dicom(path: Path, pixels: np.ndarray | None, photometric: str = "MONOCHROME2", **elements) -> None:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    dataset.PatientID, dataset.StudyInstanceUID = "P1", "1.2.3"
+    if pixels is not None:
+        dataset.Rows, dataset.Columns = pixels.shape
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
+        dataset.BitsAllocated, dataset.BitsStored = 8 * pixels.itemsize, 8 if pixels.itemsize == 1 else 12
+        dataset.HighBit, dataset.PixelRepresentation = dataset.BitsStored - 1, 0
+        dataset.PixelData = pixels.tobytes()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
