@@ -123,7 +123,7 @@ def build(
     out: Out = Path("store"),
     size: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller images stay as they are.")] = 512,
     encoding: Annotated[str, typer.Option(help="jpeg95, png or raw.")] = "jpeg95",
-    shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n jobs of an array.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: job i of n, counted from 0, as in 0/8.")] = None,
     workers: Workers = None,
     root: Annotated[list[str] | None, typer.Option(help="SOURCE=ROOT, if the images have moved.")] = None,
     budget: Annotated[float, typer.Option(help="Share of unreadable images above which this is an error.")] = 0.01,
@@ -191,7 +191,9 @@ def predict(
     study: Annotated[str | None, typer.Option(help="mean: one row per study instead of one per image.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
     device: Device = "auto",
-    shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n jobs; a study is never divided.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: job i of n, counted from 1, as in 1/8; a study is never divided.")
+    ] = None,
 ) -> None:
     """Findings for images or a split of a store, as Parquet, CSV or JSON."""
     from hilum.commands import predict as program
@@ -211,7 +213,7 @@ def combine(
     if all((path / "config.json").exists() for path in files):
         from hilum.commands import combine_models
 
-        combine_models.run(files, out)
+        combine_models.run(files, out, study, ensemble, unit)
         return
     from hilum.commands import combine as program
 

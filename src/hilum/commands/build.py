@@ -28,7 +28,7 @@ def run(
         out: the store folder.
         size: pixels of the shorter side.
         encoding: jpeg95, png or raw.
-        shard: "i/n", the i-th of n jobs.
+        shard: "i/n", job i (from 0) of n.
         workers: decoding processes.
         roots: KEY=FOLDER, where the images of a root are now.
         budget: share of refused images above which the command fails.

@@ -27,6 +27,16 @@ TABLE = ("mAP", "mAUC", "mF1@0.5", "mF1@tuned", "mECE_standard")
 FORMAT = "hilum-metrics-1"
 EXAMPLES = 6
 """Studies shown in the report."""
+LEFT_OUT = {
+    "untrained": "were never trained",
+    "no_labels": "have no label here",
+    "no_positives": "have no positive here",
+    "no_negatives": "have no negative here",
+    "few_positives": "have too few positives for the means",
+    "unlabelled": "are predicted and not labelled",
+    "unpredicted": "are labelled and not predicted",
+}
+"""Why a finding is in no mean, as `metrics.json` names it, and in words."""
 
 
 def run(
@@ -221,7 +231,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
         lines.append(f"{result['items_of_head_training']} evaluated items are in splits that the head was trained on.")
     for reason, names in result["excluded"].items():
         if names:
-            lines.append(f"{len(names)} findings {reason.replace('_', ' ')}: {', '.join(names)}")
+            lines.append(f"{len(names)} findings {LEFT_OUT[reason]}: {', '.join(names)}")
     return lines
 
 

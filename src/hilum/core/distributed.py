@@ -181,12 +181,3 @@ def _reduce(values: Tensor, operation: Any) -> Tensor:
     if is_distributed():
         torch.distributed.all_reduce(values, operation)
     return values
-
-
-def gather(values: Tensor) -> list[Tensor]:
-    """The tensors of all ranks, of one shape, in the order of ranks."""
-    if not is_distributed():
-        return [values]
-    gathered = [torch.empty_like(values) for _ in range(world_size())]
-    torch.distributed.all_gather(gathered, values.contiguous())
-    return gathered

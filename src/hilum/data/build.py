@@ -189,6 +189,8 @@ def _check_folder(out: Path, settings: Settings) -> None:
     if not (out / "store.json").exists():
         return
     header = read_json(out / "store.json", StoreError)
+    if not isinstance(header, dict):
+        raise StoreError(f"{out / 'store.json'} is not a JSON object; it is no store of ours. Choose another --out.")
     found = {
         "size": header.get("size"),
         "encoding": header.get("encoding"),

@@ -87,7 +87,14 @@ class Store:
             raise StoreError(
                 f"{path / 'store.json'}: expected format {FORMAT!r}, found {found!r}. Build the store again."
             )
-        store = cls(path, header, _read_index(path / "index.npz", header))
+        columns = _read_index(path / "index.npz", header)
+        try:
+            store = cls(path, header, columns)
+        except (KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path / 'store.json'} does not describe a store: {type(error).__name__} {error}. Run the same "
+                "`hilum build` again."
+            ) from error
         for shard in store.shards:
             size = (path / "shards" / shard.name).stat().st_size if (path / "shards" / shard.name).is_file() else -1
             if size != shard.bytes:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from hilum.core.types import POSITIVE
+from hilum.data.labels import NORMAL_NAMES
 from hilum.data.store import Store
 from hilum.deploy.predictor import Box, Model
 from hilum.evaluation.predictions import Predictions
@@ -33,7 +34,7 @@ def choose_studies(predictions: Predictions, labels: Int[np.ndarray, "N C"], cou
     turns = [
         column
         for column in np.argsort(positives, kind="stable").tolist()
-        if positives[column] and predictions.trained[column] and predictions.findings[column] != "Normal"
+        if positives[column] and predictions.trained[column] and predictions.findings[column] not in NORMAL_NAMES
     ]
     chosen: list[str] = []
     for turn, column in enumerate(_spread(turns, count)):

@@ -207,4 +207,4 @@ def _missing(names: Sequence[str], have: Sequence[str], where: str) -> str:
     for name in names:
         near = difflib.get_close_matches(name, list(have), n=1, cutoff=0.6)
         hints.append(f"{name!r}" + (f" (nearest: {near[0]!r})" if near else ""))
-    return f"{where} lacks {', '.join(hints)}." if hints else ""
+    return f"Not in {where}: {', '.join(hints)}." if hints else ""

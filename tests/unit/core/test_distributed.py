@@ -31,7 +31,6 @@ def test_sums_are_the_identity_in_one_process() -> None:
     values = torch.tensor([1.0, -2.0])
     for reduce in (distributed.sum_over_ranks, distributed.max_over_ranks, distributed.mean_over_ranks):
         assert torch.equal(reduce(values.clone()), values)
-    assert torch.equal(distributed.gather(values)[0], values)
     assert distributed.world_size() == 1
 
 
@@ -66,7 +65,7 @@ from pathlib import Path
 import torch
 from hilum.backbones.vit import ViTConfig
 from hilum.core.checkpoint import digest
-from hilum.core.distributed import gather, launch, max_over_ranks, mean_over_ranks, sum_over_ranks
+from hilum.core.distributed import launch, max_over_ranks, mean_over_ranks, sum_over_ranks
 from hilum.pretraining import dinov2
 
 torch.set_num_threads(1)
@@ -93,7 +92,6 @@ def batch_of(rank, size):
 
 with launch(int(sys.argv[3]), "fp32", "cpu") as engine:
     assert torch.equal(max_over_ranks(torch.tensor([engine.rank])), torch.tensor([engine.world_size - 1]))
-    assert len(gather(torch.zeros(2))) == engine.world_size
     student, teacher = dinov2.make_networks(vit, heads, 0)
     model = engine.setup(student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)

@@ -181,6 +181,16 @@ def test_what_is_not_a_finished_store(tmp_path):
         Store.open(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("change", [{"findings": None}, {"shards": [{"name": "x"}]}, {"encoding": ...}])
+def test_a_header_that_was_edited_is_an_error_of_ours(tmp_path, change):
+    write_arrays(tmp_path / "store", [np.zeros((4, 4), np.uint8)], np.zeros((1, 1), np.int8), ["Edema"])
+    path = tmp_path / "store" / "store.json"
+    header = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({name: value for name, value in header.items() if value is not ...}))
+    with pytest.raises(StoreError, match="does not describe a store"):
+        Store.open(tmp_path / "store")
+
+
 def test_an_index_of_another_store_is_refused(tmp_path):
     filled(tmp_path / "one")
     filled(tmp_path / "two", "png")

@@ -171,7 +171,7 @@ def test_findings_are_matched_by_name():
     assert match_findings(["A", "B"], ["B", "A"], ["B"], "l")[0] == ("B",)
     with pytest.raises(PredictionError, match=r"'Edema' \(nearest: 'Oedema'\)"):
         match_findings(["Mass", "Edema"], ["Mass", "Oedema"], None, "labels.csv")
-    with pytest.raises(PredictionError, match=r"the predictions lacks 'Hernia'"):
+    with pytest.raises(PredictionError, match="Not in the predictions: 'Hernia'"):
         match_findings(["Mass"], ["Mass", "Hernia"], ["Mass", "Hernia"], "labels.csv")
     with pytest.raises(PredictionError, match="'B'"):
         match_findings(["A"], ["B"], None, "l")
