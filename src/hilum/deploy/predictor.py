@@ -101,7 +101,7 @@ class Model:
             views = [views]
         if not len(views):
             raise EmptyStudyError("A study needs at least one image, found none.")
-        decoded = [_decode(view, number, self._short_side()) for number, view in enumerate(views, 1)]
+        decoded = [_decode(view, number, self.short_side) for number, view in enumerate(views, 1)]
         members, maps = [], []
         for network in self.networks:
             squares = to_batch([network.crop(pixels) for pixels, _ in decoded])
@@ -218,9 +218,6 @@ class Model:
     @property
     def short_side(self) -> int | None:
         """What source files are shrunk to before anything else, pixels on the shorter side; None: nothing."""
-        return self._short_side()
-
-    def _short_side(self) -> int | None:
         sizes = {network.config.short_side for network in self.networks}
         return None if None in sizes else max(size for size in sizes if size is not None)
 
