@@ -167,6 +167,8 @@ def test_exposure_is_shown(world, tmp_path, capsys):
     write_predictions(table.replace(table.probabilities, exposed_images=17), tmp_path / "p.parquet")
     result = evaluate.run(tmp_path / "p.parquet", world / "store", tmp_path / "m", bootstraps=0)
     assert result["exposed_images"] == 17
+    result = evaluate.run(world / "one-test.parquet", world / "store", tmp_path / "n", bootstraps=0)
+    assert result["exposed_images"] is None  # these predictions do not say
     assert "17 of the predicted images" in capsys.readouterr().err
 
 

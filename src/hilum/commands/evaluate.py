@@ -181,7 +181,7 @@ def _context(joined: Joined, groups_from: str, task: str | None, split: str | No
         "model": metadata.get("model"),
         "members": metadata.get("members"),
         "calibration": _without_digests(metadata.get("calibration")),
-        "exposed_images": int(metadata.get("exposed_images", 0)),
+        "exposed_images": metadata.get("exposed_images"),  # None: not known
         "items_of_head_training": sum(name in fitted for name in joined.splits.tolist()),
     }
 

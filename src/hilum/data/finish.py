@@ -6,6 +6,7 @@ labels or splits changed needs no image decoded again.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ REFUSED: dict[str, Any] = {
 def finish_store(
     out: Path, manifest: Manifest, shards: Sequence[Shard], done: Sequence[Mapping[str, Any]], settings: Settings
 ) -> None:
-    """Make a store complete, and remove shards that its plan no longer has.
+    """Make a store complete, and remove shards that its plan no longer has and what killed builds left of markers.
 
     Args:
         out: the store folder, all its shards finished.
@@ -64,7 +65,8 @@ def finish_store(
     _write_index(out, manifest, stored, shards, settings, refused.height)
     current = {shard.name for shard in shards} | {f"{Path(shard.name).stem}.done" for shard in shards}
     for stale in (out / "shards").iterdir():
-        if stale.suffix in (".bin", ".done") and stale.name not in current:
+        left_by_a_kill = fnmatch(stale.name, ".*.done.*.tmp")
+        if left_by_a_kill or (stale.suffix in (".bin", ".done") and stale.name not in current):
             stale.unlink()
 
 

@@ -43,9 +43,16 @@ def mean_over_models(members: Sequence[Predictions]) -> Predictions:
         "thresholds": None,
         "calibration": None,
         "head_splits": sorted({split for m in members for split in m.metadata.get("head_splits", ())}) or None,
-        "exposed_images": max((m.metadata.get("exposed_images", 0) for m in members), default=0) or None,
+        "exposed_images": _most_exposed(members),
     }
     return first.replace(np.clip(average, lowest, highest), **metadata)
+
+
+def _most_exposed(members: Sequence[Predictions]) -> int | None:
+    """The largest count of images that a member has met; None where it is 0 and some member does not say."""
+    counts = [member.metadata.get("exposed_images") for member in members]
+    most = max((count for count in counts if count is not None), default=0)
+    return most if most or None not in counts else None
 
 
 def _check_member(first: Predictions, member: Predictions, number: int) -> None:

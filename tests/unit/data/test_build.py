@@ -182,6 +182,7 @@ def test_a_smaller_manifest_leaves_no_stale_shards(tmp_path):
     build_store(manifest_path, tmp_path / "store", encoding="raw", workers=1, **SMALL)
     manifest = read_manifest(manifest_path)
     write_manifest(Manifest(manifest.frame.head(9), manifest.findings, manifest.metadata), manifest_path)
+    (tmp_path / "store" / "shards" / ".00004-a.done.b788d67b.tmp").write_text("{")  # of a build that was killed
     build_store(manifest_path, tmp_path / "store", encoding="raw", workers=1, **SMALL)
     build_store(manifest_path, tmp_path / "fresh", encoding="raw", workers=1, **SMALL)
     assert contents(tmp_path / "store") == contents(tmp_path / "fresh")

@@ -91,5 +91,9 @@ def test_provenance_of_the_members_is_kept(made_up):
     metadata = mean_over_models([first, second]).metadata
     assert metadata["head_splits"] == ["train", "val"]
     assert metadata["exposed_images"] == 3
+    unknown = first.replace(first.probabilities, exposed_images=0)
+    assert "exposed_images" not in mean_over_models([unknown, second]).metadata
+    known = second.replace(second.probabilities, exposed_images=0)
+    assert mean_over_models([unknown, known]).metadata["exposed_images"] == 0
     assert "thresholds" not in metadata
     assert "model" not in metadata
