@@ -106,7 +106,8 @@ def render_report(
     if examples:
         shown = "".join(study(example, number) for number, example in enumerate(examples, 1))
         outlined = any(example.outlined for example in examples)
-        lead, controls = words.examples_lead(outlined), words.examples_controls(outlined)
+        mapped = any(part is not None for one in examples for finding in one.findings for part in finding.attention)
+        lead, controls = words.examples_lead(mapped, outlined), words.examples_controls(outlined) if mapped else ""
         parts.append(("examples", "Example studies", lead, controls + shown))
     parts.append(("reading", "How to read this page", "", words.READING))
     parts.append(("provenance", "Provenance", "", _provenance(metrics, given)))

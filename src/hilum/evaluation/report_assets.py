@@ -47,8 +47,15 @@ THRESHOLDS = (
 )
 
 
-def examples_lead(outlined: bool) -> str:
-    """What the example studies show; `outlined`: whether the data have outlines of lesions at all."""
+def examples_lead(mapped: bool, outlined: bool) -> str:
+    """What the example studies show.
+
+    Args:
+        mapped: some finding has an attention map.
+        outlined: the data have outlines of lesions.
+    """
+    if not mapped and not outlined:
+        return "Each study as it came, with the model's probabilities. This model has no attention to show."
     beside = "what is truly there (outline)." if outlined else "the same view: these data have no outlines of lesions."
     return (
         "Each study first as it came, with the model's probabilities; then, finding by finding, where the model read "

@@ -101,8 +101,10 @@ class PretrainConfig:
             raise ConfigError(f"keep: expected at least 2, found {self.keep}; the newest may turn out damaged.")
         if self.crops.global_crops != 2:
             raise ConfigError(f"crops.global_crops: the objective takes 2, found {self.crops.global_crops}.")
-        if self.workers < 0 or (self.threads is not None and self.threads < 1):
-            raise ConfigError(f"workers, threads: expected 0 or more, 1 or more; found {self.workers}, {self.threads}.")
+        if self.workers < 0:
+            raise ConfigError(f"workers: expected 0 or more, found {self.workers}.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads: expected at least 1, found {self.threads}.")
         if not 0 <= self.mask_ratio[0] <= self.mask_ratio[1] <= 1 or not 0 <= self.mask_probability <= 1:
             raise ConfigError(
                 f"mask_ratio {self.mask_ratio} and mask_probability {self.mask_probability}: expected shares in [0, 1]."
