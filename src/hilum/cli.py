@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `hilum --help` answers at once. A `Hilum
 refuses, becomes one line and exit status 1; a mistake in the options is exit status 2.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -299,6 +300,9 @@ def bench(
 
 def main() -> None:
     """Entry point of the `hilum` program."""
+    # Threads of torch that wait sleep instead of spinning: on a machine that does something else too, spinning made
+    # pretraining more than ten times slower. Read once, when torch is imported, so it stands here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except (HilumError, OSError) as error:  # what the system refuses (a permission, a full disk) is no fault of ours

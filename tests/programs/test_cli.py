@@ -117,3 +117,16 @@ def test_what_the_system_refuses_is_one_line_too(monkeypatch, capsys) -> None:
     monkeypatch.setattr("hilum.commands.bench.run", refuse)
     assert run(["bench", "crops"]) == 1
     assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'crops'\n"
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    found: list[str | None] = []
+    monkeypatch.setattr(cli, "app", lambda: found.append(cli.os.environ.get("OMP_WAIT_POLICY")))
+    cli.main()
+    assert found == [after]
