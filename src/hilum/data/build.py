@@ -101,7 +101,7 @@ def build_store(
         raise ConfigError(f"workers: expected at least 1 process, found {workers}.")
     manifest = read_manifest(Path(manifest_path))
     plan = _plan(manifest, _roots(manifest, roots or {}), settings, shard_bytes)
-    _check_folder(out, settings)
+    _check_folder(out, settings, {planned.dataset for planned in plan})
     mine = [number for number in range(len(plan)) if number % shard[1] == shard[0]]
     waiting = [number for number in mine if not _is_done(out, plan[number])]
     if waiting:
@@ -182,8 +182,8 @@ def _licences(manifest: Manifest) -> list[str]:
     return manifest.frame["licence_tag"].fill_null("").to_list()
 
 
-def _check_folder(out: Path, settings: Settings) -> None:
-    """A store of other settings is never overwritten."""
+def _check_folder(out: Path, settings: Settings, datasets: set[str]) -> None:
+    """A store of other settings, or of other data alone, is never overwritten."""
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out} is a file; expected a folder for the store.")
     if not (out / "store.json").exists():
@@ -199,6 +199,12 @@ def _check_folder(out: Path, settings: Settings) -> None:
     wanted = {"size": settings.size, "encoding": settings.encoding, "preprocess_id": settings.preprocess_id}
     if found != wanted:
         raise StoreError(f"{out} holds a store made with {found}; asked for {wanted}. Choose another --out.")
+    before = {shard["dataset"] for shard in header.get("shards", ())}
+    if before and datasets.isdisjoint(before):
+        raise StoreError(
+            f"{out} holds a store of {', '.join(sorted(before))}, none of which is in this manifest "
+            f"({', '.join(sorted(datasets))}): its shards would be removed. Choose another --out."
+        )
 
 
 def _marker(out: Path, planned: PlannedShard) -> Path:

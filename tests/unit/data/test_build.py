@@ -188,6 +188,18 @@ def test_a_smaller_manifest_leaves_no_stale_shards(tmp_path):
     assert contents(tmp_path / "store") == contents(tmp_path / "fresh")
 
 
+def test_a_store_of_other_data_is_not_replaced(tmp_path):
+    build_store(pool(tmp_path / "raw", 4), tmp_path / "store", encoding="raw", workers=1, **SMALL)
+    before = contents(tmp_path / "store")
+    manifest_path = pool(tmp_path / "other", 4)
+    manifest = read_manifest(manifest_path)
+    frame = manifest.frame.with_columns(dataset=pl.lit("another"))
+    write_manifest(Manifest(frame, manifest.findings, manifest.metadata), manifest_path)
+    with pytest.raises(StoreError, match="its shards would be removed"):
+        build_store(manifest_path, tmp_path / "store", encoding="raw", workers=1, **SMALL)
+    assert contents(tmp_path / "store") == before
+
+
 class StopError(Exception):
     """What interrupts a build in these tests."""
 
