@@ -13,7 +13,7 @@ hilum manifest "cxrlt=$OUT/phantoms" --out "$OUT/manifest.parquet"
 hilum audit "$OUT/manifest.parquet"
 hilum build "$OUT/manifest.parquet" --size 160 --encoding raw --out "$OUT/store"
 hilum pretrain laptop_128 --data "$OUT/store" --out "$OUT/pretraining"
-for backbone in "$OUT/pretraining" random:mini16; do
+for backbone in "$OUT/pretraining" random:demo16; do
   name=$(basename "${backbone%%:*}")
   hilum fit laptop_linear --data "$OUT/store" --backbone "$backbone" --out "$OUT/$name.model" resolution=128
   hilum predict "$OUT/$name.model" "$OUT/store:test" --raw --out "$OUT/$name.parquet"
