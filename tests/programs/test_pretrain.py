@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,6 +260,43 @@ def test_another_store_is_refused(straight: Path, tmp_path: Path) -> None:
 def test_settings_that_do_not_fit(data: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(dataclasses.replace(CONFIG, **changes), data, tmp_path / "run")
+
+
+def test_a_first_mistake_does_not_block_the_corrected_command(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, corrected = tmp_path / "run", dataclasses.replace(CONFIG, steps=1, seed=9)
+    for arguments in ({"data": tmp_path / "absent"}, {"data": data, "init": tmp_path / "absent"}):
+        with pytest.raises(HilumError, match="absent"):
+            run(CONFIG, out=out, **arguments)
+    with pytest.raises(ConfigError, match="more than the 22 images"):
+        run(dataclasses.replace(CONFIG, batch_size=23), data, out)
+    assert not (out / "config.yaml").exists()
+
+    def crash() -> None:
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            run(CONFIG, data, out)
+    assert read_yaml(PretrainConfig, out / "config.yaml") == CONFIG  # begun, and without a checkpoint
+    run(corrected, data, out, resume=False)
+    assert read_yaml(PretrainConfig, out / "config.yaml") == corrected
+    assert [line["step"] for line in lines(out)] == [1]
+
+
+def test_a_config_that_is_not_of_a_run_is_never_replaced(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("theme: dark\n")
+    with pytest.raises(ConfigError, match="theme"):
+        run(CONFIG, data, tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "theme: dark\n"
+
+
+def test_checkpoints_without_their_settings_are_refused(straight: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run", ignore=shutil.ignore_patterns("config.yaml"))
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        run(CONFIG, data, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

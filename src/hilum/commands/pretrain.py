@@ -85,7 +85,7 @@ def run(
         main = engine.rank == 0
         if main:
             held.enter_context(checkpoint.folder_lock(out))
-            _claim(config, out, resume)
+            _refuse_another_run(config, out, resume)
         engine.barrier()
 
         # Data: which images, in which order.
@@ -121,6 +121,8 @@ def run(
                 say(f"{out} is finished: {start} of {config.steps} steps.")
             return out
         if main:
+            if saved is None:  # everything fits: from here on the folder holds this run
+                write_yaml(out / CONFIG_NAME, config)
             _announce(config, architecture, student, pool, engine, start, init)
 
         schedules = config.schedules()
@@ -178,17 +180,19 @@ def run(
     return out
 
 
-def _claim(config: PretrainConfig, out: Path, resume: bool) -> None:
-    """Write the settings into a new run folder, or make sure that the run in it has the same."""
-    path = out / CONFIG_NAME
+def _refuse_another_run(config: PretrainConfig, out: Path, resume: bool) -> None:
+    """Make sure that a run in the folder has these settings; before its first checkpoint they may still change."""
+    path, begun = out / CONFIG_NAME, checkpoint.any_in(out / CHECKPOINTS)
     if not path.exists():
-        if (out / CHECKPOINTS).exists():
+        if begun:
             raise ConfigError(f"{out} has checkpoints and no {CONFIG_NAME}; restore it, or choose another folder.")
-        write_yaml(path, config)
+        return
+    earlier = read_yaml(PretrainConfig, path)  # an error where it is not ours, so that it is never replaced
+    if not begun:
         return
     if not resume:
         raise ConfigError(f"{out} already holds a run; choose another folder, or let it resume.")
-    before, now = _flat(to_dict(read_yaml(PretrainConfig, path))), _flat(to_dict(config))
+    before, now = _flat(to_dict(earlier)), _flat(to_dict(config))
     different = [key for key in now if before.get(key) != now[key] and key not in _MAY_CHANGE]
     if different:
         listed = "; ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in different)

@@ -131,6 +131,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step_*") if path.name[5:].isdigit()), reverse=True)
 
 
+def any_in(folder: Path) -> bool:
+    """Whether a folder has a checkpoint, whole or not."""
+    return bool(_checkpoints(folder))
+
+
 def load_newest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose hashes match; None when the folder has none at all.
 
