@@ -1,6 +1,7 @@
 """The whole way on a few phantoms, with the packages blocked that the core must not need."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -110,8 +111,37 @@ def test_the_report_shows_lesions_and_needs_nothing_else(finished: Path) -> None
     assert "https://" not in page
 
 
-def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
+def test_a_demo_writes_what_the_next_one_removes(finished: Path, tmp_path: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == sorted(demo.WRITES)
+    shutil.copytree(finished, tmp_path / "demo")
+    (tmp_path / "demo" / ".store.1f2e3d4c.tmp").mkdir()
+    (tmp_path / "demo" / "phantoms" / "notes.txt").write_text("mine")
+    demo._make_room(tmp_path / "demo")
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["phantoms"]  # write_phantoms replaces its own
+    assert (tmp_path / "demo" / "phantoms" / "notes.txt").exists()
+
+
+def test_another_persons_file_in_a_demo_keeps_all_of_it(finished: Path) -> None:
+    (finished / "thesis.txt").write_text("years of work")
+    try:
+        with pytest.raises(ConfigError, match=r"holds thesis\.txt: not a demo's own"):
+            demo.run(tiny_plan(), finished)
+        assert {path.name for path in finished.iterdir()} == {*demo.WRITES, "thesis.txt"}
+    finally:
+        (finished / "thesis.txt").unlink()
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "store"])
+def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("years of work")
     with pytest.raises(ConfigError, match="not a demo"):
         demo.run(tiny_plan(), tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / name).read_text() == "years of work"
+
+
+@pytest.mark.parametrize("out", ["file", "file/demo"])
+def test_a_file_is_no_place_for_a_demo(tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("years of work")
+    with pytest.raises(ConfigError, match="cannot be used as a folder"):
+        demo.run(tiny_plan(), tmp_path / out)
+    assert (tmp_path / "file").read_text() == "years of work"

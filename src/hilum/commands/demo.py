@@ -44,6 +44,13 @@ from hilum.heads.config import FitConfig
 from hilum.pretraining.config import PretrainConfig
 
 RESULTS_NAME, REPORT_NAME = "results.json", "report.html"
+WRITES = (
+    "phantoms", "manifest.parquet", "store", "pretraining", "pretraining_high", "linear", "model",
+    "uncalibrated.parquet", "test.parquet", "results.json", "report.html",
+)  # fmt: skip
+"""All that a demo leaves in its folder; the next one removes these and nothing else."""
+_UNFINISHED = tuple(f".{name}." for name in WRITES)
+"""How what a killed demo had not finished is called, before a random part and `.tmp`."""
 FORMAT = "hilum-demo-1"
 MINIMUM_POSITIVES = 10
 """Findings with fewer test positives are left out of macro means and listed."""
@@ -86,7 +93,7 @@ def run(plan: DemoPlan, out: Path, patients: int = 600, seed: int = 0) -> dict[s
     """Run everything; returns what `results.json` holds.
 
     Raises:
-        ConfigError: `out` holds something that is not an earlier demo.
+        ConfigError: `out` is a file, or holds something that is not of an earlier demo.
     """
     start = time.monotonic()
     out = Path(out)
@@ -136,12 +143,30 @@ def run(plan: DemoPlan, out: Path, patients: int = 600, seed: int = 0) -> dict[s
 
 
 def _make_room(out: Path) -> None:
-    """Remove an earlier demo; refuse to touch anything else."""
-    if out.exists() and any(out.iterdir()):
-        if not (out / "phantoms" / "phantom.json").exists():
-            raise ConfigError(f"{out} holds something that is not a demo. Choose another folder (--out).")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    """Remove what an earlier demo wrote, but for the phantoms, which replace themselves; refuse to touch anything else.
+
+    The phantoms' own record tells a demo from a folder of the same names.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = sorted(out.iterdir())
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be used as a folder: {error.strerror}. Choose another one.") from error
+    unfinished = [path for path in found if path.name.endswith(".tmp") and path.name.startswith(_UNFINISHED)]
+    written = [path for path in found if path.name in WRITES]
+    foreign = [path.name for path in found if path not in unfinished + written]
+    if foreign:
+        listed = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise ConfigError(
+            f"{out} holds {listed}: not a demo's own. Nothing was removed. Choose another folder (--out)."
+        )
+    if written and not (out / "phantoms" / "phantom.json").exists():
+        raise ConfigError(f"{out} holds something that is not a demo. Choose another folder (--out).")
+    for path in unfinished + written:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        elif path.name != "phantoms":
+            shutil.rmtree(path)
 
 
 def _heading(text: str, start: float) -> None:
