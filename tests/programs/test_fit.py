@@ -294,11 +294,23 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    ["stop_epoch=11", "stop_epoch=0", "loss=mse", "batch_size=0", "flip=2", "crop_scale=[0, 1]", "augmented_views=-1"],
-)
-def test_impossible_settings_are_refused(setting: str) -> None:
-    with pytest.raises(ConfigError):
+    [
+        "stop_epoch=11", "stop_epoch=0", "loss=mse", "batch_size=0", "flip=2", "crop_scale=[0, 1]",
+        "augmented_views=-1", "weight_decay=-1", "threads=0", "workers=-1", "resolution=0", "decoder_heads=0",
+        "decoder_heads=7", "decoder_dim=100", "decoder_dim=0", "decoder_feed_forward=0", "dropout=1", "dropout=-0.1",
+        "dropout=.nan", "learning_rates=[]", "learning_rates=[0]", "learning_rates=[-1e-3, 1e-3]",
+        "learning_rates=[1e-3, 1e-3]", "learning_rates=[.inf]", "learning_rates=[.nan]",
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_by_name(setting: str) -> None:
+    name = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match="decoder_dim" if setting == "decoder_heads=7" else name):
         override(FitConfig(), [setting])
+
+
+def test_settings_that_fit_only_together() -> None:
+    config = override(FitConfig(), ["decoder_dim=100", "decoder_heads=10", "stop_epoch=20", "refit_epochs=20"])
+    assert (config.decoder_dim, config.decoder_heads, config.stop_epoch) == (100, 10, 20)
 
 
 def test_a_broken_backbone_stops_before_anything_is_written(folder: Path, tmp_path: Path, monkeypatch) -> None:

@@ -19,12 +19,13 @@ Config = TypeVar("Config")
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
-    """Return a copy of a dataclass with `key=value` texts applied; values are read as YAML.
+    """Return a copy of a dataclass with `key=value` texts applied, all at once; values are read as YAML.
 
     Raises:
         ConfigError: not of the form key=value, or a value of the wrong type.
         UnknownNameError: a key that the configuration does not have.
     """
+    changes = {}
     for text in assignments:
         key, separator, value = text.partition("=")
         if not separator or not key:
@@ -33,26 +34,29 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
             parsed = yaml.safe_load(value) if value else ""
         except yaml.YAMLError as error:
             raise ConfigError(f"The value in {text!r} is not valid YAML: {error}.") from error
-        config = _replace(config, key.split("."), parsed, key)
-    return config
+        changes[tuple(key.split("."))] = parsed
+    return _replace(config, changes)
 
 
-def _replace(config: Any, path: list[str], value: Any, full_key: str) -> Any:
+def _replace(config: Any, changes: Mapping[tuple[str, ...], Any], where: str = "") -> Any:
+    """Apply all changes at once: some values fit only together."""
+    hints = get_type_hints(type(config))
     names = {field.name for field in dataclasses.fields(config)}
-    name, rest = path[0], path[1:]
-    if name not in names:
-        raise UnknownNameError(f"setting of {type(config).__name__}", name, names)
-    if rest:
-        inner = getattr(config, name)
-        if not dataclasses.is_dataclass(inner):
-            raise ConfigError(f"{full_key!r}: {name!r} has no settings of its own.")
-        return _rebuild(config, name, _replace(inner, rest, value, full_key))
-    return _rebuild(config, name, _convert(value, get_type_hints(type(config))[name], full_key))
-
-
-def _rebuild(config: Any, name: str, value: Any) -> Any:
+    replaced = {}
+    for name in dict.fromkeys(path[0] for path in changes):
+        if name not in names:
+            raise UnknownNameError(f"setting of {type(config).__name__}", name, names)
+        inner = {path[1:]: value for path, value in changes.items() if path[0] == name}
+        key, value = f"{where}{name}", getattr(config, name)
+        if () in inner:
+            value = _convert(inner.pop(()), hints[name], key)
+        if inner:
+            if not dataclasses.is_dataclass(value):
+                raise ConfigError(f"{'.'.join((key, *next(iter(inner))))!r}: {name!r} has no settings of its own.")
+            value = _replace(value, inner, f"{key}.")
+        replaced[name] = value
     try:
-        return dataclasses.replace(config, **{name: value})
+        return dataclasses.replace(config, **replaced)
     except ValueError as error:  # raised by a __post_init__ that checks ranges
         raise ConfigError(str(error)) from error
 

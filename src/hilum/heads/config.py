@@ -1,5 +1,6 @@
 """Settings of a head and its training; `commands/fit.py` runs them, `recipes.py` names them."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,22 +72,36 @@ class FitConfig:
     threads: int | None = None
     """CPU threads of torch; None leaves torch's choice. Another number changes results in the last bits."""
     workers: int = 2
-    """Threads that read images."""
+    """Threads that read images; 0: one, as 1."""
     seed: int = 0
     """Root of every random stream."""
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "search_epochs", "refit_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}.")
+        for name in (
+            "blocks", "search_epochs", "refit_epochs", "batch_size", "decoder_dim", "decoder_feed_forward",
+            "decoder_heads", "resolution", "threads",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {value}.")
+        for name in ("augmented_views", "weight_decay", "workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}.")
+        if self.decoder_dim % self.decoder_heads:
+            raise ConfigError(
+                f"decoder_dim: expected a multiple of {self.decoder_heads} heads, found {self.decoder_dim}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout: expected a probability in [0, 1), found {self.dropout}.")
+        rates = self.learning_rates
+        if not rates or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
+            raise ConfigError(f"learning_rates: expected one or more, positive and all different, found {list(rates)}.")
         if self.stop_epoch is not None and not 1 <= self.stop_epoch <= self.refit_epochs:
             raise ConfigError(f"stop_epoch: expected 1 to refit_epochs = {self.refit_epochs}, found {self.stop_epoch}.")
         if self.loss not in LOSSES:
             raise UnknownNameError("loss", self.loss, LOSSES)
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1 or not 0 <= self.flip <= 1:
             raise ConfigError(f"crop_scale {self.crop_scale} and flip {self.flip}: expected shares between 0 and 1.")
-        if self.augmented_views < 0 or self.weight_decay < 0:
-            raise ConfigError("augmented_views and weight_decay cannot be negative.")
 
     def describe_head(self, embed_dim: int, findings: int) -> HeadConfig:
         """The head on a backbone of that width."""

@@ -27,6 +27,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, found {self.steps}")
+        if self.stop is not None and self.stop > self.steps:
+            raise ValueError(f"stop must be at most {self.steps}, found {self.stop}")
 
 
 def test_overrides_reach_every_kind_of_field() -> None:
@@ -35,6 +37,20 @@ def test_overrides_reach_every_kind_of_field() -> None:
         ["steps=3", "flip=false", "kind=decoder", "rates=[1e-3]", "stop=2", "out=a/b", "optimiser.betas=[0.8, 0.9]"],
     )
     assert config == Settings(3, False, "decoder", (1e-3,), 2, Path("a/b"), Optimiser(betas=(0.8, 0.9)))
+
+
+@pytest.mark.parametrize("assignments", [["stop=20", "steps=30"], ["steps=30", "stop=20"]])
+def test_settings_that_fit_only_together_come_in_any_order(assignments: list[str]) -> None:
+    config = override(Settings(), assignments)
+    assert (config.steps, config.stop) == (30, 20)
+    with pytest.raises(ConfigError, match="stop must be at most 10"):
+        override(Settings(), ["stop=20"])
+
+
+def test_of_two_values_the_last_one_counts_and_a_group_may_be_given_whole() -> None:
+    assert override(Settings(), ["steps=3", "steps=4"]).steps == 4
+    both = override(Settings(), ["optimiser={rate: 0.5}", "optimiser.betas=[0, 0.5]"])
+    assert both.optimiser == Optimiser(0.5, (0.0, 0.5))
 
 
 def test_numbers_without_a_point_are_floats() -> None:
