@@ -126,23 +126,6 @@ def random_resized_crop(
     return resize(pixels[top : top + height, left : left + width], size, size)
 
 
-def training_crop(
-    pixels: UInt8[np.ndarray, "H W"], size: int, rng: np.random.Generator, flip: float = 0.5
-) -> UInt8[np.ndarray, "size size"]:
-    """The view that heads are trained on: random resized crop of 0.75 to 1 of the area, and a horizontal flip.
-
-    Source: RPIDIAL/CheXFound, head training (its per-crop min-max is not repeated).
-
-    Args:
-        pixels: a decoded image or stored record.
-        size: side of the result, pixels.
-        rng: draws the box and the flip.
-        flip: probability of the flip; 0 keeps laterality.
-    """
-    crop = random_resized_crop(pixels, size, (0.75, 1.0), (3 / 4, 4 / 3), rng)
-    return np.ascontiguousarray(crop[:, ::-1]) if rng.random() < flip else np.ascontiguousarray(crop)
-
-
 def evaluation_crop(pixels: UInt8[np.ndarray, "H W"], size: int) -> UInt8[np.ndarray, "size size"]:
     """Shorter side to `size`, then the centre square."""
     rows, columns = pixels.shape

@@ -15,7 +15,6 @@ from hilum.data.transforms import (
     random_resized_crop,
     resize,
     shrink,
-    training_crop,
 )
 
 SCALE, RATIO = (0.32, 1.0), (3 / 4, 4 / 3)
@@ -156,15 +155,6 @@ def test_random_crops_are_repeatable_and_square() -> None:
     assert first.shape == (48, 48)
     assert np.array_equal(first, random_resized_crop(pixels, 48, (0.75, 1.0), RATIO, stream(3, "crop")))
     assert not np.array_equal(first, random_resized_crop(pixels, 48, (0.75, 1.0), RATIO, stream(4, "crop")))
-
-
-def test_training_crops_flip_as_often_as_asked() -> None:
-    ramp = np.tile(np.arange(200, dtype=np.uint8), (200, 1))
-    rng = stream(0, "flips")
-    flipped = [int(crop[0, 0]) > int(crop[0, -1]) for crop in (training_crop(ramp, 32, rng) for _ in range(600))]
-    assert 0.43 < np.mean(flipped) < 0.57
-    never = [training_crop(ramp, 32, rng, flip=0.0) for _ in range(50)]
-    assert all(crop[0, 0] < crop[0, -1] for crop in never)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 101), (131, 64), (30, 50), (64, 65)])
