@@ -193,7 +193,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
     device: Device = "auto",
     shard: Annotated[
-        str | None, typer.Option(help="i/n: job i of n, counted from 1, as in 1/8; a study is never divided.")
+        str | None, typer.Option(help="i/n: job i of n, counted from 0, as in 0/8; a study is never divided.")
     ] = None,
 ) -> None:
     """Findings for images or a split of a store, as Parquet, CSV or JSON."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hilum.core.config import parse_shard
 from hilum.core.errors import ConfigError, StoreError
 from hilum.core.tracking import duration, next_step, say
 from hilum.data.build import BuildSummary, build_store
@@ -28,7 +29,7 @@ def run(
         out: the store folder.
         size: pixels of the shorter side.
         encoding: jpeg95, png or raw.
-        shard: "i/n", job i (from 0) of n.
+        shard: "i/n", job i of n, counted from 0.
         workers: decoding processes.
         roots: KEY=FOLDER, where the images of a root are now.
         budget: share of refused images above which the command fails.
@@ -39,7 +40,7 @@ def run(
     """
     if not 0 <= budget <= 1:
         raise ConfigError(f"--budget: expected a share between 0 and 1, found {budget}.")
-    summary = build_store(manifest, out, size, encoding, workers, _part(shard), _roots(roots))
+    summary = build_store(manifest, out, size, encoding, workers, parse_shard(shard), _roots(roots))
     for line in describe(summary):
         say(line)
     if summary.refused_share > budget:
@@ -69,15 +70,6 @@ def describe(summary: BuildSummary) -> list[str]:
     lines += [f"  refused, {reason}: {count}" for reason, count in sorted(summary.quarantined.items())]
     lines += [f"  stored, flagged {flag}: {count}" for flag, count in sorted(summary.flagged.items())]
     return lines
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return 0, 1
-    first, separator, second = text.partition("/")
-    if not separator or not first.isdecimal() or not second.isdecimal():
-        raise ConfigError(f"--shard: expected i/n, for example 0/8, found {text!r}.")
-    return int(first), int(second)
 
 
 def _roots(assignments: Sequence[str]) -> Mapping[str, Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hilum.core.config import parse_shard
 from hilum.core.errors import ConfigError, EmptyStudyError, ImageError, UnknownNameError
 from hilum.core.files import write_text
 from hilum.core.tracking import next_step, progress, say, warn
@@ -48,7 +49,7 @@ def run(
         study: "mean": one row per study, calibrated as studies are; None: one row per image.
         batch_size: images at a time.
         device: auto, cpu or cuda.
-        shard: "i/n": the i-th (from 1) of n parts; a study is never divided.
+        shard: "i/n", job i of n, counted from 0; a study is never divided.
 
     Raises:
         ConfigError: inputs or options that mean nothing.
@@ -65,7 +66,7 @@ def run(
     loaded = load(model, device)
     found = resolve(inputs)
     identity = store_identity(found.store, found.indices) if found.store else found.identity()
-    part = _part(identity, shard)
+    part = _part(identity, *parse_shard(shard))
     identity = {name: column[part] for name, column in identity.items()}
     unit = "image" if study is None else "study"
     total = len(part)
@@ -85,17 +86,11 @@ def run(
     )
 
 
-def _part(identity: dict[str, np.ndarray], shard: str | None) -> np.ndarray:
+def _part(identity: dict[str, np.ndarray], job: int, jobs: int) -> np.ndarray:
     """Positions of this job's images; all images of a study go to one job."""
-    count = len(identity["image_uid"])
-    if shard is None:
-        return np.arange(count)
-    number, slash, jobs = shard.partition("/")
-    if not slash or not number.isdigit() or not jobs.isdigit() or not 1 <= int(number) <= int(jobs):
-        raise ConfigError(f"--shard {shard!r}: expected i/n with 1 <= i <= n, for example 1/4.")
     names = ("dataset", "patient_id", "study_id", "image_uid")
     studies = study_uids(*(identity[name] for name in names))
-    return np.flatnonzero([zlib.crc32(uid.encode()) % int(jobs) == int(number) - 1 for uid in studies.tolist()])
+    return np.flatnonzero([zlib.crc32(uid.encode()) % jobs == job for uid in studies.tolist()])
 
 
 def _predict_files(

@@ -1,7 +1,8 @@
 """Configurations are frozen dataclasses; this module edits them from `key=value`, and reads and writes YAML.
 
 An unknown key is an error that names the nearest field. Field types supported: bool, int, float, str, Path,
-tuples of those, `X | None`, Literal, and nested dataclasses (`optimiser.learning_rate=1e-4`).
+tuples of those, `X | None`, Literal, and nested dataclasses (`optimiser.learning_rate=1e-4`). Also here: the
+option --shard, which two commands share.
 """
 
 import dataclasses
@@ -107,6 +108,18 @@ def read_yaml(kind: type[Config], path: Path) -> Config:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}.")
     return from_dict(kind, values)
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Read the option --shard: "i/n" is job i of n, counted from 0; None is the only job, (0, 1).
+
+    Raises:
+        ConfigError: not of that form, or no job of that number.
+    """
+    job, slash, jobs = ("0", "/", "1") if text is None else text.partition("/")
+    if not slash or not job.isdecimal() or not jobs.isdecimal() or not int(job) < int(jobs):
+        raise ConfigError(f"--shard: expected i/n with 0 <= i < n, as in 0/8, found {text!r}.")
+    return int(job), int(jobs)
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:

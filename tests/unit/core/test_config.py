@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from hilum.core.config import from_dict, override, read_yaml, to_dict, write_yaml
+from hilum.core.config import from_dict, override, parse_shard, read_yaml, to_dict, write_yaml
 from hilum.core.errors import ConfigError, UnknownNameError
 
 
@@ -89,3 +89,13 @@ def test_unreadable_yaml_is_a_config_error(tmp_path: Path) -> None:
         read_yaml(Settings, tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_yaml(Settings, tmp_path / "none.yaml")
+
+
+def test_jobs_are_counted_from_0() -> None:
+    assert [parse_shard(text) for text in ("0/8", "7/8", "0/1", None)] == [(0, 8), (7, 8), (0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("text", ["8/8", "9/8", "-1/8", "0/0", "3", "a/b", "1/", "/2", "1/2/3", "\u00b2/3", ""])
+def test_a_job_that_is_none_of_them_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--shard: expected i/n with 0 <= i < n, as in 0/8"):
+        parse_shard(text)
