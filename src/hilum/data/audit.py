@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from hilum.core.files import sha256_file
+from hilum.core.intervals import wilson_interval
 from hilum.core.tracking import progress
 from hilum.core.types import NEGATIVE, POSITIVE
 from hilum.data.labels import COMPATIBLE_WITH_NORMAL, IMPLIES, NORMAL_NAMES
@@ -23,7 +24,6 @@ FEW_POSITIVES = 30
 """Below this many positives an average precision says little (its interval is wide)."""
 EXAMPLES = 3
 SHOWN_FINDINGS = 8
-Z_95 = 1.959963984540054
 
 IDENTITIES: dict[str, tuple[str, ...]] = {
     "patient": ("dataset", "patient_id"),
@@ -242,16 +242,6 @@ def positives_table(manifest: Manifest) -> pl.DataFrame:
         "prevalence": pl.Float64, "low": pl.Float64, "high": pl.Float64,
     }  # fmt: skip
     return pl.DataFrame(rows, schema=schema, orient="row")
-
-
-def wilson_interval(positives: int, total: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927); (0, 1) where nothing was counted."""
-    if total == 0:
-        return 0.0, 1.0
-    share, weight = positives / total, Z_95**2 / total
-    centre = (share + weight / 2) / (1 + weight)
-    half = Z_95 * float(np.sqrt(share * (1 - share) / total + weight / (4 * total))) / (1 + weight)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _largest(totals: dict[str, int], count: int = 5) -> list[tuple[str, int]]:

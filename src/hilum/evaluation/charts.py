@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from hilum.core.intervals import wilson_interval
 from hilum.evaluation.curves import FindingCurve
 from hilum.evaluation.markup import attributes, decimal, text
 from hilum.evaluation.tracks import Position
@@ -223,7 +224,7 @@ def _dots(curve: FindingCurve, frame: _Frame, *, hollow: bool, linked: bool) -> 
         if hollow:
             parts.append(f'<circle class="dot before" cx="{_n(x)}" cy="{_n(y)}" r="{radius}"/>')
             continue
-        low, high = _wilson(float(curve.observed[k]), n)
+        low, high = wilson_interval(float(curve.observed[k]) * n, n)
         numbers = f"predicted {curve.predicted[k]:.3f}, observed {curve.observed[k]:.3f}, n = {n}"
         parts.append(
             f'<line class="whisker" x1="{_n(x)}" x2="{_n(x)}" y1="{_n(frame.y(low))}" y2="{_n(frame.y(high))}"/>'
@@ -251,13 +252,6 @@ def _count_bars(curve: FindingCurve, frame: _Frame) -> list[str]:
         )
     parts.append(f'<text x="{frame.left - 5}" y="{top + height}" text-anchor="end">n</text>')
     return parts
-
-
-def _wilson(observed: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): sensible at 0, at 1 and for few items."""
-    centre = (observed + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(observed * (1 - observed) / n + z * z / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def _ends(values: Sequence[Float[np.ndarray, " _"]], margin: float = 0.0) -> tuple[float, float]:

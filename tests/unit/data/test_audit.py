@@ -3,7 +3,7 @@
 import polars as pl
 import pytest
 
-from hilum.data.audit import audit, positives_table, wilson_interval
+from hilum.data.audit import audit, positives_table
 from hilum.data.schema import Manifest, complete
 
 FINDINGS = ("Atelectasis", "Fracture", "Normal", "Rib Fracture", "Support Devices")
@@ -152,17 +152,3 @@ def test_positives_by_hand():
     manifest = with_value(table(), "label.Atelectasis", 118, -1)
     rows = positives_table(manifest).filter(pl.col("finding") == "Atelectasis")
     assert rows.select("split", "known", "positives").rows() == [("train", 80, 40), ("val", 20, 10), ("test", 19, 9)]
-
-
-@pytest.mark.parametrize(
-    ("positives", "total", "low", "high"),
-    [
-        (0, 10, 0.0, 0.27753),
-        (5, 10, 0.23659, 0.76341),
-        (10, 10, 0.72247, 1.0),
-        (1, 100, 0.00177, 0.05449),
-        (0, 0, 0, 1),
-    ],
-)
-def test_wilson_interval_against_published_values(positives, total, low, high):
-    assert wilson_interval(positives, total) == pytest.approx((low, high), abs=1e-5)
