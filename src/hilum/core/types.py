@@ -1,8 +1,10 @@
-"""Names shared by all layers: the legend of dimensions, label codes, views, splits. No torch here.
+"""Names shared by all layers: the legend of dimensions, label codes, views, splits, identities. No torch, no polars.
 
 Dimensions in shape strings: B batch, V views of a study, N patch tokens, D embedding, C findings, Q queries,
 R registers, H W pixels (height first), P patch size, K prototypes, M masked tokens, G / L global and local crops.
 """
+
+import hashlib
 
 POSITIVE, NEGATIVE, UNKNOWN, UNCERTAIN = 1, 0, -1, -2
 """Label codes (int8). UNKNOWN: not annotated. UNCERTAIN: the source itself says uncertain."""
@@ -14,8 +16,18 @@ FRONTAL_VIEWS = frozenset({"PA", "AP", "AP_SUPINE"})
 
 SPLITS: tuple[str, ...] = ("train", "val", "test", "")
 """An image with split "" belongs to none: it is stored, and used for nothing that looks at labels."""
+SPLIT_NAMES = {
+    "train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
+    "development": "val", "test": "test",
+}  # fmt: skip
+"""What people call splits in tables of their own."""
 
 STAGES: tuple[str, ...] = ("raw", "study", "ensemble", "calibrated")
 UNITS: tuple[str, ...] = ("image", "study")
 
 RESEARCH_NOTICE = "Research use only; not a medical device. Not for diagnosis, triage or patient management."
+
+
+def image_uid(dataset: str, source_id: str) -> str:
+    """16 hex digits that name an image for good: a function of its dataset and the source's own id alone."""
+    return hashlib.sha256(f"{dataset}\x1f{source_id}".encode()).hexdigest()[:16]

@@ -12,10 +12,10 @@ import numpy as np
 import polars as pl
 
 from hilum.core.errors import ConfigError, UnknownNameError
-from hilum.core.types import UNKNOWN
+from hilum.core.types import UNKNOWN, image_uid
 from hilum.data.labels import FINDING_SETS, canonical, ordered
 from hilum.data.rows import BlankPolicy, SourceOptions, SourceRows, UncertainPolicy, check_dataset_name
-from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, image_uid, label_column
+from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, label_column
 from hilum.data.sources import cxrlt, folder, nih
 from hilum.data.splits import assign, check_fractions, mark_ssl
 from hilum.data.views import is_frontal, view_of

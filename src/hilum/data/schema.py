@@ -5,7 +5,6 @@ a manifest invalid; it does not know datasets (`sources/`), splits (`splits`) or
 The meaning of every column is in docs/reference/manifest.md.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import polars as pl
 from hilum.core.errors import LeakageError, ManifestError, MissingColumnError, PathError, UnknownLabelError
 from hilum.core.files import write_bytes
 from hilum.core.types import NEGATIVE, POSITIVE, SPLITS, UNCERTAIN, UNKNOWN, VIEWS
+from hilum.core.types import image_uid as image_uid  # how the column of that name is made
 from hilum.data.labels import findings_hash
 
 SCHEMA_VERSION = "hilum-manifest-1"
@@ -115,11 +115,6 @@ class Manifest:
 def label_column(finding: str) -> str:
     """Name of the column that holds a finding."""
     return f"{LABEL_PREFIX}{finding}"
-
-
-def image_uid(dataset: str, source_id: str) -> str:
-    """16 hex digits that name an image for good: a function of its dataset and the source's own id alone."""
-    return hashlib.sha256(f"{dataset}\x1f{source_id}".encode()).hexdigest()[:16]
 
 
 def complete(frame: pl.DataFrame, findings: Sequence[str]) -> pl.DataFrame:

@@ -25,17 +25,12 @@ from jaxtyping import Int, UInt8
 
 from hilum.core.errors import ConfigError, StoreError, UnknownNameError
 from hilum.core.files import read_json
-from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
+from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN, image_uid
 from hilum.data.shards import ENCODINGS, FORMAT, PREPROCESS_ID, Shard, decode, encode, new_shard, write_index
 
 Indices = Iterable[int] | Int[np.ndarray, " _"]
 """Positions of images in a store."""
 _OPEN_SHARDS = 256
-
-
-def uid_of(dataset: str, source_id: str) -> str:
-    """The identity of an image: the first 16 hex digits of SHA-256 over dataset, unit separator, source id."""
-    return hashlib.sha256(f"{dataset}\x1f{source_id}".encode()).hexdigest()[:16]
 
 
 class _Descriptor:
@@ -318,7 +313,7 @@ def write_arrays(
     for name, column in columns.items():
         if len(column) != count:
             raise ConfigError(f"{name}: expected {count} entries, one per image; found {len(column)}.")
-    columns["uid"] = [uid_of(dataset, identity) for dataset, identity in zip(names, identities, strict=True)]
+    columns["uid"] = [image_uid(dataset, identity) for dataset, identity in zip(names, identities, strict=True)]
     if len(set(columns["uid"])) != count:
         raise ConfigError("image_ids: two images of one dataset have the same id.")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from hilum.core.errors import ConfigError, ImageError, MissingColumnError, UnknownNameError
-from hilum.core.types import SPLITS, VIEWS
+from hilum.core.types import SPLITS, VIEWS, image_uid
 from hilum.data.images import kind_of, read_dicom_header
-from hilum.data.store import Store, uid_of
+from hilum.data.store import Store
 
 DATASET = "files"
 SUFFIXES = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg"})
@@ -37,7 +37,7 @@ class FileImage:
     @property
     def uid(self) -> str:
         """Identity in a prediction table."""
-        return uid_of(DATASET, self.image_id)
+        return image_uid(DATASET, self.image_id)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from hilum.core.errors import CheckpointError, EmptyStudyError, PreprocessingMismatchError, UnsupportedImageError
-from hilum.core.types import RESEARCH_NOTICE
+from hilum.core.types import RESEARCH_NOTICE, image_uid
 from hilum.data.images import read_image, shrink
-from hilum.data.store import Indices, Store, uid_of
+from hilum.data.store import Indices, Store
 from hilum.deploy import model_files as files
 from hilum.deploy.network import Network, Read, choose_device, raw_probabilities, store_identity
 from hilum.evaluation.ensemble import mean_over_models
@@ -302,7 +302,7 @@ def _as_study(probabilities: np.ndarray, pixels: Sequence[np.ndarray], findings:
     count = len(pixels)
     content = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
     ranks = np.argsort(np.argsort(content, kind="stable"))
-    study = uid_of("study", "".join(sorted(content)))
+    study = image_uid("study", "".join(sorted(content)))
     empty = np.full(count, "", dtype=str)
     return Predictions(
         image_uid=np.array([f"{rank:016d}" for rank in ranks]), image_id=empty,

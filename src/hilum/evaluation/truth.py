@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hilum.core.errors import PredictionError, UnknownLabelError
-from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
+from hilum.core.types import NEGATIVE, POSITIVE, SPLIT_NAMES, UNCERTAIN, UNKNOWN
 from hilum.data.labels import frequency_groups
 
 IMAGE_ID_COLUMNS = ("image_id", "dicom_id", "ImageID", "Image Index", "id")
@@ -21,7 +21,8 @@ OTHER_COLUMNS = frozenset(
      "fpath", "StudyDate_DICOM", "sex", "age", *IMAGE_ID_COLUMNS, *PATIENT_COLUMNS}
 )  # fmt: skip
 """Columns of a plain CSV that hold no label; every other column must hold 0, 1 or nothing."""
-SPLIT_NAMES = {"development": "val", "validate": "val", "valid": "val", "validation": "val", "training": "train"}
+SPLIT_CELLS = {**SPLIT_NAMES, "training": "train"}
+"""Any other name of a split stays as it is."""
 CELLS = {"1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE, "": UNKNOWN, "-1": UNKNOWN, "-1.0": UNKNOWN,
          "-2": UNCERTAIN, "-2.0": UNCERTAIN}  # fmt: skip
 
@@ -123,6 +124,6 @@ def _read_csv(path: Path) -> Truth:
                 "columns that hold no labels."
             )
         labels[:, index] = [CELLS[cell] for cell in cells]
-    split = np.array([SPLIT_NAMES.get(name, name) for name in column("split").tolist()], dtype=str)
+    split = np.array([SPLIT_CELLS.get(name, name) for name in column("split").tolist()], dtype=str)
     patient_id, dataset = column(*PATIENT_COLUMNS), column("dataset")
     return Truth(str(path), findings, labels, image_uid, image_id, study_id, patient_id, dataset, split)

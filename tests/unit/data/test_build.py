@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hilum.core.errors import ConfigError, LeakageError, ManifestError, StoreError, UnknownNameError
+from hilum.core.types import image_uid
 from hilum.data import build as build_module
 from hilum.data import decoding
 from hilum.data.build import BuildSummary, build_store
 from hilum.data.decoding import Decoders, Settings, Task
 from hilum.data.images import read_image
-from hilum.data.schema import Manifest, complete, image_uid, label_column, read_manifest, write_manifest
+from hilum.data.schema import Manifest, complete, label_column, read_manifest, write_manifest
 from hilum.data.store import Store
 
 FINDINGS = ("Edema", "Pleural Effusion")

@@ -8,9 +8,10 @@ import polars as pl
 import pytest
 
 from hilum.core.errors import ConfigError, LeakageError, UnknownNameError
+from hilum.core.types import image_uid
 from hilum.data.labels import CXRLT_2024_TASK1, FINDING_SETS, findings_hash, frequency_groups, ordered
 from hilum.data.manifest import SOURCES, ManifestOptions, build_manifest, parse_folders, parse_source
-from hilum.data.schema import image_uid, read_manifest, write_manifest
+from hilum.data.schema import read_manifest, write_manifest
 
 
 @pytest.fixture

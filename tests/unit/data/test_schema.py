@@ -1,6 +1,5 @@
 """The manifest file: what is written comes back, and each kind of inconsistency has its own error."""
 
-import hashlib
 import json
 import multiprocessing
 import resource
@@ -12,7 +11,7 @@ import polars as pl
 import pytest
 
 from hilum.core.errors import HilumError, LeakageError, ManifestError, MissingColumnError, PathError, UnknownLabelError
-from hilum.data.schema import COLUMNS, SCHEMA_VERSION, Manifest, complete, image_uid, read_manifest, write_manifest
+from hilum.data.schema import COLUMNS, SCHEMA_VERSION, Manifest, complete, read_manifest, write_manifest
 
 FINDINGS = ("Edema", "Normal")
 
@@ -52,10 +51,6 @@ def test_round_trip_keeps_rows_types_findings_and_unknown_columns(tmp_path):
 
 def test_all_documented_columns_are_there():
     assert set(COLUMNS) <= set(small().frame.columns)
-
-
-def test_image_uid_is_the_documented_hash():
-    assert image_uid("nih", "00000001_000.png") == hashlib.sha256(b"nih\x1f00000001_000.png").hexdigest()[:16]
 
 
 def test_the_header_is_readable_without_hilum(tmp_path):

@@ -126,6 +126,14 @@ def test_one_table_of_45_labels_with_a_split_column(make):
     assert rows.frame["label.Bulla"].to_list() == [0, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("name", ["validation", "valid", "training", ""])
+def test_a_split_name_that_is_not_of_this_dataset_is_refused(make, name):
+    header, *rows = table(TRAIN, CXRLT_2024_TASK1).splitlines()
+    lines = [f"{header},split", *(f"{row},{name}" for row in rows)]
+    with pytest.raises(ManifestError, match=f"column 'split' holds '{name}'"):
+        cxrlt.read(make({"labels.csv": "\n".join(lines) + "\n"}))
+
+
 def test_task_3_is_joined_by_id_and_task_2_is_left_out(make):
     files = release_2024() | {
         "test_labeled_task3.csv": table(TEST, CXRLT_2024_TASK3, positive={("d5", "Scoliosis")}),

@@ -128,6 +128,7 @@ def test_a_named_study_stays_together_without_a_patient(make):
         ("path,Edema,edema\n1.png,1,1\n2.png,1,1\n", ManifestError, "two columns for Edema"),
         ("path,patient_id\n1.png,1\n2.png,\n", ManifestError, "row 3: 'patient_id' is empty"),
         ("path,split\n1.png,train\n2.png,holdout\n", ManifestError, "row 3: column 'split' holds 'holdout'"),
+        ("path,split\n1.png,training\n", ManifestError, "row 2: column 'split' holds 'training'"),
         ("path,study_id\n1.png,a\n,b\n", EmptyStudyError, "row 3: 'path' is empty"),
         ("path,study_id\n1.png,a\n3.png,b\n", EmptyStudyError, "1 studies have no image left"),
         ("path,Edema\n1.png,1\n3.png,0\n", PathError, r"1 of 2 .*labels\.csv row 3"),

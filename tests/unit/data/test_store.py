@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from hilum.core.errors import ConfigError, StoreError, UnknownNameError
+from hilum.core.types import image_uid
 from hilum.data import store as store_module
-from hilum.data.schema import image_uid
 from hilum.data.shards import ENCODINGS, decode, encode, new_shard
 from hilum.data.store import Store, write_arrays
 

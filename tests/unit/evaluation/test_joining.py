@@ -63,6 +63,13 @@ def test_duplicate_label_rows_are_refused(tmp_path, made_up):
         join(truth, table)
 
 
+def test_names_of_splits(tmp_path, made_up):
+    table, labels = made_up()
+    names = ["dev", "development", "valid", "val", "training", "train", "test", "fold 3", "", "Dev"]
+    truth = read_truth(write_csv(tmp_path / "l.csv", table, labels, split=np.array(names * 6)))
+    assert truth.split[:10].tolist() == ["val"] * 4 + ["train"] * 2 + ["test", "fold 3", "", "Dev"]
+
+
 def test_splits_select_and_must_be_predicted_whole(tmp_path, made_up):
     table, labels = made_up()
     split = np.where(np.arange(60) < 20, "development", "test")

@@ -39,7 +39,8 @@ TASK3_FILES = ("development_labeled_task3.csv", "test_labeled_task3.csv")
 TASK2_FILES = ("development_labeled_task2.csv", "test_labeled_task2.csv")
 WHOLE = "labels.csv"
 """2024's one table of all images: 45 labels and a column `split`."""
-SPLIT_NAMES = {"train": "train", "development": "val", "dev": "val", "validate": "val", "val": "val", "test": "test"}
+# Narrower than core.types.SPLIT_NAMES: a table of one known dataset; another word there means another table.
+SPLIT_CELLS = {"train": "train", "development": "val", "dev": "val", "validate": "val", "val": "val", "test": "test"}
 IDS = ("dicom_id", "subject_id", "study_id")
 VIEW_COLUMNS = {"ViewPosition": "stated", "ViewCodeSequence_CodeMeaning": "derived"}
 NOT_LABELS = (*IDS, *VIEW_COLUMNS, "path", "fpath", "split", "Unnamed: 0")
@@ -137,8 +138,8 @@ def _rows(table: Table, split: str | None) -> pl.DataFrame:
         require(list(columns.values()), complete, path)
     if split is None:
         names = frame["split"].str.to_lowercase().alias("split")
-        check_values(names, SPLIT_NAMES, path, ManifestError)
-        official = names.replace_strict(SPLIT_NAMES, return_dtype=pl.String)
+        check_values(names, SPLIT_CELLS, path, ManifestError)
+        official = names.replace_strict(SPLIT_CELLS, return_dtype=pl.String)
     else:
         official = pl.repeat(split, frame.height, eager=True)
     views = {origin: pl.col(name) for name, origin in VIEW_COLUMNS.items() if name in table.columns}

@@ -13,6 +13,7 @@ import polars as pl
 
 from hilum.core.errors import EmptyStudyError, ImageError, ManifestError, PathError
 from hilum.core.tracking import progress
+from hilum.core.types import SPLIT_NAMES
 from hilum.data.labels import canonical, ordered
 from hilum.data.rows import (
     Scan,
@@ -39,10 +40,7 @@ HEADER_FIELDS = {
     "age_raw": "PatientAge",
 }
 RESERVED = ("path", "patient_id", "study_id", "view", "split", "sex", "age")
-SPLIT_NAMES = {
-    "train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
-    "development": "val", "test": "test", "": "",
-}  # fmt: skip
+SPLIT_CELLS = {**SPLIT_NAMES, "": ""}
 LABEL_CELLS = {"1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": "-1", "-1.0": "-1", "": ""}
 
 
@@ -154,8 +152,8 @@ def _check_findings(frame: pl.DataFrame, columns: dict[str, str], path: Path) ->
 def _rename(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
     if "split" in frame.columns:
         split = frame["split"].str.strip_chars().str.to_lowercase().alias("split")
-        check_values(split, SPLIT_NAMES, path, ManifestError)
-        official = split.replace_strict(SPLIT_NAMES, return_dtype=pl.String)
+        check_values(split, SPLIT_CELLS, path, ManifestError)
+        official = split.replace_strict(SPLIT_CELLS, return_dtype=pl.String)
         frame = frame.with_columns(split_official=official).drop("split")
     return frame.rename({"age": "age_raw", "view": "view_raw"}, strict=False)
 
