@@ -4,7 +4,6 @@ Images of a store come in as uint8 squares; features go out in float32. The back
 gradient reaches it. Heads, losses and scores live elsewhere.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from hilum.backbones.vit import VisionTransformer
 from hilum.core.errors import ConfigError
+from hilum.core.memory import usable_memory
 from hilum.core.seeding import stream
 from hilum.data.store import Store
 from hilum.data.transforms import Preprocessing, evaluation_crop, normalise, random_resized_crop
@@ -27,7 +27,7 @@ EVALUATION = -1
 """The view number of the centre crop; 0 and up are augmented views."""
 BATCHES_AHEAD = 2
 LARGEST_CACHE = 0.7
-"""Share of the machine's memory that a cache may take."""
+"""Share of the usable memory that a cache may take."""
 
 
 class Features(NamedTuple):
@@ -143,7 +143,7 @@ class FeatureSource:
         device: where features are computed and handed out.
 
     Raises:
-        ConfigError: a cache that would take most of this machine's memory.
+        ConfigError: a cache that would take most of the memory there is.
     """
 
     def __init__(
@@ -203,12 +203,12 @@ class FeatureSource:
         return self.images * views * values * self.cache_dtype.itemsize
 
     def _check_memory(self) -> None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = usable_memory()
         if self.cache_bytes > LARGEST_CACHE * memory:
             raise ConfigError(
                 f"A cache of {self.cached_views} augmented views of {self.images} images takes "
-                f"{self.cache_bytes / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB. Lower augmented_views "
-                "(0 recomputes features each epoch), or use cache_dtype=float16."
+                f"{self.cache_bytes / 1e9:.1f} GB; this machine or container has {memory / 1e9:.1f} GB. Lower "
+                "augmented_views (0 recomputes features each epoch), or use cache_dtype=float16."
             )
 
     def _view(self, view: int, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Features]]:

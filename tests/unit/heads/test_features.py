@@ -113,11 +113,11 @@ def test_flips_happen_as_often_as_asked(store: Store, backbone: VisionTransforme
     assert 70 < count < 130
 
 
-def test_a_cache_larger_than_the_machine_is_refused(store: Store, backbone: VisionTransformer, monkeypatch) -> None:
+def test_a_cache_larger_than_the_memory_is_refused(store: Store, backbone: VisionTransformer, monkeypatch) -> None:
     source = make(store, backbone, cached_views=3)
     assert source.cache_bytes == 8 * 4 * 4 * (2 * 8 * (4 + 1) + 8)
     assert make(store, backbone).cache_bytes == 0
-    monkeypatch.setattr(module.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(module, "usable_memory", lambda: 10_000)
     with pytest.raises(ConfigError, match="Lower augmented_views"):
         make(store, backbone, cached_views=3)
 
