@@ -9,14 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import jaxtyping
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[1] / "src"
-NOT_CHECKED = {"hilum.heads.sweep"}
-"""Its shape "2R" is no expression that can be evaluated."""
-MODULES = {".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py")} - NOT_CHECKED
-
 # Before anything of hilum is imported: every annotation of the package is checked in every call, shapes too. An int
 # passes for a float, as it does for mypy. Programs that tests start as processes of their own are not checked.
-jaxtyping.install_import_hook(sorted(MODULES), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+jaxtyping.install_import_hook("hilum", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 NIH_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih-sample"
 

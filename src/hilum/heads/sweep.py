@@ -145,7 +145,7 @@ class Sweep:
         head = self.candidates[self.rates.index(rate)].head
         return {name: value.detach().cpu().clone() for name, value in head.state_dict().items()}
 
-    def _require_finite(self, values: Float[np.ndarray, " 2R"]) -> None:
+    def _require_finite(self, values: Float[np.ndarray, " values"]) -> None:
         bad = ~np.isfinite(values).reshape(2, -1).all(axis=0)
         if bad.any():
             rates = ", ".join(f"{rate:g}" for rate, wrong in zip(self.rates, bad, strict=True) if wrong)
