@@ -8,10 +8,15 @@ are selected, calibrators and thresholds fitted, on validation patients; each st
 """
 
 import csv
+import io
+import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from hilum.commands import audit, build, combine_models, fit, manifest, pretrain
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
 from hilum.core.files import write_json
-from hilum.core.tracking import duration, say
+from hilum.core.tracking import duration, progress, say
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.images import read_image
 from hilum.data.labels import frequency_groups
@@ -115,10 +120,12 @@ def run(plan: DemoPlan, out: Path, patients: int = 600, seed: int = 0) -> dict[s
     high = pretrain.run(plan.higher_resolution, store_path, out / "pretraining_high", init=low)
 
     _heading("Heads", start)
-    members = out / "model" / "members"
-    linear = fit.run(plan.linear, store_path, low, out / "linear")
-    decoder_low = fit.run(plan.decoder, store_path, low, members / "decoder_low")
-    decoder_high = fit.run(plan.decoder, store_path, high, members / "decoder_high")
+    linear, members = out / "linear", out / "model" / "members"
+    decoder_low, decoder_high = members / "decoder_low", members / "decoder_high"
+    _fit_side_by_side(
+        store_path,
+        [(plan.decoder, high, decoder_high), (plan.decoder, low, decoder_low), (plan.linear, low, linear)],
+    )
     combine_models.run([decoder_low, decoder_high], out / "model")
 
     _heading("Evaluation on patients held out", start)
@@ -171,6 +178,34 @@ def _make_room(out: Path) -> None:
 
 def _heading(text: str, start: float) -> None:
     say(f"\n== {text}  ({duration(time.monotonic() - start)})")
+
+
+Job = tuple[FitConfig, Path, Path]
+"""Settings, backbone, where the model goes."""
+
+
+def _fit_side_by_side(store: Path, jobs: Sequence[Job]) -> None:
+    """Fit heads in processes of one thread each: small heads gain nothing from a second one."""
+    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    # Spawned, not forked: the threads of torch and of the table library do not survive a fork.
+    with (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        progress("heads", len(jobs), "heads") as bar,
+    ):
+        for done in as_completed([pool.submit(_fit, store, job) for job in jobs]):
+            for line in done.result():
+                say(line)
+            bar.advance()
+
+
+def _fit(store: Path, job: Job) -> list[str]:
+    """Fit one head; what it says and warns of, for the process that started this one."""
+    config, backbone, out = job
+    said, progress_lines = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(progress_lines):
+        fit.run(replace(config, threads=1), store, backbone, out)
+    warnings = [line for line in progress_lines.getvalue().splitlines() if line.startswith("warning:")]
+    return [*warnings, *(line for line in said.getvalue().splitlines() if not line.startswith("Next:")), ""]
 
 
 def _steps(store: Store, linear: Path, decoder_low: Path, decoder_high: Path) -> list[Step]:
