@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 
 from hilum.core.errors import ImageError, StoreError
 from hilum.data.images import read_image
@@ -104,8 +105,18 @@ def _decode_chunk(tasks: Sequence[Task], settings: Settings) -> list[Outcome]:
 def _prepare_process() -> None:
     """One thread a process; a stop is the parent's to handle; when the parent is killed, end too."""
     cv2.setNumThreads(1)
+    reuse_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def reuse_memory() -> None:
+    """Have malloc keep the memory of one image for the next: fresh pages cost a seventh of an image's time.
+
+    glibc asks the system for each block above a threshold, and gives it back when it is freed; freeing a larger one,
+    of up to 32 MiB, moves the threshold there. The block is never touched. Other allocators are not affected.
+    """
+    np.empty(2**25 - 2**16, np.uint8)
 
 
 def _end_with_parent() -> None:
@@ -205,6 +216,7 @@ def decoders(settings: Settings, workers: int | None, images: int) -> Iterator[D
     chosen = workers or min(len(os.sched_getaffinity(0)), max(1, images // IMAGES_PER_WORKER))
     pool, threads = Decoders(settings, chosen), cv2.getNumThreads()
     cv2.setNumThreads(1)
+    reuse_memory()
     try:
         yield pool
     finally:

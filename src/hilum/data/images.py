@@ -248,7 +248,8 @@ def quality_flags(pixels: UInt8[np.ndarray, "H W"]) -> tuple[str, ...]:
     """What a person might want to look at: constant, low_contrast, polarity_suspect. Pixels stay as they are."""
     height, width = (side // 32 * 32 or side for side in pixels.shape)  # whole ratios are several times faster
     small = cv2.resize(pixels[:height, :width], (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
-    low, high = np.sort(small, axis=None)[[10, -11]]
+    ordered = np.sort(small, axis=None)
+    low, median, high = ordered[10], ordered[511:513].mean(), ordered[-11]
     if int(pixels.max()) == int(pixels.min()):
         return ("constant",)
     if high - low < 16:
@@ -256,4 +257,4 @@ def quality_flags(pixels: UInt8[np.ndarray, "H W"]) -> tuple[str, ...]:
     corners = np.concatenate([small[:4, :4], small[:4, -4:], small[-4:, :4], small[-4:, -4:]]).mean()
     lungs, mediastinum = np.concatenate([small[8:20, 7:12], small[8:20, 20:25]]).mean(), small[8:24, 14:18].mean()
     # Air outside the body is darker than the picture as a whole, lungs are darker than what lies between them.
-    return ("polarity_suspect",) if corners + lungs > np.median(small) + mediastinum else ()
+    return ("polarity_suspect",) if corners + lungs > median + mediastinum else ()

@@ -17,7 +17,6 @@ import polars as pl
 from hilum.core.errors import LeakageError, ManifestError, MissingColumnError, PathError, UnknownLabelError
 from hilum.core.files import write_bytes
 from hilum.core.types import NEGATIVE, POSITIVE, SPLITS, UNCERTAIN, UNKNOWN, VIEWS
-from hilum.core.types import image_uid as image_uid  # how the column of that name is made
 from hilum.data.labels import findings_hash
 
 SCHEMA_VERSION = "hilum-manifest-1"

@@ -209,9 +209,9 @@ def _jitter(
     brightness = 1 + preset.brightness * (2 * brightness_at - 1)
     contrast = 1 + preset.contrast * (2 * contrast_at - 1)
     if order < 0.5:
-        view = cv2.addWeighted(view, brightness, view, 0.0, 0.0)  # a scaled copy, rounded and clipped
+        view = cv2.convertScaleAbs(view, alpha=brightness)  # rounded and clipped
     view = cv2.addWeighted(view, contrast, view, 0.0, (1 - contrast) * cv2.mean(view)[0])
-    return view if order < 0.5 else cv2.addWeighted(view, brightness, view, 0.0, 0.0)
+    return view if order < 0.5 else cv2.convertScaleAbs(view, alpha=brightness)
 
 
 def _add_noise(view: np.ndarray, sigma: float, top_at: float, left_at: float) -> np.ndarray:
