@@ -6,22 +6,26 @@ the function that the build's processes run, with its checks (structure of the f
 the store's checksum. Two sizes: 2048 x 2500 divides evenly into 512, 2544 x 3056 (a common detector) does not, and the
 area filter is faster where it does.
 
-What differs: the filter (area against LANCZOS with three lobes), and a shard with an index against a file per image. A
-row with PIL's own area filter (BOX) shows how much of the gain is the filter's.
+What differs: the filter (area against LANCZOS with three lobes), a shard with an index against a file per image, and
+memory, which the build's processes keep from image to image. A column with PIL's own area filter (BOX) shows how much
+of the gain is the filter's, and one with the loop in a process that keeps its memory too, how much is the memory's.
 
-The first table is CPU time of one thread, medians over the rounds, both sides alternating in one process, which keeps
-its memory as the build's processes do: the loop gains from that too. The second is a whole build
-by the clock, with one process and with two.
+The first table is CPU time of one thread, medians over the rounds; each side has a process of its own, which runs as it
+would alone, and they take turns. The second is a whole build by the clock, with one process and with two; there the
+loop's process happens to keep its memory.
 """
 
 import io
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +44,7 @@ from hilum.data.schema import Manifest, complete, write_manifest
 SIZES = {"2500 x 2048": (2500, 2048), "3056 x 2544": (3056, 2544)}
 IMAGES, ROUNDS, SHORT_SIDE = 6, 7, 512
 BUILD_IMAGES = 240
+SERVE = "--serve"
 
 
 def film(height: int, width: int, seed: int) -> np.ndarray:
@@ -78,17 +83,48 @@ def with_hilum(path: Path) -> int:
     return zlib.crc32(record)
 
 
-def milliseconds(pipelines: dict[str, Callable[[Path], int]], paths: list[Path]) -> dict[str, float]:
-    """Median CPU milliseconds an image; the pipelines take turns, so that what else the machine does hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in pipelines}
-    for run in pipelines.values():
-        run(paths[0])
-    for _ in range(ROUNDS):
-        for path in paths:
-            for name, run in pipelines.items():
-                start = time.process_time()
-                run(path)
-                times[name].append(1000 * (time.process_time() - start))
+PIPELINES: dict[str, tuple[Callable[[Path], int], bool]] = {
+    "PIL, LANCZOS": (with_pil, False),
+    "PIL, BOX": (lambda path: with_pil(path, Image.Resampling.BOX), False),
+    "PIL, kept": (with_pil, True),
+    "hilum build": (with_hilum, True),
+}
+"""What makes the small image, and whether its process keeps its memory."""
+
+
+def serve(name: str) -> None:
+    """One side, in a process of its own: takes a path a line, answers with the CPU milliseconds that it took."""
+    run, keeps = PIPELINES[name]
+    cv2.setNumThreads(1)
+    if keeps:
+        reuse_memory()
+    for line in sys.stdin:
+        start = time.process_time()
+        run(Path(line.rstrip("\n")))
+        print(1000 * (time.process_time() - start), flush=True)
+
+
+def milliseconds(paths: list[Path]) -> dict[str, float]:
+    """Median CPU milliseconds an image; the sides take turns, so that what else the machine does hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in PIPELINES}
+    with ExitStack() as stack:
+        sides = {
+            name: stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, __file__, SERVE, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            )
+            for name in PIPELINES
+        }
+        for round_number in range(-1, ROUNDS):  # the first is to warm up
+            for path in paths:
+                for name, side in sides.items():
+                    assert side.stdin is not None
+                    assert side.stdout is not None
+                    print(path, file=side.stdin, flush=True)
+                    taken = float(side.stdout.readline())
+                    if round_number >= 0:
+                        times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -115,22 +151,16 @@ def clock(run: Callable[[], object]) -> float:
 def main() -> dict[str, float]:
     """Print both tables and return their figures."""
     cv2.setNumThreads(1)
-    reuse_memory()  # as the build's processes do
-    pipelines: dict[str, Callable[[Path], int]] = {
-        "PIL, LANCZOS": with_pil,
-        "PIL, BOX": lambda path: with_pil(path, Image.Resampling.BOX),
-        "hilum build": with_hilum,
-    }
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         print("CPU milliseconds an image, one thread (median)")
-        print(f"{'original':>14} {'MB':>5} " + " ".join(f"{name:>13}" for name in pipelines) + f" {'gain':>6}")
+        print(f"{'original':>14} {'MB':>5} " + " ".join(f"{name:>13}" for name in PIPELINES) + f" {'gain':>6}")
         for name, shape in SIZES.items():
             paths = write_films(Path(temporary) / name, shape, IMAGES)
-            found = milliseconds(pipelines, paths)
+            found = milliseconds(paths)
             gain = found["PIL, LANCZOS"] / found["hilum build"]
             size = statistics.mean(path.stat().st_size for path in paths) / 1e6
-            print(f"{name:>14} {size:5.2f} " + " ".join(f"{found[key]:13.1f}" for key in pipelines) + f" {gain:5.2f}x")
+            print(f"{name:>14} {size:5.2f} " + " ".join(f"{found[key]:13.1f}" for key in PIPELINES) + f" {gain:5.2f}x")
             figures |= {f"{name}: {key}": value for key, value in found.items()} | {f"{name}: gain": gain}
         root = Path(temporary) / "whole"
         paths = write_films(root, SIZES["2500 x 2048"], BUILD_IMAGES)
@@ -148,4 +178,7 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [SERVE]:
+        serve(sys.argv[2])
+    else:
+        main()
