@@ -177,7 +177,7 @@ def demo_decoder() -> FitConfig:
     """Decoder of `hilum demo`: narrow, and three of the nine rates, for the sake of two minutes."""
     return replace(
         demo_linear(), head="ml_decoder", patch_mean=False, blocks=1, decoder_dim=64, decoder_feed_forward=128,
-        decoder_heads=4, learning_rates=(1e-3, 2e-3, 5e-3),
+        decoder_heads=4, learning_rates=(1e-3, 2e-3, 5e-3), search_epochs=32, refit_epochs=32,
     )  # fmt: skip
 
 
