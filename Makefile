@@ -1,4 +1,4 @@
-# make demo      the whole pipeline on synthetic patients, about 3 minutes on 2 cores, no data, no GPU
+# make demo      the whole pipeline on synthetic patients, 2 and a half minutes on 2 cores, no data, no GPU
 # make test      the fast tests
 # make check     style, types, import directions, licences
 # make nightly   everything: slow tests, every command of the docs
