@@ -100,7 +100,8 @@ _READING: tuple[tuple[str, str], ...] = (
     (
         "Intervals",
         "95 %, from resampling whole patients. Two models whose intervals overlap may still differ; the paired "
-        "difference is the fair comparison. &ldquo;Not shown&rdquo; means that the data at hand cannot tell.",
+        "difference is the fair comparison. &ldquo;Not shown&rdquo; means that the data at hand cannot tell. "
+        "Resampling adds scatter that ECE counts as error, so its interval lies high and may leave out its own value.",
     ),
     (
         "Head, medium, tail",
