@@ -1,7 +1,8 @@
 """The command line. One function a program: its options, an example, and a lazy import of what it runs.
 
 Nothing heavy is imported here, so that `hilum --help` answers at once. A `HilumError`, and what the system
-refuses, becomes one line and exit status 1; a mistake in the options is exit status 2.
+refuses, becomes one line and exit status 1; a mistake in the options is exit status 2. Past 300 lines,
+since every option of every program is declared here.
 """
 
 import os
@@ -301,7 +302,7 @@ def bench(
 def main() -> None:
     """Entry point of the `hilum` program."""
     # Threads of torch that wait sleep instead of spinning: on a machine that does something else too, spinning made
-    # pretraining more than ten times slower. Read once, when torch is imported, so it stands here.
+    # pretraining several times slower (docs/log.md). Read once, when torch is imported, so it stands here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

@@ -75,8 +75,8 @@ def laptop_128() -> PretrainConfig:
     """4 blocks of 128 at 128 pixels, for hundreds to thousands of images: about 10 minutes on 2 cores.
 
     Small batches want few prototypes (an image spreads its Sinkhorn target over prototypes / views of them), a sharper
-    teacher and one that follows faster; for the same time, more steps of a small network beat fewer of a larger one
-    (docs/log.md).
+    teacher and one that follows faster; more steps of a small network cost less than fewer of a larger one and probed
+    no worse (docs/log.md).
     """
     return PretrainConfig(
         architecture="demo16",

@@ -20,7 +20,7 @@ from hilum.backbones.pos_embed import resize_positions
 from hilum.backbones.weights import load_backbone, read_backbone_config
 from hilum.commands import pretrain
 from hilum.commands.pretrain import PretrainConfig, run
-from hilum.core.checkpoint import Checkpoint, digest, folder_lock, load_newest
+from hilum.core.checkpoint import Checkpoint, digest, load_newest
 from hilum.core.config import read_yaml
 from hilum.core.errors import (
     CheckpointError,
@@ -30,6 +30,7 @@ from hilum.core.errors import (
     PreprocessingMismatchError,
     UnknownNameError,
 )
+from hilum.core.locks import folder_lock
 from hilum.data.store import Store, write_arrays
 from hilum.pretraining import config, dinov2, exposure
 from hilum.pretraining.crops import CropConfig

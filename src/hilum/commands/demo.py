@@ -4,10 +4,10 @@
     -> calibration -> evaluation on patients held out
 
 Every stage is the program that real data goes through; this one only calls them in order. It chooses nothing: heads
-are selected, calibrators and thresholds fitted, on validation patients; each step of the table is judged once on test.
+are selected, calibrators and thresholds fitted, on validation patients; each step of the table is judged once on test
+(`demo_results.py`).
 """
 
-import csv
 import io
 import os
 import shutil
@@ -20,30 +20,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import hilum
-from hilum.commands import audit, build, combine_models, fit, manifest, pretrain
+from hilum.commands import audit, build, combine_models, demo_results, fit, manifest, pretrain
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
 from hilum.core.files import write_json
 from hilum.core.tracking import duration, progress, say
 from hilum.core.types import RESEARCH_NOTICE
-from hilum.data.images import read_image
-from hilum.data.labels import frequency_groups
 from hilum.data.phantoms.layouts import write_phantoms
 from hilum.data.store import Store
-from hilum.deploy.examples import choose_studies, explain_study
-from hilum.deploy.model_files import read_validation
-from hilum.deploy.predictor import load
-from hilum.evaluation.bootstrap import paired_difference
-from hilum.evaluation.calibration import Calibrator
-from hilum.evaluation.curves import curves
-from hilum.evaluation.ensemble import mean_over_models
-from hilum.evaluation.metrics import evaluate
-from hilum.evaluation.predictions import Predictions, write_predictions
-from hilum.evaluation.report import write_report
-from hilum.evaluation.studies import mean_over_studies
+from hilum.evaluation.predictions import write_predictions
 from hilum.evaluation.summary import step_table
 from hilum.heads.config import FitConfig
 from hilum.pretraining.config import PretrainConfig
@@ -56,9 +41,6 @@ WRITES = (
 """All that a demo leaves in its folder; the next one removes these and nothing else."""
 _UNFINISHED = tuple(f".{name}." for name in WRITES)
 """How what a killed demo had not finished is called, before a random part and `.tmp`."""
-FORMAT = "hilum-demo-1"
-MINIMUM_POSITIVES = 10
-"""Findings with fewer test positives are left out of macro means and listed."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +63,6 @@ class DemoPlan:
     """Resamples of patients for the intervals."""
     examples: int = 6
     """Studies shown in the report."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One row of the table: predictions on test, and thresholds that validation gave at the same stage."""
-
-    name: str
-    test: Predictions
-    thresholds: dict[str, float]
-    judged_by: str = "mAP"
-    """The metric whose difference from the row above is shown."""
 
 
 def run(plan: DemoPlan, out: Path, patients: int = 600, seed: int = 0) -> dict[str, Any]:
@@ -130,19 +101,19 @@ def run(plan: DemoPlan, out: Path, patients: int = 600, seed: int = 0) -> dict[s
 
     _heading("Evaluation on patients held out", start)
     store = Store.open(store_path)
-    steps = _steps(store, linear, decoder_low, decoder_high)
-    results = _judge(plan, steps, store, seed)
+    steps = demo_results.steps(store, linear, decoder_low, decoder_high)
+    results = demo_results.judge(steps, store, plan.bootstraps, seed)
     results |= {"patients": patients, "seed": seed, "model": str(out / "model"), "plan": to_dict(plan)}
     for name, step in (("uncalibrated", steps[-2]), ("test", steps[-1])):
         write_predictions(step.test, out / f"{name}.parquet")
-    _report(plan, out, steps, results, store)
+    demo_results.report(out / REPORT_NAME, out / "model", data, steps, results, store, plan.examples)
     results["seconds"] = round(time.monotonic() - start, 1)
     write_json(out / RESULTS_NAME, results)
 
     say(step_table(results["steps"]))
     left_out = results["metrics"]["excluded"]["few_positives"]
     say(
-        f"Means over the findings with at least {MINIMUM_POSITIVES} test positives; left out: "
+        f"Means over the findings with at least {demo_results.MINIMUM_POSITIVES} test positives; left out: "
         f"{', '.join(sorted(left_out)) or 'none'}."
     )
     say(f"\n{out / REPORT_NAME}\n{out / RESULTS_NAME}\nDone in {duration(results['seconds'])}. {RESEARCH_NOTICE}")
@@ -206,117 +177,3 @@ def _fit(store: Path, job: Job) -> list[str]:
         fit.run(replace(config, threads=1), store, backbone, out)
     warnings = [line for line in progress_lines.getvalue().splitlines() if line.startswith("warning:")]
     return [*warnings, *(line for line in said.getvalue().splitlines() if not line.startswith("Next:")), ""]
-
-
-def _steps(store: Store, linear: Path, decoder_low: Path, decoder_high: Path) -> list[Step]:
-    """The rows of the table, each from the one before; validation goes through the same operations as test."""
-    indices = store.indices("test")
-    validation, test = {}, {}
-    for name, path in (("linear", linear), ("low", decoder_low), ("high", decoder_high)):
-        validation[name], labels = read_validation(path)
-        test[name] = load(path).predict_store(store, indices, raw=True)
-    groups = _groups(store)
-
-    def step(name: str, on_validation: Predictions, on_test: Predictions) -> tuple[Step, Calibrator]:
-        calibrator = Calibrator.fit(
-            on_validation.probabilities, labels, on_validation.findings, groups,
-            stage=on_validation.stage, unit=on_validation.unit, uids=on_validation.image_uid,
-        )  # fmt: skip
-        cuts = {finding: cut["f1"] for finding, cut in calibrator.raw_thresholds.items()}
-        return Step(name, on_test, cuts), calibrator
-
-    rows = [step("linear", validation["linear"], test["linear"])[0]]
-    rows.append(step("decoder", validation["low"], test["low"])[0])
-    studies = {name: mean_over_studies(validation[name]) for name in ("low", "high")}
-    test_studies = {name: mean_over_studies(test[name]) for name in ("low", "high")}
-    rows.append(step("+ study mean", studies["low"], test_studies["low"])[0])
-    ensemble = mean_over_models(list(test_studies.values()))
-    row, calibrator = step("+ ensemble", mean_over_models(list(studies.values())), ensemble)
-    rows.append(row)
-    cuts = {finding: cut["f1"] for finding, cut in calibrator.thresholds.items()}
-    rows.append(Step("+ calibration", calibrator.apply_to(ensemble), cuts, "mECE_standard"))
-    return rows
-
-
-def _groups(store: Store) -> dict[str, str]:
-    train = store.labels[store.indices("train")]
-    positives = dict(zip(store.findings, (train == 1).sum(axis=0).tolist(), strict=True))
-    return frequency_groups(positives, len(train))
-
-
-def _judge(plan: DemoPlan, steps: Sequence[Step], store: Store, seed: int) -> dict[str, Any]:
-    """Metrics of every step on the test split, and each step's paired difference from the one before."""
-    labels = store.labels[store.indices("test")]
-    groups = _groups(store)
-    rows: list[dict[str, Any]] = []
-    metrics: dict[str, Any] = {}
-    for position, step in enumerate(steps):
-        last = position == len(steps) - 1
-        metrics = evaluate(
-            step.test, labels, groups, step.thresholds, plan.bootstraps if last else 0, seed, MINIMUM_POSITIVES
-        )
-        rows.append({"name": step.name, **metrics["macro"], "difference": None})
-        if position:
-            before = steps[position - 1]
-            differences = paired_difference(
-                step.test, before.test, labels, step.thresholds, before.thresholds, plan.bootstraps, seed,
-                MINIMUM_POSITIVES,
-            )  # fmt: skip
-            chosen = differences[step.judged_by]
-            rows[-1]["difference"] = {"metric": step.judged_by, "value": chosen["difference"], **chosen}
-            rows[-1]["differences"] = differences
-    return {
-        "format": FORMAT,
-        "hilum": hilum.__version__,
-        "notice": RESEARCH_NOTICE,
-        "steps": rows,
-        "metrics": metrics,
-        "minimum_positives": MINIMUM_POSITIVES,
-    }
-
-
-def _report(plan: DemoPlan, out: Path, steps: Sequence[Step], results: dict[str, Any], store: Store) -> None:
-    indices = store.indices("test")
-    labels = store.labels[indices]
-    model = load(out / "model")
-    lesions = _lesions(out / "phantoms")
-
-    def mask(image_id: str, finding: str) -> np.ndarray | None:
-        path = lesions.get((image_id, finding))
-        return None if path is None else read_image(path).pixels > 0
-
-    chosen = choose_studies(steps[-1].test, labels, plan.examples)
-    examples = [
-        explain_study(model, store, indices[rows], f"Study {number}", mask) for number, rows in enumerate(chosen, 1)
-    ]
-    names = steps[-1].test.findings
-    write_report(
-        out / REPORT_NAME,
-        title="Long-tailed findings on synthetic chest X-rays",
-        metrics=results["metrics"],
-        curves=curves(steps[-1].test.probabilities, labels, names),
-        curves_before=curves(steps[-2].test.probabilities, labels, names),
-        steps=results["steps"],
-        examples=examples,
-        facts={
-            "Model": "ML-Decoder on two resolutions",
-            "Data": "Phantoms, CXR-LT layout",
-            "Split": "test, by patient",
-            "Seed": str(results["seed"]),
-            "Train, val fingerprint": store.fingerprint(np.concatenate([store.indices("train"), store.indices("val")])),
-            "Test fingerprint": store.fingerprint(indices),
-            "Hilum": hilum.__version__,
-        },
-        notes=[
-            "These patients are drawn, not photographed: the numbers say that the pipeline works, and nothing about "
-            "people.",
-            "Calibrators and thresholds were fitted on validation patients, on heads that had not seen them.",
-        ],
-        minimum_positives=MINIMUM_POSITIVES,
-    )
-
-
-def _lesions(data: Path) -> dict[tuple[str, str], Path]:
-    """(image_id, finding) -> mask file."""
-    with (data / "masks.csv").open(encoding="utf-8", newline="") as file:
-        return {(row["image_id"], row["finding"]): data / row["path"] for row in csv.DictReader(file)}

@@ -251,7 +251,7 @@ def summary(result: dict[str, Any]) -> str:
             )
     full = [row for row in rows if len(row) == len(TABLE) + 1]
     widths = [max(len(row[0]) for row in rows), *(max(len(row[c]) for row in full) for c in range(1, len(TABLE) + 1))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths[: len(row)], strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 

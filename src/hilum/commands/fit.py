@@ -3,6 +3,7 @@
 Search: one head per learning rate on one pass over the features; selection on validation. Calibrate: on validation
 predictions of the search head, which has not seen validation. Refit: one head at the chosen rate on train + val.
 Labels of the test split are not read, and without a validation split nothing is fitted: nothing is chosen on test.
+A little past 300 lines: the protocol, which is read as a whole.
 """
 
 from collections.abc import Callable, Iterator

@@ -32,6 +32,7 @@ from hilum.core.config import read_yaml, to_dict, write_yaml
 from hilum.core.distributed import Engine, launch, max_over_ranks, mean_over_ranks
 from hilum.core.errors import CheckpointError, ConfigError, NonFiniteLossError
 from hilum.core.files import write_json
+from hilum.core.locks import folder_lock
 from hilum.core.seeding import torch_stream
 from hilum.core.tracking import Bar, MetricsLog, duration, next_step, progress, say
 from hilum.data.samplers import EndlessSampler
@@ -84,7 +85,7 @@ def run(
     with launch(devices, config.precision, config.accelerator) as engine, ExitStack() as held:
         main = engine.rank == 0
         if main:
-            held.enter_context(checkpoint.folder_lock(out))
+            held.enter_context(folder_lock(out))
             _refuse_another_run(config, out, resume)
         engine.barrier()
 

@@ -3,19 +3,13 @@
 A checkpoint is a folder `step_00001000/` with `state.safetensors` and `index.json`. The folder is written under a
 temporary name; the index, with the size and SHA-256 of every file, is written last; then the folder is renamed. The
 loader checks the hashes and takes the newest that is whole. Nothing here is pickle, and nothing knows a model.
-Also here: the lock that keeps two processes off one run folder.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import secrets
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +25,7 @@ from hilum.core.files import flush_to_disk, sha256_file, write_json
 from hilum.core.tracking import warn
 
 FORMAT = "hilum-checkpoint-1"
-STATE_NAME, INDEX_NAME, LOCK_NAME = "state.safetensors", "index.json", ".lock"
-_SECONDS_FOR_A_DEAD_OWNER = 10.0
+STATE_NAME, INDEX_NAME = "state.safetensors", "index.json"
 
 
 @dataclass(frozen=True)
@@ -249,61 +242,3 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) 
     if problems:
         raise CheckpointError(f"{where} does not fit this model. Tensors: {'; '.join(problems)}.")
     module.load_state_dict(dict(tensors))
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the lock ends with the process, however it ends.
-
-    Raises:
-        HilumError: another process has it; names its id. Or no folder can be made there.
-    """
-    path = folder / LOCK_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a+")
-    except OSError as error:
-        raise HilumError(f"{folder} cannot be written as a folder: {error.strerror or error}.") from error
-    with opened as file:
-        waited = time.monotonic()
-        while not _try_lock(file.fileno()):
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            # The children of a killed process (data workers) hold its lock until they notice, seconds later.
-            if _is_alive(owner) or time.monotonic() - waited > _SECONDS_FOR_A_DEAD_OWNER:
-                raise HilumError(
-                    f"{folder} is in use by process {owner}. Two programs must not write one run: wait for it, stop "
-                    "it, or choose another folder."
-                )
-            time.sleep(0.2)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise
-    return True
-
-
-def _is_alive(owner: str) -> bool:
-    if not owner.isdigit():
-        return True
-    try:
-        os.kill(int(owner), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

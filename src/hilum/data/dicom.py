@@ -235,7 +235,7 @@ def _decode(dataset: pydicom.FileDataset, rows: int, cols: int) -> np.ndarray:
     try:
         options: dict[str, Any] = {"decoding_plugin": plugin, "correct_unused_bits": False}
         pixels, _ = get_decoder(syntax).as_array(dataset, **options)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # the decoding library's word for a variant that it does not know
         raise UnsupportedImageError("unsupported_transfer_syntax", f"{syntax.name}: this variant.") from error
     if pixels.shape[:2] != (rows, cols) or pixels.ndim not in (2, 3):
         raise UnreadableImageError("size_mismatch", f"declared {rows} x {cols}, decoded {pixels.shape}.")

@@ -116,6 +116,7 @@ def _manifest_copy(manifest: Manifest, stored: pl.DataFrame, refused: pl.DataFra
     learned = stored.drop("checksum").with_columns(preprocess_id=pl.lit(settings.preprocess_id))
     learned = pl.concat([learned, refused.select("image_uid", flags=pl.concat_list("reason"))], how="diagonal")
     noted = "quality" in manifest.frame.columns
+    # Columns that decoding fills anew; a manifest may have them already or not.
     before = manifest.frame.drop([name for name in learned.columns if name != "image_uid"], strict=False)
     frame = before.join(learned, on="image_uid", how="left", maintain_order="left")
     quality = pl.col("quality").fill_null([]) if noted else pl.lit([], dtype=pl.List(pl.String))

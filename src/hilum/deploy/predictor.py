@@ -2,7 +2,7 @@
 
 Order of operations, everywhere: sigmoid, mean with the mirror image, mean over the images of a study, mean over
 models, the calibrator that was fitted at that stage (docs/reference/model.md). Files are in `model_files.py`, the
-forward pass in `network.py`.
+forward pass in `network.py`. A little past 300 lines: one class, and the result that it gives.
 """
 
 import hashlib

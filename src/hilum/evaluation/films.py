@@ -87,8 +87,8 @@ def poster(example: ReportExample) -> str:
     mapped = [finding for finding in example.findings if _has_maps(finding)]
     mapped.sort(key=lambda finding: (finding.truth != 1, -(finite(finding.probability) or 0.0)))
     levels = heat_levels(mapped[0].attention) if mapped else tuple(None for _ in example.views)
-    frames = [film.frame(_heat(level, film), name) for film, level, name in
-              zip(films, levels, example.view_names, strict=False)]  # fmt: skip
+    shown = zip(films, levels[:2], example.view_names[:2], strict=True)
+    frames = [film.frame(_heat(level, film), name) for film, level, name in shown]
     caption = f"{text(mapped[0].name)}: where the model read" if mapped else text(example.title)
     return f'<figure class="poster"><div>{"".join(frames)}</div><figcaption>{caption}</figcaption></figure>'
 

@@ -3,7 +3,7 @@
 A `Canvas` holds, for one view, the path length through soft tissue and lung in closed form (chords of superellipses,
 minus diaphragm and heart), and lets findings add or remove tissue with 3D primitives, so that the frontal and the
 lateral view show the same lesion. Amounts are centimetres of soft tissue (1 cm of bone counts about 1.8).
-It does not expose, blur or write anything (`exposure.py`).
+It does not expose, blur or write anything (`exposure.py`). Past 300 lines: the primitives share one geometry.
 """
 
 from dataclasses import dataclass

@@ -155,7 +155,7 @@ def _rename(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
         check_values(split, SPLIT_CELLS, path, ManifestError)
         official = split.replace_strict(SPLIT_CELLS, return_dtype=pl.String)
         frame = frame.with_columns(split_official=official).drop("split")
-    return frame.rename({"age": "age_raw", "view": "view_raw"}, strict=False)
+    return frame.rename({"age": "age_raw", "view": "view_raw"}, strict=False)  # both are optional
 
 
 def _identify(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, list[str]]:
