@@ -42,7 +42,7 @@ def png16(pixels: Grey, image_id: str = "") -> bytes:
 
 
 def png12(pixels: Grey, image_id: str = "") -> bytes:
-    """16-bit PNG that holds the values of a 12-bit detector, 0 to 4095: nearly black to a reader that scales by type."""
+    """16-bit PNG of a 12-bit detector, 0 to 4095: nearly black to a reader that scales by the type."""
     return png(spread(pixels, 12))
 
 
@@ -77,15 +77,15 @@ def dicom(
         elements: further elements by keyword (PatientID, StudyInstanceUID, ViewPosition, ...); None leaves one out.
     """
     from pydicom.dataset import FileDataset, FileMetaDataset  # loaded only where there is DICOM
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.uid import UID, ExplicitVRLittleEndian
 
     stored = spread(pixels, BITS)
     if photometric == "MONOCHROME1":
         stored = 2**BITS - 1 - stored
-    instance = uid_of(image_id)
+    instance = UID(uid_of(image_id))
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = DIGITAL_X_RAY, instance
-    meta.ImplementationClassUID, meta.ImplementationVersionName = IMPLEMENTATION, "HILUM PHANTOM"
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID(DIGITAL_X_RAY), instance
+    meta.ImplementationClassUID, meta.ImplementationVersionName = UID(IMPLEMENTATION), "HILUM PHANTOM"
     if syntax:
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
     wanted = {
