@@ -88,6 +88,13 @@ def manifest(
     ] = "mask",
     blank: Annotated[Literal["mask", "zero"], typer.Option(help="What an empty label cell becomes.")] = "mask",
     table: Annotated[list[str] | None, typer.Option(help="SOURCE=CSV in place of the folder's labels.csv.")] = None,
+    weak_labels: Annotated[bool, typer.Option("--weak-labels", help="Also believe hints (docs/datasets.md).")] = False,
+    imply_negatives: Annotated[
+        bool, typer.Option("--imply-negatives", help="Normal images are negative for all that their source names.")
+    ] = False,
+    hierarchy: Annotated[
+        bool, typer.Option("--hierarchy", help="A rib fracture is a fracture: fill unknown findings from relatives.")
+    ] = False,
 ) -> None:
     """Read datasets into one checked table: images, patients, studies, views, labels, splits."""
     from hilum.commands import manifest as program
@@ -105,6 +112,9 @@ def manifest(
         uncertain=uncertain,
         blank=blank,
         tables=table or [],
+        weak_labels=weak_labels,
+        imply_negatives=imply_negatives,
+        hierarchy=hierarchy,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hilum import cli
-from hilum.data.phantoms.layouts import write_phantoms
+from hilum.data.phantoms.writing import write_phantoms
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def commands(document: str) -> list[str]:
 
 def prepare(folder: Path) -> None:
     """What the documents assume to be there: a folder `xrays` of images with labels."""
-    from hilum.data.phantoms.layouts import write_phantoms
+    from hilum.data.phantoms.writing import write_phantoms
 
     write_phantoms(folder / "data", "nih", 40, seed=0, size=128, workers=1)
     table = (folder / "data" / "Data_Entry_2017_v2020.csv").read_text(encoding="utf-8").splitlines()[1:]

@@ -52,7 +52,7 @@ def test_the_training_path_runs_on_a_bare_gpu_image(program: str) -> None:
         "hilum.data.images",
         "hilum.data.store",
         "hilum.data.manifest",
-        "hilum.data.phantoms.layouts",
+        "hilum.data.phantoms.writing",
     ],
 )
 def test_tables_and_numbers_need_no_torch(module: str) -> None:

@@ -26,7 +26,7 @@ from hilum.core.errors import ConfigError
 from hilum.core.files import write_json
 from hilum.core.tracking import duration, progress, say
 from hilum.core.types import RESEARCH_NOTICE
-from hilum.data.phantoms.layouts import write_phantoms
+from hilum.data.phantoms.writing import write_phantoms
 from hilum.data.store import Store
 from hilum.evaluation.predictions import write_predictions
 from hilum.evaluation.summary import step_table

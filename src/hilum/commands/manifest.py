@@ -9,6 +9,7 @@ import polars as pl
 from hilum.commands.audit import print_counts
 from hilum.core.tracking import next_step, say, warn
 from hilum.data.audit import count_images, positives_table
+from hilum.data.label_maps import LabelPolicy
 from hilum.data.labels import frequency_groups
 from hilum.data.manifest import ManifestOptions, build_manifest, parse_folders, parse_source
 from hilum.data.schema import Manifest, write_manifest
@@ -27,6 +28,9 @@ def run(
     uncertain: Literal["mask", "zero", "one"] = "mask",
     blank: Literal["mask", "zero"] = "mask",
     tables: Sequence[str] = (),
+    weak_labels: bool = False,
+    imply_negatives: bool = False,
+    hierarchy: bool = False,
 ) -> None:
     """Make a manifest of one or more `SOURCE=ROOT` and print what is in it.
 
@@ -43,6 +47,9 @@ def run(
         uncertain: what a source's own uncertain becomes.
         blank: what an empty label cell becomes.
         tables: "DATASET=CSV", a table in place of the folder's labels.csv.
+        weak_labels: also believe the hints of the label tables.
+        imply_negatives: normal images are negative for every finding that their source could have named.
+        hierarchy: fill unknown findings from their relatives (not for CXR-LT).
     """
     options = ManifestOptions(
         findings=findings,
@@ -51,8 +58,7 @@ def run(
         test_fraction=test_fraction,
         seed=seed,
         allow_missing=allow_missing,
-        blank=blank,
-        uncertain=uncertain,
+        policy=LabelPolicy(uncertain, blank, "weak" if weak_labels else "strict", imply_negatives, hierarchy),
         images=parse_folders(images, "--images"),
         tables=parse_folders(tables, "--table"),
     )

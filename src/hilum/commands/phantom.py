@@ -6,9 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hilum.core.tracking import next_step, say
-from hilum.data.phantoms.layouts import write_phantoms
-
-SOURCE_OF_LAYOUT = {"cxrlt": "cxrlt", "cxrlt2023": "cxrlt", "nih": "nih"}
+from hilum.data.phantoms.layouts import LAYOUTS
+from hilum.data.phantoms.writing import write_phantoms
 
 
 def run(
@@ -28,4 +27,4 @@ def run(
     say(
         f"Patients: {splits['train']} train, {splits['val']} development, {splits['test']} test. Masks: {out}/masks.csv"
     )
-    next_step(f"hilum manifest {SOURCE_OF_LAYOUT[layout]}={out} --out {out}/manifest.parquet")
+    next_step(f"hilum manifest {LAYOUTS[layout].source}={out} --out {out}/manifest.parquet")

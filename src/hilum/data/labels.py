@@ -3,8 +3,10 @@
 Order is data, not convention: Task 2 has Normal before Nodule, Task 1 the reverse. Everything matches by name.
 """
 
+import csv
 import hashlib
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 
 # CXR-LT 2024, `train_labeled.csv`, column order (bionlplab / PhysioNet cxr-lt-iccv-workshop-cvamd 2.0.0).
 CXRLT_2024_TASK1: tuple[str, ...] = (
@@ -36,39 +38,28 @@ TASKS: dict[str, tuple[str, ...]] = {
     "cxrlt2024-task3": CXRLT_2024_TASK3,
 }
 
-# NIH ChestX-ray14 token -> CXR-LT name (reference: Wang et al., CVPR 2017; one identity per token).
-NIH_TO_CXRLT: dict[str, str] = {
-    "Atelectasis": "Atelectasis",
-    "Cardiomegaly": "Cardiomegaly",
-    "Effusion": "Pleural Effusion",
-    "Infiltration": "Infiltration",
-    "Mass": "Mass",
-    "Nodule": "Nodule",
-    "Pneumonia": "Pneumonia",
-    "Pneumothorax": "Pneumothorax",
-    "Consolidation": "Consolidation",
-    "Edema": "Edema",
-    "Emphysema": "Emphysema",
-    "Fibrosis": "Fibrosis",
-    "Pleural_Thickening": "Pleural Thickening",
-    "Hernia": "Hernia",
-    "No Finding": "Normal",
-}
+NIH_FINDINGS: tuple[str, ...] = (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Hernia", "Infiltration", "Mass",
+    "Nodule", "Normal", "Pleural Effusion", "Pleural Thickening", "Pneumonia", "Pneumothorax",
+)  # fmt: skip
 
 # Ways to name a fixed list of findings on the command line (`--findings`).
 FINDING_SETS: dict[str, tuple[str, ...]] = {
     **TASKS,
-    "nih": tuple(name for name in CXRLT_2024_TASK1 if name in set(NIH_TO_CXRLT.values())),
+    "nih": NIH_FINDINGS,
 }
 
-# Child -> parents: a positive child implies positive parents. Explicit, because text-mined labels break it.
-IMPLIES: dict[str, tuple[str, ...]] = {
-    "Clavicle Fracture": ("Fracture",),
-    "Rib Fracture": ("Fracture",),
-    "Lobar Atelectasis": ("Atelectasis",),
-    "Round(ed) Atelectasis": ("Atelectasis",),
-    "Hydropneumothorax": ("Pneumothorax", "Pleural Effusion"),
-}
+
+def _hierarchy() -> dict[str, tuple[str, ...]]:
+    text = (files("hilum.data") / "facts" / "labels" / "hierarchy.csv").read_text(encoding="utf-8")
+    parents: dict[str, tuple[str, ...]] = {}
+    for row in csv.DictReader(text.splitlines()):
+        parents[row["child"]] = (*parents.get(row["child"], ()), row["parent"])
+    return parents
+
+
+IMPLIES: dict[str, tuple[str, ...]] = _hierarchy()
+"""Child -> parents: a positive child implies positive parents. Explicit, because text-mined labels break it."""
 NORMAL_NAMES: tuple[str, ...] = ("Normal", "No Finding")
 COMPATIBLE_WITH_NORMAL = frozenset({"Normal", "No Finding", "Support Devices"})
 """Findings that may be positive beside Normal: a pacemaker in a healthy chest."""

@@ -1,7 +1,8 @@
 """From sources to one manifest: read, align findings, namespace ids, split by patient, record where it came from."""
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,11 +14,12 @@ import polars as pl
 
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.types import UNKNOWN, image_uid
+from hilum.data.label_maps import LabelPolicy, apply_hierarchy
 from hilum.data.labels import FINDING_SETS, canonical, ordered
-from hilum.data.rows import BlankPolicy, SourceOptions, SourceRows, UncertainPolicy, check_dataset_name
+from hilum.data.rows import SourceOptions, SourceRows, check_dataset_name
 from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, label_column
 from hilum.data.sources import cxrlt, folder, nih
-from hilum.data.splits import assign, check_fractions, mark_ssl
+from hilum.data.splits import assign, check_fractions, mark_ssl, settle_across_datasets
 from hilum.data.views import is_frontal, view_of
 
 SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
@@ -43,10 +45,8 @@ class ManifestOptions:
     seed: int = 0
     allow_missing: bool = False
     """Leave out listed images that are not there, and count them."""
-    blank: BlankPolicy = "mask"
-    """An empty label cell: mask (unknown) or zero (negative)."""
-    uncertain: UncertainPolicy = "mask"
-    """A source's own uncertain: mask (kept as -2), zero or one."""
+    policy: LabelPolicy = field(default_factory=LabelPolicy)
+    """How label cells that are not plainly yes or no are read."""
     images: dict[str, Path] = field(default_factory=dict)
     """Dataset -> folder of its images, where they lie apart from its tables."""
     tables: dict[str, Path] = field(default_factory=dict)
@@ -54,18 +54,8 @@ class ManifestOptions:
 
     def __post_init__(self) -> None:
         check_fractions(self.val_fraction, self.test_fraction)
-        for kind, value, known in (
-            ("split", self.split, get_args(SplitRule)),
-            ("blank policy", self.blank, get_args(BlankPolicy)),
-            ("uncertain policy", self.uncertain, get_args(UncertainPolicy)),
-        ):
-            if value not in known:
-                raise UnknownNameError(kind, value, known)
-
-    @property
-    def label_policy(self) -> str:
-        """The label policies as the text that the manifest records."""
-        return f"uncertain={self.uncertain},blank={self.blank}"
+        if self.split not in get_args(SplitRule):
+            raise UnknownNameError("split", self.split, get_args(SplitRule))
 
 
 @dataclass(frozen=True)
@@ -121,11 +111,16 @@ def build_manifest(specs: Sequence[SourceSpec], options: ManifestOptions) -> tup
         notes += [f"{spec.dataset}: {note}" for note in rows.notes]
     findings = _findings(parts, options.findings)
     notes += _ignored(parts, findings)
-    frame = pl.concat([_finish(part, findings, options) for part in parts], how="diagonal")
-    notes += _unused_development(frame)
+    finished = [_finish(part, findings, options) for part in parts]
+    for part, (_, conflicts) in zip(parts, finished, strict=True):
+        notes += _conflict_notes(part.dataset, conflicts)
+    frame, settled = settle_across_datasets(pl.concat([frame for frame, _ in finished], how="diagonal"))
+    notes += [*settled, *_unused_development(frame)]
     frame = complete(mark_ssl(frame), findings).sort(ORDER)
     check_rows(frame, "the new manifest")
-    return Manifest(frame, findings, _metadata(parts, frame, options)), notes
+    contradictions = {part.dataset: counts for part, (_, counts) in zip(parts, finished, strict=True) if counts}
+    metadata = {**_metadata(parts, frame, options), "conflicts": json.dumps(contradictions, ensure_ascii=False)}
+    return Manifest(frame, findings, metadata), notes
 
 
 @dataclass(frozen=True)
@@ -157,8 +152,7 @@ def _source_options(spec: SourceSpec, options: ManifestOptions) -> SourceOptions
         images=options.images.get(spec.dataset),
         table=options.tables.get(spec.dataset),
         allow_missing=options.allow_missing,
-        blank=options.blank,
-        uncertain=options.uncertain,
+        policy=options.policy,
     )
 
 
@@ -205,11 +199,25 @@ def _unused_development(frame: pl.DataFrame) -> list[str]:
     ]
 
 
-def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> pl.DataFrame:
-    """One dataset's rows with namespaced ids, views, a split and exactly the manifest's findings."""
-    frame, dataset = part.rows.frame, part.dataset
+def _conflict_notes(dataset: str, conflicts: Mapping[str, int]) -> list[str]:
+    if not conflicts:
+        return []
+    shown = ", ".join(f"{name} {count:,}" for name, count in sorted(conflicts.items(), key=lambda pair: -pair[1]))
+    return [f"{dataset}: labels that contradict each other (images): {shown}"]
+
+
+def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> tuple[pl.DataFrame, dict[str, int]]:
+    """One dataset's rows with namespaced ids, views, a split and exactly the manifest's findings; and conflicts."""
+    frame, dataset, conflicts = part.rows.frame, part.dataset, dict(part.rows.conflicts)
     own = [frame[label_column(name)].to_numpy() for name in part.rows.findings]
     labels = np.stack(own, axis=1) if own else np.zeros((frame.height, 0), np.int8)
+    if options.policy.hierarchy and not part.rows.native:
+        related = apply_hierarchy(labels, part.rows.findings)
+        labels = related.codes
+        conflicts |= {name: conflicts.get(name, 0) + count for name, count in related.conflicts.items()}
+        frame = frame.with_columns(
+            pl.Series(label_column(name), labels[:, number]) for number, name in enumerate(part.rows.findings)
+        )
     split = assign(
         dataset, frame, labels, part.rule, options.val_fraction, options.test_fraction, options.seed
     )  # on all labels of the source: the split does not depend on which findings are kept
@@ -221,7 +229,7 @@ def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> p
         study_id=pl.format("{}/{}/{}", pl.lit(dataset), "patient_id", "study_id"),
         view=view_of(pl.col("view_raw")),
         split_project=pl.Series(split, dtype=pl.String),
-        label_policy_id=pl.lit(options.label_policy),
+        label_policy_id=pl.lit(str(options.policy)),
     )
     known_view = pl.col("view") != "UNKNOWN"
     stated = pl.col("view_source") if "view_source" in frame.columns else pl.lit("stated")
@@ -231,9 +239,21 @@ def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> p
         is_pediatric=pl.col("age_years") < 18 if "age_years" in frame.columns else pl.lit(None, dtype=pl.Boolean),
         study_order=_rank(frame),
     )
+    frame = _with_origin(frame, part)
     absent = [name for name in findings if name not in part.rows.findings]
     frame = frame.drop([label_column(name) for name in part.rows.findings if name not in findings])
-    return frame.with_columns(pl.lit(UNKNOWN, dtype=pl.Int8).alias(label_column(name)) for name in absent)
+    return frame.with_columns(pl.lit(UNKNOWN, dtype=pl.Int8).alias(label_column(name)) for name in absent), conflicts
+
+
+def _with_origin(frame: pl.DataFrame, part: _Part) -> pl.DataFrame:
+    """Name each image and patient as the release that they come from does; null where there is none."""
+    if not part.rows.origin:
+        return frame
+    own = {
+        "origin_image": pl.format("{}/{}", pl.lit(part.rows.origin), "image_id"),
+        "origin_patient": pl.col("patient_id").str.replace(f"^{re.escape(part.dataset)}/", f"{part.rows.origin}/"),
+    }
+    return frame.with_columns(value.alias(name) for name, value in own.items() if name not in frame.columns)
 
 
 def _rank(frame: pl.DataFrame) -> pl.Expr:
@@ -251,7 +271,7 @@ def _metadata(parts: Sequence[_Part], frame: pl.DataFrame, options: ManifestOpti
         "tool_version": version("hilum"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": str(options.seed),
-        "label_policy": options.label_policy,
+        "label_policy": str(options.policy),
         "split": json.dumps(
             {
                 "rules": {part.dataset: part.rule for part in parts},

@@ -6,23 +6,19 @@ A source reads one layout and returns `SourceRows`; `manifest` gives them namesp
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import polars as pl
 
 from hilum.core.errors import EmptyStudyError, ManifestError, PathError, UnknownLabelError
-from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
+from hilum.data.label_maps import LabelPolicy
 from hilum.data.schema import label_column, leaves_root
 from hilum.data.tables import FIRST_ROW, check_values, row_of
 
 EXAMPLES = 3
 """How many of the offending files a message names."""
 ROW_COLUMNS = ("\x1ftable", "\x1frow")
-
-BlankPolicy = Literal["mask", "zero"]
-UncertainPolicy = Literal["mask", "zero", "one"]
 
 
 @dataclass(frozen=True)
@@ -39,18 +35,8 @@ class SourceOptions:
     """Another table than the one the source looks for (source `folder`)."""
     allow_missing: bool = False
     """Leave out listed images that are not there, and count them, in place of an error."""
-    blank: BlankPolicy = "mask"
-    """An empty label cell: unknown, or negative."""
-    uncertain: UncertainPolicy = "mask"
-    """A source's own "uncertain": kept apart as -2 (every loss masks it), or made negative or positive."""
-
-    def code(self, text: str) -> int:
-        """Label code of a cell that holds 1, 0, -1 or nothing."""
-        if text == "":
-            return UNKNOWN if self.blank == "mask" else NEGATIVE
-        if text == "-1":
-            return {"mask": UNCERTAIN, "zero": NEGATIVE, "one": POSITIVE}[self.uncertain]
-        return POSITIVE if text == "1" else NEGATIVE
+    policy: LabelPolicy = field(default_factory=LabelPolicy)
+    """How cells that are not plainly yes or no are read."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +51,11 @@ class SourceRows:
         official: whether `split_official` is meant to be used when nobody says which split.
         tables: SHA-256 of each table read, by file name.
         notes: what a person should know (files left out, guesses made); no patient identifiers.
+        origin: the public release whose image and patient ids these are ("mimic" for CXR-LT), so that two datasets that
+            hold the same pictures or people are known to; "" for ids of nobody else's. A source whose images descend
+            from another release one by one fills the columns `origin_image` and `origin_patient` itself.
+        conflicts: images whose labels contradict each other, by finding (see `label_maps`).
+        native: the labels are the release's own in every finding; rules between findings are never applied to them.
     """
 
     frame: pl.DataFrame
@@ -73,6 +64,9 @@ class SourceRows:
     official: bool
     tables: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    origin: str = ""
+    conflicts: Mapping[str, int] = field(default_factory=dict)
+    native: bool = False
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ OPTIONAL: dict[str, type[pl.DataType] | pl.DataType] = {
     "photometric": pl.String,
     "mode": pl.String,
     "orientation_fix": pl.Int32,
+    "origin_image": pl.String,
+    "origin_patient": pl.String,
     "split_official": pl.String,
     "fold": pl.Int32,
     "label_source": pl.String,
@@ -255,7 +257,7 @@ def check_rows(frame: pl.DataFrame, where: str) -> None:
     crossing = patients_across_splits(frame)
     if crossing.height:
         raise LeakageError(
-            f"{where}: {crossing.n_unique(['dataset', 'patient_id'])} patients have images in more than one split, "
+            f"{where}: {crossing.select(person(crossing)).n_unique()} patients have images in more than one split, "
             f"e.g. image {crossing['image_uid'][0]}. A patient belongs to one split; see `hilum audit`."
         )
     open_evaluation = evaluation_in_pretraining(frame)
@@ -271,13 +273,19 @@ def leaves_root(path: pl.Expr) -> pl.Expr:
     return path.str.contains(r"^$|^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
 
 
+def person(frame: pl.DataFrame) -> pl.Expr:
+    """Who an image is of: the patient of the release it descends from where known, else the dataset's own."""
+    own = pl.col("patient_id")
+    return (pl.coalesce("origin_patient", own) if "origin_patient" in frame.columns else own).alias("person")
+
+
 def patients_across_splits(frame: pl.DataFrame) -> pl.DataFrame:
     """Rows of patients that have images in more than one of train, val and test."""
     placed = frame.filter(pl.col("split_project") != "")
-    return placed.filter(pl.col("split_project").n_unique().over("dataset", "patient_id") > 1)
+    return placed.filter(pl.col("split_project").n_unique().over(person(frame)) > 1)
 
 
 def evaluation_in_pretraining(frame: pl.DataFrame) -> pl.DataFrame:
     """Rows open to self-supervision whose patient has an image in val or test."""
-    evaluated = pl.col("split_project").is_in(["val", "test"]).any().over("dataset", "patient_id")
+    evaluated = pl.col("split_project").is_in(["val", "test"]).any().over(person(frame))
     return frame.filter(evaluated & pl.col("ssl_ok"))

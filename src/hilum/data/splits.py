@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from hilum.core.errors import ConfigError, LeakageError, ManifestError
 from hilum.core.seeding import derive
 from hilum.core.types import POSITIVE
+from hilum.data.schema import person
 
 EVALUATION_SPLITS = ("val", "test")
 
@@ -154,20 +155,47 @@ def _check_official(dataset: str, frame: pl.DataFrame) -> None:
         )
 
 
+def settle_across_datasets(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """Where datasets share patients and place them differently, evaluation wins: test before val before train.
+
+    Images of such a patient in an earlier split belong to none (`split_project` ""). Within one dataset a patient has
+    one split already.
+
+    Returns:
+        The rows, and a note for each dataset that lost images.
+    """
+    rank = pl.col("split_project").replace_strict({"": 0, "train": 1, "val": 2, "test": 3}, return_dtype=pl.Int8)
+    yields = (rank > 0) & (rank < rank.max().over(person(frame)))
+    frame = frame.with_columns(_yields=yields)
+    lost = frame.filter("_yields").group_by("dataset", "split_project").len().sort("dataset", "split_project")
+    notes = [
+        f"{dataset}: {count} images left out of {split}: another dataset evaluates on their patients"
+        for dataset, split, count in lost.iter_rows()
+    ]
+    settled = pl.when("_yields").then(pl.lit("")).otherwise("split_project")
+    return frame.with_columns(split_project=settled).drop("_yields"), notes
+
+
 def mark_ssl(frame: pl.DataFrame) -> pl.DataFrame:
     """Add `ssl_ok` and `ssl_reason`: may an image enter self-supervised pretraining?
 
-    It may when no image of its patient is in val or test, of the project's split or of the source's own lists.
-    The lists count even where the project splits otherwise: others are judged on them.
+    It may when no image of its patient, in any dataset, is in val or test, of the project's split or of the sources'
+    own lists. The lists count even where the project splits otherwise: others are judged on them. A picture that two
+    datasets hold enters once, from the one whose rows come first.
     """
-    patient = ("dataset", "patient_id")
-    in_project = pl.col("split_project").is_in(EVALUATION_SPLITS).any().over(patient)
-    in_official = pl.col("split_official").fill_null("").is_in(EVALUATION_SPLITS).any().over(patient)
+    who = person(frame)
+    in_project = pl.col("split_project").is_in(EVALUATION_SPLITS).any().over(who)
+    in_official = pl.col("split_official").fill_null("").is_in(EVALUATION_SPLITS).any().over(who)
+    again = pl.lit(False)
+    if "origin_image" in frame.columns:
+        again = pl.col("origin_image").is_not_null() & ~pl.col("origin_image").is_first_distinct()
     reason = (
         pl.when(in_project)
         .then(pl.format("excluded: patient in {} val or test", "dataset"))
         .when(in_official)
         .then(pl.format("excluded: patient in {} official val or test", "dataset"))
+        .when(again)
+        .then(pl.lit("excluded: the same picture is there under another dataset"))
         .otherwise(pl.lit("no image of the patient in val or test"))
     )
-    return frame.with_columns(ssl_ok=~(in_project | in_official), ssl_reason=reason)
+    return frame.with_columns(ssl_ok=~(in_project | in_official | again), ssl_reason=reason)

@@ -9,6 +9,7 @@ import pytest
 
 from hilum.core.errors import ConfigError, LeakageError, UnknownNameError
 from hilum.core.types import image_uid
+from hilum.data.label_maps import LabelPolicy
 from hilum.data.labels import CXRLT_2024_TASK1, FINDING_SETS, findings_hash, frequency_groups, ordered
 from hilum.data.manifest import SOURCES, ManifestOptions, build_manifest, parse_folders, parse_source
 from hilum.data.schema import read_manifest, write_manifest
@@ -113,14 +114,14 @@ def test_a_patient_on_both_sides_of_a_given_split(make):
 
 def test_provenance(make):
     spec = make("a", many(10))
-    manifest, _ = build_manifest([spec], ManifestOptions(seed=5, blank="zero"))
+    manifest, _ = build_manifest([spec], ManifestOptions(seed=5, policy=LabelPolicy(blank="zero")))
     metadata = manifest.metadata
     assert json.loads(metadata["roots"]) == {"a": str(spec.root)}
     digest = hashlib.sha256((spec.root / "labels.csv").read_bytes()).hexdigest()
     assert json.loads(metadata["source_sha256"]) == {"a": {"labels.csv": digest}}
     assert json.loads(metadata["counts"]) == {"a": {"images": 20, "patients": 10, "studies": 20}}
     assert metadata["seed"] == "5"
-    assert metadata["label_policy"] == "uncertain=mask,blank=zero"
+    assert metadata["label_policy"] == "uncertain=mask,blank=zero,tier=strict,imply_negatives=off,hierarchy=off"
     assert json.loads(metadata["split"])["rules"] == {"a": "project"}
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from hilum.core.errors import ConfigError, UnknownNameError
-from hilum.data.labels import CXRLT_2023, CXRLT_2024_TASK1, CXRLT_2024_TASK2, NIH_TO_CXRLT
-from hilum.data.phantoms.layouts import mask_name, write_phantoms
+from hilum.data.label_maps import load_map
+from hilum.data.labels import CXRLT_2023, CXRLT_2024_TASK1, CXRLT_2024_TASK2
+from hilum.data.phantoms.writing import mask_name, write_phantoms
 
 PATIENTS, SEED, SIZE = 20, 3, 64
 
@@ -132,7 +133,7 @@ def test_nih_tables(nih):
     rows = [line.split(",") for line in text[1:] if line]
     assert all(len(row) == 11 for row in rows)
     tokens = {token for row in rows for token in row[1].split("|")}
-    assert tokens <= set(NIH_TO_CXRLT)
+    assert tokens <= set(load_map("nih").labels)
     for row in rows:
         assert row[0] == f"{int(row[3]):08d}_{int(row[2]):03d}.png"
         assert row[6] in ("PA", "AP")

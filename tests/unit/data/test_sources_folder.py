@@ -8,6 +8,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from hilum.core.errors import EmptyStudyError, ManifestError, MissingColumnError, PathError, UnknownLabelError
+from hilum.data.label_maps import LabelPolicy
 from hilum.data.rows import SourceOptions
 from hilum.data.sources import folder
 
@@ -71,7 +72,7 @@ def test_table(make):
 )
 def test_policies_change_only_the_cells_they_are_about(make, tmp_path, blank, uncertain, edema, odd):
     make(TABLE, "a/1.png", "a/2.png", "b/3.JPG")
-    frame = folder.read(SourceOptions("clinic", tmp_path, blank=blank, uncertain=uncertain)).frame
+    frame = folder.read(SourceOptions("clinic", tmp_path, policy=LabelPolicy(uncertain, blank))).frame
     assert frame["label.Edema"].to_list() == edema
     assert frame["label.Odd Finding"].to_list() == odd
 

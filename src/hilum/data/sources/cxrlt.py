@@ -89,6 +89,8 @@ def read(options: SourceOptions) -> SourceRows:
         official=True,
         tables={table.path.name: table.sha256 for table in [*read_files.values(), *task3]},
         notes=(*notes, *missing),
+        origin="mimic",
+        native=True,
     )
 
 

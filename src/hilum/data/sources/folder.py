@@ -9,11 +9,13 @@ counts as a patient of its own, and the notes say so.
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from hilum.core.errors import EmptyStudyError, ImageError, ManifestError, PathError
 from hilum.core.tracking import progress
 from hilum.core.types import SPLIT_NAMES
+from hilum.data.label_cells import CELLS
 from hilum.data.labels import canonical, ordered
 from hilum.data.rows import (
     Scan,
@@ -41,7 +43,6 @@ HEADER_FIELDS = {
 }
 RESERVED = ("path", "patient_id", "study_id", "view", "split", "sex", "age")
 SPLIT_CELLS = {**SPLIT_NAMES, "": ""}
-LABEL_CELLS = {"1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": "-1", "-1.0": "-1", "": ""}
 
 
 def read(options: SourceOptions) -> SourceRows:
@@ -131,7 +132,8 @@ def _table(path: Path, options: SourceOptions) -> tuple[pl.DataFrame, tuple[str,
     if twice:
         raise ManifestError(f"{path}: two columns for {', '.join(twice)} (names are matched without regard to case).")
     _check_findings(frame, columns, path)
-    codes = {cell: options.code(LABEL_CELLS[cell]) for cell in LABEL_CELLS}
+    read = np.array(list(CELLS.values()), np.int8)[:, None]
+    codes = dict(zip(CELLS, options.policy.settle(read)[:, 0].tolist(), strict=True))
     raw = pl.struct(list(columns)).struct.json_encode() if columns else pl.lit(None, dtype=pl.String)
     frame = frame.with_columns(raw_labels=raw, source_relpath=paths).drop("path")
     frame = located(_rename(label_columns(frame, columns, codes, path), path), path)
@@ -141,7 +143,7 @@ def _table(path: Path, options: SourceOptions) -> tuple[pl.DataFrame, tuple[str,
 def _check_findings(frame: pl.DataFrame, columns: dict[str, str], path: Path) -> None:
     """A column of anything but labels is most likely a misspelt `patient_id` or a remark: say which are read how."""
     for name in columns:
-        bad = ~frame[name].is_in(list(LABEL_CELLS))
+        bad = ~frame[name].is_in(list(CELLS))
         if bad.all():
             raise ManifestError(
                 f"{path}: column {name!r} holds no labels. Columns other than {', '.join(RESERVED)} are findings "

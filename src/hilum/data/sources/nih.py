@@ -6,14 +6,15 @@ Source: Wang et al., ChestX-ray8, CVPR 2017.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
 
 from hilum.core.errors import LeakageError, ManifestError, PathError
 from hilum.core.files import sha256_file
-from hilum.core.types import NEGATIVE, POSITIVE
-from hilum.data.labels import NIH_TO_CXRLT, ordered
+from hilum.data.label_cells import finding_columns, token_values
+from hilum.data.label_maps import LabelPolicy, load_map
 from hilum.data.rows import (
     SourceOptions,
     SourceRows,
@@ -22,15 +23,14 @@ from hilum.data.rows import (
     keep_existing,
     located,
     scan,
-    unknown_label,
 )
-from hilum.data.schema import label_column
 from hilum.data.tables import Table, read_csv, read_list, row_of
 
 TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 REQUIRED = ("Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Gender", "View Position")
 LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
 NO_FINDING = "No Finding"
+LABELS = load_map("nih")
 
 
 def read(options: SourceOptions) -> SourceRows:
@@ -46,7 +46,8 @@ def read(options: SourceOptions) -> SourceRows:
         raise PathError(f"{root} holds neither {TABLES[0]} nor {TABLES[1]}.")
     table = read_csv(path, REQUIRED, key="Image Index")
     found = scan(image_root, _image_folders(image_root))
-    frame = located(_rows(table), path).join(
+    rows, conflicts = _rows(table, options.policy)
+    frame = located(rows, path).join(
         _locations(found.files, image_root), on="image_id", how="left", maintain_order="left"
     )
     frame = frame.with_columns(pl.col("source_relpath").fill_null("images/" + pl.col("image_id")))
@@ -59,15 +60,17 @@ def read(options: SourceOptions) -> SourceRows:
             label_source=pl.lit("nih-chestxray14"),
             label_trust=pl.lit("text_mined"),
         ),
-        ordered(NIH_TO_CXRLT.values()),
+        LABELS.findings,
         image_root,
         official=False,
         tables={path.name: table.sha256, **lists},
         notes=tuple(notes),
+        origin="nih",
+        conflicts=conflicts,
     )
 
 
-def _rows(table: Table) -> pl.DataFrame:
+def _rows(table: Table, policy: LabelPolicy) -> tuple[pl.DataFrame, Mapping[str, int]]:
     frame, path = table.frame, table.path
     name = frame["Image Index"]
     bad = ~name.str.contains(r"^\d{8}_\d{3}\.png$")
@@ -78,8 +81,8 @@ def _rows(table: Table) -> pl.DataFrame:
     other = name.str.slice(0, 8) != frame["Patient ID"].str.zfill(8)
     if other.any():
         raise ManifestError(f"{path}, row {row_of(other)}: 'Patient ID' is not the patient of the file name.")
-    labels = _labels(frame["Finding Labels"], path)
-    return frame.select(
+    labels, conflicts = _labels(frame["Finding Labels"], path, policy)
+    rows = frame.select(
         image_id=pl.col("Image Index"),
         patient_id=name.str.slice(0, 8),
         study_id=name.str.slice(9, 3),
@@ -90,23 +93,17 @@ def _rows(table: Table) -> pl.DataFrame:
         age_years=ages(pl.col("Patient Age")),
         raw_labels=pl.col("Finding Labels").map_elements(json.dumps, return_dtype=pl.String),
     ).hstack(labels)
+    return rows, conflicts
 
 
-def _labels(cells: pl.Series, path: Path) -> list[pl.Series]:
+def _labels(cells: pl.Series, path: Path, policy: LabelPolicy) -> tuple[list[pl.Series], Mapping[str, int]]:
     """One column per finding: exact tokens, all fifteen known for every image."""
     tokens = cells.str.split("|")
-    for token in tokens.explode().unique().sort():
-        if token not in NIH_TO_CXRLT:
-            row = row_of(tokens.list.contains(token))
-            raise unknown_label(token, list(NIH_TO_CXRLT), f"{path}, row {row}, 'Finding Labels'")
+    values = token_values(tokens, LABELS, path)
     combined = tokens.list.contains(NO_FINDING) & (tokens.list.len() > 1)
     if combined.any():
         raise ManifestError(f"{path}, row {row_of(combined)}: {NO_FINDING!r} stands beside another finding.")
-    return [
-        tokens.list.contains(token).replace_strict({True: POSITIVE, False: NEGATIVE}, return_dtype=pl.Int8)
-        .alias(label_column(finding))
-        for token, finding in NIH_TO_CXRLT.items()
-    ]  # fmt: skip
+    return finding_columns(values, LABELS, policy)
 
 
 def _image_folders(root: Path) -> list[str]:

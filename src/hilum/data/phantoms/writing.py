@@ -23,17 +23,19 @@ from hilum.core.files import read_json, write_json, write_text
 from hilum.core.tracking import progress
 from hilum.data.labels import CXRLT_2024_TASK1
 from hilum.data.phantoms.cohort import plan_cohort
+from hilum.data.phantoms.layouts import LAYOUTS
+from hilum.data.phantoms.layouts.jobs import MaskRow, StudyJob, csv_text
 from hilum.data.phantoms.prevalence import MINIMUM_PATIENTS
 from hilum.data.phantoms.render import render_study
-from hilum.data.phantoms.tables import LAYOUTS, MaskRow, StudyJob, csv_text
 
 FORMAT = "hilum-phantom-1"
 VERSION = 2
 """Of the generator: pictures of two versions differ for one seed."""
 SMALLEST, LARGEST = 64, 2048
 JPEG_QUALITY = 95
-OWN = ("files", "images", "masks", "cxr-lt-2023", "cxr-lt-2024", "mimic-cxr-2.0.0-metadata.csv.gz", "masks.csv")
-"""What a run leaves in OUT besides phantom.json; a run over an earlier one of ours removes these and nothing else."""
+OWN = ("masks", "masks.csv")
+"""What a run of any layout leaves in OUT besides phantom.json. A run over an earlier one of ours removes these and what
+layouts call their own, and nothing else."""
 
 
 def write_phantoms(
@@ -44,7 +46,7 @@ def write_phantoms(
 
     Args:
         out: a folder that is empty, absent, or holds an earlier run of this function (which is replaced).
-        layout: "cxrlt" (CXR-LT 2024 on MIMIC-CXR-JPG), "cxrlt2023", or "nih" (ChestX-ray14).
+        layout: one of `layouts.LAYOUTS`: "cxrlt" (CXR-LT 2024 on MIMIC-CXR-JPG), "nih" (ChestX-ray14), ...
         patients: how many.
         seed: same seed and arguments, same bytes, whatever the number of workers.
         size: short side of the images in pixels.
@@ -102,7 +104,7 @@ def _workplace(out: Path) -> Iterator[Path]:
             folder.rename(out)
             return
         (out / "phantom.json").unlink(missing_ok=True)
-        for name in OWN:
+        for name in {*OWN, *(name for layout in LAYOUTS.values() for name in layout.own)}:
             old = out / name
             if old.is_dir():
                 shutil.rmtree(old)

@@ -1,0 +1,77 @@
+"""From the cells of a source's tables to label values, and from those to label columns."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import Int8
+
+from hilum.core.errors import UnknownLabelError
+from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
+from hilum.data.label_maps import LabelMap, LabelPolicy, apply_map
+from hilum.data.rows import unknown_label
+from hilum.data.schema import label_column
+from hilum.data.tables import check_values, row_of
+
+CELLS: dict[str, int] = {
+    "1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE, "-1": UNCERTAIN, "-1.0": UNCERTAIN, "": UNKNOWN,
+}  # fmt: skip
+"""How CheXpert's labeller, and most tables after it, write a label; blank is "not mentioned"."""
+
+
+def cell_values(
+    frame: pl.DataFrame, labels: Sequence[str], table: Path, codes: Mapping[str, int] | None = None
+) -> Int8[np.ndarray, "N L"]:
+    """Values of one text column per label.
+
+    Args:
+        frame: has a column for each label.
+        labels: in the order wanted.
+        table: for messages.
+        codes: accepted text -> value; default `CELLS`.
+
+    Raises:
+        UnknownLabelError: a cell holds anything else; names row, column and value.
+    """
+    codes = CELLS if codes is None else codes
+    for label in labels:
+        check_values(frame[label], codes, table, UnknownLabelError)
+    columns = [frame[label].replace_strict(dict(codes), return_dtype=pl.Int8).to_numpy() for label in labels]
+    return np.stack(columns, axis=1) if columns else np.zeros((frame.height, 0), np.int8)
+
+
+def token_values(tokens: pl.Series, labels: LabelMap, table: Path) -> Int8[np.ndarray, "N L"]:
+    """1 for each label in a row's list of tokens, 0 for the others of the vocabulary; a null list gives all unknown.
+
+    Args:
+        tokens: list of texts per row, exact words.
+        labels: the vocabulary.
+        table: for messages.
+
+    Raises:
+        UnknownLabelError: a token that the vocabulary does not have, with the nearest that it has.
+    """
+    column = {label: number for number, label in enumerate(labels.labels)}
+    rows = pl.int_range(len(tokens), eager=True).alias("row")
+    pairs = pl.DataFrame([rows, tokens.alias("token")]).explode("token").drop_nulls("token")
+    for token in pairs["token"].unique().sort():
+        if token not in column:
+            row = row_of(tokens.list.contains(token).fill_null(False))
+            raise unknown_label(token, labels.labels, f"{table}, row {row}, {tokens.name!r}")
+    values = np.full((len(tokens), len(column)), NEGATIVE, np.int8)
+    values[pairs["row"].to_numpy(), pairs["token"].replace_strict(column, return_dtype=pl.Int64).to_numpy()] = POSITIVE
+    values[tokens.is_null().to_numpy()] = UNKNOWN
+    return values
+
+
+def finding_columns(
+    values: Int8[np.ndarray, "N L"], labels: LabelMap, policy: LabelPolicy
+) -> tuple[list[pl.Series], Mapping[str, int]]:
+    """`label.<finding>` columns of a source's label values (columns in the order of `labels.labels`), and conflicts."""
+    mapped = apply_map(values, labels, policy)
+    columns = [
+        pl.Series(label_column(finding), mapped.codes[:, number], dtype=pl.Int8)
+        for number, finding in enumerate(labels.findings)
+    ]
+    return columns, mapped.conflicts

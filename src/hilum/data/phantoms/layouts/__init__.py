@@ -1,0 +1,14 @@
+"""The real sources' folder layouts, ids and CSV tables, for a cohort of phantoms: one file a source.
+
+A layout names every image of a cohort (`jobs`) and writes the tables once they are made (`tables`).
+"""
+
+from hilum.data.phantoms.layouts.cxrlt import CXRLT, CXRLT_OF_2023
+from hilum.data.phantoms.layouts.jobs import Layout
+from hilum.data.phantoms.layouts.nih import NIH
+
+LAYOUTS: dict[str, Layout] = {
+    "cxrlt": CXRLT,
+    "cxrlt2023": CXRLT_OF_2023,
+    "nih": NIH,
+}

@@ -1,0 +1,82 @@
+"""What a layout is made of: the images of a cohort by name, and the tables beside them."""
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hilum.core.seeding import derive
+from hilum.data.phantoms.cohort import ImagePlan, PatientPlan, StudyPlan
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One image: what it is called and where it goes."""
+
+    image_id: str
+    path: str
+    """Relative to OUT."""
+    plan: ImagePlan
+    shape: tuple[int, int]
+    form: str = ""
+    """How it is encoded, one of `encoding.FORMS`; "": by the suffix of `path`."""
+
+
+@dataclass(frozen=True)
+class StudyJob:
+    """One study of one patient, ready to be rendered in any process."""
+
+    seed: int
+    patient: PatientPlan
+    study: StudyPlan
+    subject_id: str
+    study_id: str
+    images: list[ImageJob]
+
+
+@dataclass(frozen=True)
+class MaskRow:
+    """One mask that was written; `box` is (x, y, width, height) in pixels."""
+
+    image_id: str
+    finding: str
+    path: str
+    area: float
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a cohort becomes files.
+
+    Args:
+        jobs: cohort, seed and size to the images, by name.
+        tables: writes the tables into a folder.
+        source: the source that reads it (`hilum manifest SOURCE=OUT`).
+        own: names that it leaves in OUT besides masks, masks.csv and phantom.json.
+    """
+
+    jobs: Callable[[list[PatientPlan], int, int], list[StudyJob]]
+    tables: Callable[[Path, list[StudyJob], list[MaskRow]], None]
+    source: str
+    own: tuple[str, ...]
+
+
+def scattered_number(seed: int, kind: str, index: int, first: int) -> int:
+    """The index-th of 10,000,000 distinct numbers from `first` on, scattered by a stride prime to their count."""
+    return first + (derive(seed, "phantom", kind) + index * 618_033) % 10_000_000
+
+
+def image_shape(size: int, aspect: float) -> tuple[int, int]:
+    """Height and width of an image whose shorter side has `size` pixels and whose width over height is `aspect`."""
+    long = round(size * max(aspect, 1 / aspect))
+    return (size, long) if aspect > 1 else (long, size)
+
+
+def csv_text(rows: list[list[Any]]) -> str:
+    """Rows as CSV with Unix line ends."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
