@@ -134,16 +134,19 @@ def build(
     manifest: Annotated[Path, typer.Argument(help="A table made by hilum manifest.")],
     out: Out = Path("store"),
     size: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller images stay as they are.")] = 512,
-    encoding: Annotated[str, typer.Option(help="jpeg95, png or raw.")] = "jpeg95",
+    encoding: Annotated[str | None, typer.Option(help="jpeg95 (default), png or raw.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: job i of n, counted from 0, as in 0/8.")] = None,
     workers: Workers = None,
     root: Annotated[list[str] | None, typer.Option(help="SOURCE=ROOT, if the images have moved.")] = None,
     budget: Annotated[float, typer.Option(help="Share of unreadable images above which this is an error.")] = 0.01,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Copy no pixels: check every file once, then read it where it is.")
+    ] = False,
 ) -> None:
     """Decode every image once into a store; what cannot be read is listed with its reason."""
     from hilum.commands import build as program
 
-    program.run(manifest, out, size, encoding, shard, workers, root or [], budget)
+    program.run(manifest, out, size, encoding, shard, workers, root or [], budget, in_place)
 
 
 @app.command(epilog=example("hilum verify store"))

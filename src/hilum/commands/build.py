@@ -7,6 +7,7 @@ from hilum.core.config import parse_shard
 from hilum.core.errors import ConfigError, StoreError
 from hilum.core.tracking import duration, next_step, say
 from hilum.data.build import BuildSummary, build_store
+from hilum.data.shards import IN_PLACE
 
 BUDGET = 0.01
 """Share of refused images that is an error: more than that is seldom chance."""
@@ -16,11 +17,12 @@ def run(
     manifest: Path,
     out: Path,
     size: int = 512,
-    encoding: str = "jpeg95",
+    encoding: str | None = None,
     shard: str | None = None,
     workers: int | None = None,
     roots: Sequence[str] = (),
     budget: float = BUDGET,
+    in_place: bool = False,
 ) -> None:
     """Build, print what happened, and fail when too much was refused (after everything is written).
 
@@ -28,11 +30,12 @@ def run(
         manifest: a manifest.parquet.
         out: the store folder.
         size: pixels of the shorter side.
-        encoding: jpeg95, png or raw.
+        encoding: jpeg95 (default), png or raw.
         shard: "i/n", job i of n, counted from 0.
         workers: decoding processes.
         roots: KEY=FOLDER, where the images of a root are now.
         budget: share of refused images above which the command fails.
+        in_place: store no pixels; check every file once, and read it where it is from then on.
 
     Raises:
         StoreError: more than `budget` was refused, or the store cannot be written.
@@ -40,9 +43,21 @@ def run(
     """
     if not 0 <= budget <= 1:
         raise ConfigError(f"--budget: expected a share between 0 and 1, found {budget}.")
-    summary = build_store(manifest, out, size, encoding, workers, parse_shard(shard), _roots(roots))
+    if in_place and encoding is not None:
+        raise ConfigError(f"--in-place stores no pixels, so there is nothing to encode as {encoding!r}. Choose one.")
+    chosen = IN_PLACE if in_place else encoding or "jpeg95"
+    summary = build_store(manifest, out, size, chosen, workers, parse_shard(shard), _roots(roots))
     for line in describe(summary):
         say(line)
+    check_budget(summary, out, budget)
+    if summary.finished:
+        next_step(f"hilum pretrain RECIPE --data {out} --out RUN")
+    else:
+        next_step(f"hilum build {manifest} --out {out}, once the other jobs are through")
+
+
+def check_budget(summary: BuildSummary, out: Path, budget: float) -> None:
+    """Raise StoreError where more than `budget` of the images was refused."""
     if summary.refused_share > budget:
         raise StoreError(
             f"{sum(summary.quarantined.values())} of {summary.stored + sum(summary.quarantined.values())} images "
@@ -50,10 +65,6 @@ def run(
             + (f"{out / 'quarantine.csv'} has each with its reason; the rest is stored. " if summary.finished else "")
             + "Repair them and run the command again, or raise --budget."
         )
-    if summary.finished:
-        next_step(f"hilum pretrain RECIPE --data {out} --out RUN")
-    else:
-        next_step(f"hilum build {manifest} --out {out}, once the other jobs are through")
 
 
 def describe(summary: BuildSummary) -> list[str]:

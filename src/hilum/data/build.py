@@ -8,11 +8,12 @@ is in the store or in `quarantine.csv`.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from hilum.core.errors import ConfigError, StoreError, UnknownNameError
 from hilum.core.files import read_json, write_text
 from hilum.core.tracking import Bar, progress
 from hilum.data.decoding import Decoders, Settings, Task, decoders, fingerprint
-from hilum.data.finish import REFUSED, STORED, finish_store
+from hilum.data.finish import REFUSED, STORED, Finished, finish_store
 from hilum.data.schema import Manifest, read_manifest
-from hilum.data.shards import ENCODINGS, Shard, new_shard
+from hilum.data.shards import ENCODINGS, IN_PLACE, Shard, new_shard
 
 SHARD_BYTES = 128 * 2**20
-BYTES_PER_PIXEL = {"jpeg95": 0.35, "png": 0.6, "raw": 1.0}
-"""Expected size of a record, generous for noisy films: shards end between half and twice `SHARD_BYTES`."""
+BYTES_PER_PIXEL = {"jpeg95": 0.35, "png": 0.6, "raw": 1.0, IN_PLACE: 1.0}
+"""Expected size of a record, generous for noisy films: shards end between half and twice `SHARD_BYTES`. Read in
+place, a shard covers as many images as a raw one, and is tiny."""
 ASPECT = 1.2
 """Expected longer side over shorter side."""
 
@@ -66,7 +68,7 @@ class BuildSummary:
 
 
 def build_store(
-    manifest_path: Path,
+    source: Path | Manifest,
     out: Path,
     size: int = 512,
     encoding: str = "jpeg95",
@@ -79,10 +81,11 @@ def build_store(
     """Decode, shrink and encode every image of a manifest into a store. Run again, it goes on where it stopped.
 
     Args:
-        manifest_path: a manifest.parquet.
+        source: a manifest.parquet, or a manifest in memory.
         out: the store folder.
         size: pixels of the shorter side; smaller images stay as they are.
-        encoding: one of `ENCODINGS`.
+        encoding: one of `ENCODINGS`, or `IN_PLACE`: decode every file once, and store no pixels but the files'
+            SHA-256; the store then reads the files where they are.
         workers: decoding processes; default the processors at hand. 1 decodes in this process.
         shard: (i, n): write only the shards whose number is i modulo n, for array jobs. The job that finds all shards
             finished writes the index; so does a later run without `shard`.
@@ -99,8 +102,9 @@ def build_store(
     settings = _settings(size, encoding, refuse, shard)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: expected at least 1 process, found {workers}.")
-    manifest = read_manifest(Path(manifest_path))
-    plan = _plan(manifest, _roots(manifest, roots or {}), settings, shard_bytes)
+    manifest = source if isinstance(source, Manifest) else read_manifest(Path(source))
+    folders = _roots(manifest, roots or {})
+    plan = _plan(manifest, folders, settings, shard_bytes)
     _check_folder(out, settings, {planned.dataset for planned in plan})
     mine = [number for number in range(len(plan)) if number % shard[1] == shard[0]]
     waiting = [number for number in mine if not _is_done(out, plan[number])]
@@ -116,25 +120,25 @@ def build_store(
     if finished:
         seen = [done for done in everything if done is not None]
         shards = [
-            Shard(planned.name, planned.dataset, planned.licence, part["images"], part["bytes"], part["sha256"])
+            Shard(planned.name, planned.dataset, planned.licence, part.images, part.bytes, part.sha256)
             for planned, part in zip(plan, seen, strict=True)
         ]
-        finish_store(out, manifest, shards, seen, settings)
+        finish_store(out, manifest, shards, seen, settings, folders)
     return BuildSummary(
         inputs=len(manifest),
-        stored=sum(done["images"] for done in seen),
-        quarantined=dict(Counter(reason for done in seen for reason in done["refused"]["reason"])),
-        flagged=dict(Counter(flag for done in seen for flags in done["stored"]["flags"] for flag in flags)),
+        stored=sum(done.images for done in seen),
+        quarantined=dict(Counter(reason for done in seen for reason in done.refused["reason"])),
+        flagged=dict(Counter(flag for done in seen for flag in done.stored["flags"].explode().drop_nulls())),
         shards=len(plan),
         shards_kept=len(mine) - len(waiting),
-        bytes=sum(done["bytes"] for done in seen),
+        bytes=sum(done.bytes for done in seen),
         seconds=time.monotonic() - started,
         finished=finished,
     )
 
 
 def _settings(size: int, encoding: str, refuse: Sequence[str], shard: tuple[int, int]) -> Settings:
-    if encoding not in ENCODINGS:
+    if encoding not in (*ENCODINGS, IN_PLACE):
         raise UnknownNameError("encoding", encoding, ENCODINGS)
     if size < 1:
         raise ConfigError(f"size: expected at least 1 pixel, found {size}.")
@@ -162,18 +166,37 @@ def _plan(manifest: Manifest, roots: Mapping[str, Path], settings: Settings, sha
     capacity = max(1, int(shard_bytes / expected))
     licences = _licences(manifest)
     groups: dict[tuple[str, str], list[Task]] = {}
+    folders = {key: str(folder) for key, folder in roots.items()}
     columns = ("image_uid", "source_relpath", "source_root_key", "dataset")
-    for (uid, path, key, dataset), licence in zip(manifest.frame.select(columns).iter_rows(), licences, strict=True):
-        groups.setdefault((dataset, licence), []).append(Task(uid, path, str(roots[key])))
+    rows = zip(manifest.frame.select(columns).iter_rows(), licences, _members(manifest), strict=True)
+    for (uid, path, key, dataset), licence, member in rows:
+        groups.setdefault((dataset, licence), []).append(Task(uid, path, folders[key], *member))
     plan: list[PlannedShard] = []
     for (dataset, licence), tasks in groups.items():
         for start in range(0, len(tasks), capacity):
             chosen = tuple(tasks[start : start + capacity])
-            identity = json.dumps([asdict(settings), dataset, licence, [(task.uid, task.path) for task in chosen]])
+            identity = json.dumps([asdict(settings), dataset, licence, [_identity(task) for task in chosen]])
             digest = hashlib.sha256(identity.encode()).hexdigest()
             slug = re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-")[:40] or "dataset"
             plan.append(PlannedShard(f"{len(plan):05d}-{slug}.bin", dataset, licence, chosen, digest))
     return plan
+
+
+def _identity(task: Task) -> tuple[Any, ...]:
+    """What decides a task's record, apart from the folder that its root is at the moment."""
+    if task.span is None:
+        return (task.uid, task.path)
+    return (task.uid, task.path, task.span, task.exact, task.refused)
+
+
+def _members(manifest: Manifest) -> Iterator[tuple[Any, ...]]:
+    """Where images are members of tars (webdataset.py): the arguments of `Task` that say so; else nothing."""
+    if "member_offset" not in manifest.frame.columns:
+        yield from itertools.repeat((), len(manifest))
+        return
+    columns = ("member_offset", "member_length", "member_exact", "member_refused")
+    for offset, length, exact, refused in manifest.frame.select(columns).iter_rows():
+        yield () if offset is None else ((offset, length), exact, refused)
 
 
 def _licences(manifest: Manifest) -> list[str]:
@@ -211,13 +234,13 @@ def _marker(out: Path, planned: PlannedShard) -> Path:
     return out / "shards" / f"{Path(planned.name).stem}.done"
 
 
-def _done(out: Path, planned: PlannedShard) -> dict[str, Any] | None:
+def _done(out: Path, planned: PlannedShard) -> Finished | None:
     """What the marker of a finished shard says; None where the shard is not finished, or is another plan's."""
     marker, file = _marker(out, planned), out / "shards" / planned.name
     if not marker.exists():
         return None
-    done = read_json(marker, StoreError)
-    if done["digest"] != planned.digest or not file.is_file() or file.stat().st_size != done["bytes"]:
+    done = Finished.of(read_json(marker, StoreError))
+    if done.digest != planned.digest or not file.is_file() or file.stat().st_size != done.bytes:
         return None
     return done
 
@@ -227,10 +250,9 @@ def _is_done(out: Path, planned: PlannedShard) -> bool:
     done = _done(out, planned)
     if done is None:
         return False
-    tasks, refused = {task.uid: task for task in planned.tasks}, done["refused"]
-    return all(
-        fingerprint(tasks[uid]) == found for uid, found in zip(refused["image_uid"], refused["found"], strict=True)
-    )
+    tasks = {task.uid: task for task in planned.tasks}
+    refused = done.refused.select("image_uid", "found").iter_rows()
+    return all(fingerprint(tasks[uid]) == found for uid, found in refused)
 
 
 def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -> None:

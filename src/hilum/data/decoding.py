@@ -4,6 +4,7 @@
 number of images. This module imports no table library: the processes it starts import it again.
 """
 
+import hashlib
 import os
 import signal
 import threading
@@ -21,8 +22,9 @@ import cv2
 import numpy as np
 
 from hilum.core.errors import ImageError, StoreError
-from hilum.data.images import read_image
-from hilum.data.shards import PREPROCESS_ID, encode
+from hilum.data.images import DecodedImage, read_file, read_image
+from hilum.data.shards import IN_PLACE, PREPROCESS_ID, encode
+from hilum.data.tar import read_span
 
 CHUNK_PIXELS = 2**22
 """Stored pixels handed over at a time."""
@@ -30,13 +32,19 @@ IMAGES_PER_WORKER = 64
 """Starting a process costs as much as decoding about so many small images."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """One image to decode."""
 
     uid: str
     path: str
     root: str
+    span: tuple[int, int] | None = None
+    """Offset and length where the image is a member of the tar at `path`; None where it is the whole file."""
+    exact: bool = False
+    """The member is a record that `hilum convert` wrote: its bytes are kept where nothing would change."""
+    refused: str = ""
+    """A reason that was found before decoding (a member of a tar that is a link, ...)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,8 @@ def fingerprint(task: Task) -> list[int] | None:
 def decode_one(task: Task, settings: Settings) -> Outcome:
     """Decode, shrink and encode one image, or say why not."""
     try:
-        image = read_image(_inside(task), name=task.uid, short_side=settings.size)
+        content = _content(task)
+        image = read_image(content, name=task.uid, short_side=settings.size)
         refused = sorted(set(image.quality) & set(settings.refuse))
         if refused:
             raise ImageError(refused[0], f"{task.uid}: refused for its quality: {', '.join(refused)}.")
@@ -83,7 +92,26 @@ def decode_one(task: Task, settings: Settings) -> Outcome:
         return Outcome(task.uid, reason=error.reason, message=str(error), found=fingerprint(task))
     source = (*image.pixels.shape, image.rows, image.cols, image.bits_stored, image.photometric, image.mode,
               image.intensity, list(image.quality))  # fmt: skip
-    return Outcome(task.uid, encode(image.pixels, settings.encoding), source)
+    return Outcome(task.uid, _record(task, settings, content, image), source)
+
+
+def _record(task: Task, settings: Settings, content: bytes, image: DecodedImage) -> bytes:
+    if settings.encoding == IN_PLACE:
+        return hashlib.sha256(content).digest()
+    unchanged = image.mode == "jpeg:L" and image.pixels.shape == (image.rows, image.cols)
+    if task.exact and settings.encoding == "jpeg95" and unchanged:
+        return content  # encoding a JPEG again would lose a little each time
+    return encode(image.pixels, settings.encoding)
+
+
+def _content(task: Task) -> bytes:
+    try:
+        if task.refused:
+            raise ImageError(task.refused, "refused before it was decoded.")
+        path = _inside(task)
+        return read_file(path) if task.span is None else read_span(path, *task.span)
+    except ImageError as error:
+        raise type(error)(error.reason, f"{task.uid}: {error}") from error.__cause__
 
 
 def _inside(task: Task) -> Path:
@@ -94,7 +122,7 @@ def _inside(task: Task) -> Path:
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL
         within = False
     if not within:
-        raise ImageError("path_leaves_root", f"{task.uid}: the path does not stay inside its root.")
+        raise ImageError("path_leaves_root", "the path does not stay inside its root.")
     return path
 
 

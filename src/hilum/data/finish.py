@@ -4,8 +4,12 @@ Reads nothing but the manifest and what the shards' markers say, so it can be re
 labels or splits changed needs no image decoded again.
 """
 
+import fcntl
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ import polars as pl
 from hilum.core.files import write_text
 from hilum.data.decoding import Settings
 from hilum.data.schema import Manifest, complete, write_manifest
-from hilum.data.shards import Shard, write_index
+from hilum.data.shards import IN_PLACE, Shard, write_index
 
 STORED: dict[str, Any] = {
     "image_uid": pl.String,
@@ -41,12 +45,41 @@ REFUSED: dict[str, Any] = {
     "found": pl.List(pl.Int64),
 }
 """And of each refused one; `found` is the size and modification time of the file."""
+FILES = ("quarantine.csv", "manifest.parquet", "index.npz", "store.json")
+"""What the last step writes, in this order."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the marker of a finished shard says."""
+
+    digest: str
+    """Of the plan that it was written for."""
+    images: int
+    bytes: int
+    sha256: str
+    stored: pl.DataFrame
+    """Columns `STORED`, but for the shard's number."""
+    refused: pl.DataFrame
+    """Columns `REFUSED`."""
+
+    @classmethod
+    def of(cls, marker: Mapping[str, Any]) -> "Finished":
+        """From the marker's JSON. As a table it takes a tenth of the memory, which counts where there are thousands."""
+        stored = pl.DataFrame(marker["stored"], schema={k: v for k, v in STORED.items() if k != "store_shard"})
+        facts = {name: marker[name] for name in ("digest", "images", "bytes", "sha256")}
+        return cls(**facts, stored=stored, refused=pl.DataFrame(marker["refused"], schema=REFUSED))
 
 
 def finish_store(
-    out: Path, manifest: Manifest, shards: Sequence[Shard], done: Sequence[Mapping[str, Any]], settings: Settings
+    out: Path,
+    manifest: Manifest,
+    shards: Sequence[Shard],
+    done: Sequence[Finished],
+    settings: Settings,
+    roots: Mapping[str, Path],
 ) -> None:
-    """Make a store complete, and remove shards that its plan no longer has and what killed builds left of markers.
+    """Make a store complete, and remove shards that its plan no longer has and what killed builds left behind.
 
     Args:
         out: the store folder, all its shards finished.
@@ -54,31 +87,63 @@ def finish_store(
         shards: in the order of their numbers.
         done: what the marker of each shard says.
         settings: what the records were made with.
+        roots: where the source files are, by root key; kept where they are read in place.
     """
-    stored = pl.concat(
-        pl.DataFrame({**part["stored"], "store_shard": [number] * shard.records}, schema=STORED)
-        for number, (shard, part) in enumerate(zip(shards, done, strict=True))
-    )
-    refused = pl.concat(pl.DataFrame(part["refused"], schema=REFUSED) for part in done)
-    write_text(out / "quarantine.csv", _quarantine_list(manifest.frame, refused))
-    write_manifest(_manifest_copy(manifest, stored, refused, settings), out / "manifest.parquet")
-    _write_index(out, manifest, stored, shards, settings, refused.height)
+    number = pl.lit(0, dtype=STORED["store_shard"])
+    stored = pl.concat(part.stored.with_columns(store_shard=number + place) for place, part in enumerate(done))
+    refused = pl.concat(part.refused for part in done)
+    with _alone(out):
+        write_text(out / "quarantine.csv", _quarantine_list(manifest.frame, refused))
+        write_manifest(_manifest_copy(manifest, stored, refused, settings), out / "manifest.parquet")
+        _write_index(out, manifest, stored, shards, settings, refused.height, roots)
+        _remove_stale(out, shards)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process at a time: two jobs of an array may find all shards finished at the same moment."""
+    path = out / ".finish.lock"
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # The one before us may have removed the file that we waited for; another may hold the next.
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _remove_stale(out: Path, shards: Sequence[Shard]) -> None:
     current = {shard.name for shard in shards} | {f"{Path(shard.name).stem}.done" for shard in shards}
-    for stale in (out / "shards").iterdir():
-        left_by_a_kill = fnmatch(stale.name, ".*.done.*.tmp")
-        if left_by_a_kill or (stale.suffix in (".bin", ".done") and stale.name not in current):
-            stale.unlink()
+    for path in (out / "shards").iterdir():
+        unplanned = path.suffix in (".bin", ".done") and path.name not in current
+        unfinished = fnmatch(path.name, ".*.done.*.tmp") or fnmatch(path.name, ".*.bin.partial")
+        if unplanned or (unfinished and path.name[1:].removesuffix(".partial") not in current):
+            path.unlink(missing_ok=True)
+    for path in out.glob(".*.tmp"):
+        if any(path.name.startswith(f".{name}.") for name in FILES):
+            path.unlink(missing_ok=True)
 
 
 def _write_index(
-    out: Path, manifest: Manifest, stored: pl.DataFrame, shards: Sequence[Shard], settings: Settings, refused: int
+    out: Path,
+    manifest: Manifest,
+    stored: pl.DataFrame,
+    shards: Sequence[Shard],
+    settings: Settings,
+    refused: int,
+    roots: Mapping[str, Path],
 ) -> None:
-    rows = manifest.frame.with_row_index("row").select(
-        "row", "image_uid", "image_id", "patient_id", "study_id", "view", "split_project", "dataset", "ssl_ok"
-    )
-    rows = rows.join(stored, on="image_uid", maintain_order="left")
     columns = {"uid": "image_uid", "image_id": "image_id", "patient": "patient_id", "study": "study_id", "view": "view",
                "split": "split_project", "dataset": "dataset"}  # fmt: skip
+    in_place = settings.encoding == IN_PLACE
+    if in_place:
+        columns |= {"root": "source_root_key", "path": "source_relpath"}
+    rows = manifest.frame.with_row_index("row").select("row", *columns.values(), "ssl_ok")
+    rows = rows.join(stored, on="image_uid", maintain_order="left")
     records = {"shard": "store_shard", "offset": "store_offset", "length": "store_len", "height": "store_h",
                "width": "store_w", "checksum": "checksum"}  # fmt: skip
     write_index(
@@ -93,6 +158,7 @@ def _write_index(
             "preprocess_id": settings.preprocess_id,
             "encoding": settings.encoding,
             "size": settings.size,
+            **({"roots": {key: str(folder) for key, folder in roots.items()}} if in_place else {}),
             "quarantined": refused,
             "datasets": _counts(rows["dataset"]),
             "intensity": _counts(rows["intensity"]),

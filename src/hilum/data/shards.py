@@ -1,7 +1,8 @@
 """The files of a store from the writing side: records, shards, index.
 
 A record is one image's bytes; a shard is records end to end, of one dataset and licence; the index says where each
-is. Used by store.py (arrays in memory) and build.py (source files); reading is in store.py.
+is. In a store that reads its images in place, a record is the SHA-256 of the image's file. Used by store.py (arrays
+in memory) and build.py (source files); reading is in store.py.
 """
 
 import fcntl
@@ -23,12 +24,16 @@ from hilum.core.files import atomic_path, flush_to_disk, sha256_file, write_json
 
 FORMAT = "hilum-store-1"
 ENCODINGS: tuple[str, ...] = ("jpeg95", "raw", "png")
+IN_PLACE = "files"
+"""The encoding of a store without pixels of its own: each record is the SHA-256 of a file that stays where it is."""
 PREPROCESS_ID = "hilum-grey-1"
 
 TEXT_COLUMNS: tuple[str, ...] = ("uid", "image_id", "patient", "study")
 """Kept in the index as UTF-8 byte strings of fixed width."""
 CODED_COLUMNS: tuple[str, ...] = ("view", "split", "dataset")
 """Kept in the index as one small code per image and a vocabulary."""
+SOURCE_COLUMNS: tuple[str, ...] = ("root", "path")
+"""Besides, in a store that reads its images in place: a key of `roots` in store.json (coded), and the path under it."""
 
 
 def encode(pixels: UInt8[np.ndarray, "H W"], encoding: str) -> bytes:
@@ -158,7 +163,7 @@ def write_index(
     Args:
         path: the store folder, its shards already in place.
         records: shard, offset, length, height, width, checksum: one number per image.
-        columns: `TEXT_COLUMNS` and `CODED_COLUMNS`, one text per image.
+        columns: `TEXT_COLUMNS` and `CODED_COLUMNS`, and `SOURCE_COLUMNS` where there are files; one text per image.
         labels: int8 (N, C).
         ssl_ok: bool (N,).
         shards: in the order of their numbers.
@@ -168,9 +173,10 @@ def write_index(
     arrays: dict[str, np.ndarray] = {name: np.asarray(records[name], kind) for name, kind in types.items()}
     arrays["checksum"] = np.asarray(records["checksum"], np.uint32)
     arrays["labels"], arrays["ssl_ok"] = np.asarray(labels, np.int8), np.asarray(ssl_ok, bool)
-    for name in TEXT_COLUMNS:
+    coded = [*CODED_COLUMNS, *(name for name in SOURCE_COLUMNS[:1] if name in columns)]
+    for name in (*TEXT_COLUMNS, *(name for name in SOURCE_COLUMNS[1:] if name in columns)):
         arrays[name] = np.asarray([text.encode() for text in columns[name]], dtype=np.bytes_)
-    for name in CODED_COLUMNS:
+    for name in coded:
         vocabulary = sorted(set(columns[name]))
         codes = {text: code for code, text in enumerate(vocabulary)}
         arrays[name] = np.asarray([codes[text] for text in columns[name]], np.int32)

@@ -2,8 +2,8 @@
 
 `build` writes it, training and prediction read it. Reading needs numpy and OpenCV only (no table library), works
 in forked and spawned processes, and checks every record. A store is complete when `store.json`, written last, is
-there. Layout: docs/reference/store.md. This module decodes no source files (images.py) and makes no views
-(transforms.py).
+there. A store that reads its images in place holds no pixels: it reads the source files, and refuses one that has
+changed since. Layout: docs/reference/store.md. This module makes no views (transforms.py).
 
 A little past 300 lines: the reader, and the shortest way to have something for it to read.
 """
@@ -23,10 +23,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from hilum.core.errors import ConfigError, StoreError, UnknownNameError
+from hilum.core.errors import ConfigError, ImageError, StoreError, UnknownNameError
 from hilum.core.files import read_json
 from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN, image_uid
-from hilum.data.shards import ENCODINGS, FORMAT, PREPROCESS_ID, Shard, decode, encode, new_shard, write_index
+from hilum.data.shards import (
+    ENCODINGS,
+    FORMAT,
+    IN_PLACE,
+    PREPROCESS_ID,
+    Shard,
+    decode,
+    encode,
+    new_shard,
+    write_index,
+)
 
 Indices = Iterable[int] | Int[np.ndarray, " _"]
 """Positions of images in a store."""
@@ -174,6 +184,11 @@ class Store:
         """Int64 positions of one split, ascending."""
         return np.flatnonzero(self.splits == split).astype(np.int64)
 
+    def in_storage_order(self, indices: Indices) -> np.ndarray:
+        """Int64: the same positions, as their records lie: shard by shard (one dataset each), by offset."""
+        chosen = np.asarray(list(indices), dtype=np.int64)
+        return chosen[np.lexsort((self._columns["offset"][chosen], self._columns["shard"][chosen]))]
+
     def fingerprint(self, indices: Indices) -> str:
         """SHA-256 of the sorted (uid, split) pairs: the same images in the same splits, in any order."""
         chosen = np.asarray(list(indices), dtype=np.int64)
@@ -183,10 +198,16 @@ class Store:
     def record(self, index: int) -> UInt8[np.ndarray, " n"]:
         """The stored bytes of one image (a JPEG or PNG file, or raw pixels), checked.
 
+        Where images are read in place: the bytes of the source file, as they were when the store was made.
+
         Raises:
             StoreError: the bytes are not those that were written; names the image and the shard.
             IndexError: no such image.
         """
+        stored = self._stored(index)
+        return self._source(index, stored.tobytes()) if self.in_place else stored
+
+    def _stored(self, index: int) -> UInt8[np.ndarray, " n"]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {self!r}")
         columns = self._columns
@@ -212,9 +233,47 @@ class Store:
         """
         record = self.record(index)
         try:
+            if self.in_place:
+                return self._read_source(index, record)
             return decode(record, self.encoding, int(self.heights[index]), int(self.widths[index]))
         except ValueError as error:
             raise self._damage(index, str(error)) from error
+
+    @property
+    def in_place(self) -> bool:
+        """Whether images are read from their source files."""
+        return self.encoding == IN_PLACE
+
+    def _source(self, index: int, digest: bytes) -> UInt8[np.ndarray, " n"]:
+        """The bytes of a source file, which must still be those whose SHA-256 is `digest`."""
+        key = self._columns["root_names"][self._columns["root"][index]].decode()
+        path = Path(self.header["roots"][key], self._columns["path"][index].decode())
+        try:
+            content = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise self._changed(index, f"cannot be read ({error.strerror or error}); root {key!r}") from error
+        if hashlib.sha256(content.data).digest() != digest:
+            raise self._changed(index, "has changed since the store was made")
+        return content
+
+    def _read_source(self, index: int, content: UInt8[np.ndarray, " n"]) -> UInt8[np.ndarray, "H W"]:
+        from hilum.data.images import read_image  # stores with pixels of their own do without it
+
+        try:
+            pixels = read_image(content.tobytes(), "the source file", short_side=self.header["size"]).pixels
+        except ImageError as error:
+            raise self._changed(index, f"cannot be decoded: {error}") from error
+        if pixels.shape != (self.heights[index], self.widths[index]):
+            raise self._changed(index, f"is decoded to another size than when the store was made: {pixels.shape}")
+        return np.require(pixels, requirements="W")
+
+    def _changed(self, index: int, what: str) -> StoreError:
+        """A fault of a source file. Its path stays out of the message, because it may name a patient."""
+        uid, shard = self._columns["uid"][index].decode(), self.shards[int(self._columns["shard"][index])].name
+        return StoreError(
+            f"{self.path}: the file of image {uid} (shards/{shard}) {what}. Put it back as it was, say where it is now "
+            f"with `hilum build ... --in-place --root KEY=FOLDER`, or delete that shard and build again to accept it."
+        )
 
     def _file(self, shard: int) -> _Descriptor:
         """An open shard. The least recently used is let go past a limit, and closed after its last reader."""
