@@ -7,9 +7,12 @@ in a spreadsheet: the header is row 1.
 
 import csv
 import difflib
+import gzip
 import hashlib
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,9 @@ FIRST_ROW = 2
 """Spreadsheet row of the first record."""
 SHOWN_CHARACTERS = 12
 """Longer values are not shown: free text may name a person."""
+LARGEST_UNPACKED, ALWAYS_UNPACKED, LARGEST_RATIO = 2 << 30, 64 << 20, 250
+"""A `.gz` may unpack to 64 MiB, or to 250 times its size, and never to more than 2 GiB. Tables of labels reach 30 to 1;
+deflate ends at 1,032 to 1, which only a file made to fill the memory comes near."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Table:
 
 
 def read_csv(path: Path, required: Sequence[str] = (), key: str | None = None) -> Table:
-    """Read a comma-separated UTF-8 file (with or without BOM; LF or CRLF) into text columns.
+    """Read a comma-separated UTF-8 file (with or without BOM; LF or CRLF; `.gz` too) into text columns.
 
     A trailing unnamed column without values (NIH 2017) is dropped; other unnamed columns are dropped too, since
     nothing can ask for them.
@@ -57,11 +63,13 @@ def read_csv(path: Path, required: Sequence[str] = (), key: str | None = None) -
     Raises:
         PathError: no such file.
         MissingColumnError: a required column is absent; names what was found and the nearest match.
-        ManifestError: not UTF-8, NUL bytes, no rows, ragged rows, stray quotes, repeated columns or keys.
+        ManifestError: not UTF-8, NUL bytes, no rows, ragged rows, stray quotes, repeated columns or keys, damaged gzip.
     """
     path = Path(path)
     content = _bytes(path)
     digest = hashlib.sha256(content).hexdigest()
+    if path.suffix.lower() == ".gz":
+        content = _unpacked(content, path)
     header, body = _split_header(_as_utf8(content, path), path)
     require(header, required, path)
     rows = _check_fields(body, len(header), path)
@@ -149,6 +157,24 @@ def _bytes(path: Path) -> bytes:
     if not content.strip():
         raise ManifestError(f"{path} is empty.")
     return content
+
+
+def _unpacked(content: bytes, path: Path) -> bytes:
+    """The text in a gzip file, never more of it than the ceiling."""
+    ceiling = min(LARGEST_UNPACKED, max(ALWAYS_UNPACKED, LARGEST_RATIO * len(content)))
+    try:
+        with gzip.open(BytesIO(content)) as file:
+            text = file.read(ceiling + 1)  # reads to the end, so the checksum is verified
+    except (OSError, EOFError, zlib.error) as error:
+        raise ManifestError(f"{path} is not whole gzip ({error}). Fetch it again.") from error
+    if len(text) > ceiling:
+        raise ManifestError(
+            f"{path}: {len(content):,} bytes unpack to more than {ceiling:,}; no table does. Fetch it again, or give "
+            "the unpacked file."
+        )
+    if not text.strip():
+        raise ManifestError(f"{path} is empty.")
+    return text
 
 
 def _as_utf8(content: bytes, path: Path) -> bytes:

@@ -1,6 +1,8 @@
 """Strict CSV: what lenient readers change silently stays as it is, or is refused with its row."""
 
 import csv
+import gzip
+import hashlib
 import io
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hilum.core.errors import HilumError, ManifestError, MissingColumnError, PathError
+from hilum.data import tables
 from hilum.data.tables import read_csv, read_list
 
 
@@ -83,6 +86,46 @@ def test_repeated_key_names_rows_and_not_the_value(write):
 def test_absent_file_is_a_path_error(tmp_path):
     with pytest.raises(PathError, match="does not exist"):
         read_csv(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "T.CSV.GZ"])
+def test_gzip_is_read_as_its_text(tmp_path, name):
+    packed = gzip.compress(b"id,x\n00012,a\n", mtime=0) + gzip.compress("2,\u00e9\n".encode(), mtime=0)  # two members
+    (tmp_path / name).write_bytes(packed)
+    table = read_csv(tmp_path / name, key="id")
+    assert table.frame.rows() == [("00012", "a"), ("2", "\u00e9")]
+    assert table.sha256 == hashlib.sha256(packed).hexdigest()  # of the file, as SHA256SUMS.txt has it
+
+
+def test_gzip_cut_anywhere_or_changed_is_refused(tmp_path):
+    text = b"id,x\n" + b"".join(b"%d,%d\n" % (n, n * n) for n in range(40))
+    packed = gzip.compress(text, mtime=0)
+    path = tmp_path / "t.csv.gz"
+    for end in range(1, len(packed)):
+        path.write_bytes(packed[:end])
+        with pytest.raises(ManifestError):
+            read_csv(path)
+    for place in range(10, len(packed)):  # after the header, whose time and name do not matter
+        path.write_bytes(packed[:place] + bytes([packed[place] ^ 0x55]) + packed[place + 1 :])
+        with pytest.raises(ManifestError):
+            read_csv(path)
+    path.write_bytes(text)
+    with pytest.raises(ManifestError, match="not whole gzip"):
+        read_csv(path)
+    path.write_bytes(gzip.compress(b""))
+    with pytest.raises(ManifestError, match="is empty"):
+        read_csv(path)
+
+
+def test_gzip_bomb_is_refused_at_the_ceiling(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ALWAYS_UNPACKED", 1000)
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(gzip.compress(b"a,b\n" + b"0,0\n" * 200_000))
+    assert path.stat().st_size * tables.LARGEST_RATIO < 800_000  # denser than any real table
+    with pytest.raises(ManifestError, match="unpack to more than"):
+        read_csv(path)
+    monkeypatch.setattr(tables, "ALWAYS_UNPACKED", 800_004)
+    assert read_csv(path).frame.height == 200_000
 
 
 def test_list_refuses_repeats(write):
