@@ -27,7 +27,7 @@ def run(store: Path) -> None:
         say(fault)
     if len(faults) > SHOWN:
         say(f"... and {len(faults) - SHOWN} more.")
-    kind = f"{opened.encoding}, {len(opened.shards)} shards"
+    kind = f"{'in place' if opened.in_place else opened.encoding}, {len(opened.shards)} shards"
     say(f"{len(opened) - damaged} of {len(opened)} images read and decoded ({kind}).")
     for name, values in (("dataset", opened.datasets), ("split", opened.splits)):
         counts = ", ".join(f"{value or 'none'} {count}" for value, count in sorted(Counter(values.tolist()).items()))

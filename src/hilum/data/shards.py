@@ -26,7 +26,6 @@ FORMAT = "hilum-store-1"
 ENCODINGS: tuple[str, ...] = ("jpeg95", "raw", "png")
 IN_PLACE = "files"
 """The encoding of a store without pixels of its own: each record is the SHA-256 of a file that stays where it is."""
-PREPROCESS_ID = "hilum-grey-1"
 
 TEXT_COLUMNS: tuple[str, ...] = ("uid", "image_id", "patient", "study")
 """Kept in the index as UTF-8 byte strings of fixed width."""
