@@ -95,6 +95,10 @@ def manifest(
     hierarchy: Annotated[
         bool, typer.Option("--hierarchy", help="A rib fracture is a fracture: fill unknown findings from relatives.")
     ] = False,
+    pool: Annotated[str, typer.Option(help="slides-710k-clean, cxrlt2026-eligible, ...: in place of --split.")] = "",
+    accept_leak: Annotated[
+        bool, typer.Option("--accept-leak", help="Take a pool that leaks by design; written into every result.")
+    ] = False,
 ) -> None:
     """Read datasets into one checked table: images, patients, studies, views, labels, splits."""
     from hilum.commands import manifest as program
@@ -115,6 +119,8 @@ def manifest(
         weak_labels=weak_labels,
         imply_negatives=imply_negatives,
         hierarchy=hierarchy,
+        pool=pool,
+        accept_leak=accept_leak,
     )
 
 

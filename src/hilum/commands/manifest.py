@@ -1,5 +1,6 @@
 """`hilum manifest`: sources -> one checked table -> splits -> manifest.parquet."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from hilum.data.audit import count_images, positives_table
 from hilum.data.label_maps import LabelPolicy
 from hilum.data.labels import frequency_groups
 from hilum.data.manifest import ManifestOptions, build_manifest, parse_folders, parse_source
+from hilum.data.pools import differences, pools
 from hilum.data.schema import Manifest, write_manifest
 
 
@@ -31,6 +33,8 @@ def run(
     weak_labels: bool = False,
     imply_negatives: bool = False,
     hierarchy: bool = False,
+    pool: str = "",
+    accept_leak: bool = False,
 ) -> None:
     """Make a manifest of one or more `SOURCE=ROOT` and print what is in it.
 
@@ -49,6 +53,8 @@ def run(
         tables: "DATASET=CSV", a table in place of the folder's labels.csv.
         weak_labels: also believe the hints of the label tables.
         imply_negatives: normal images are negative for every finding that their source could have named.
+        pool: name of a pool, in place of `split` and the fractions.
+        accept_leak: take a pool that leaks by design.
         hierarchy: fill unknown findings from their relatives (not for CXR-LT).
     """
     options = ManifestOptions(
@@ -61,13 +67,31 @@ def run(
         policy=LabelPolicy(uncertain, blank, "weak" if weak_labels else "strict", imply_negatives, hierarchy),
         images=parse_folders(images, "--images"),
         tables=parse_folders(tables, "--table"),
+        pool=pool,
+        accept_leak=accept_leak,
     )
     manifest, notes = build_manifest([parse_source(text) for text in sources], options)
     write_manifest(manifest, out)
     for note in notes:
         warn(note)
     describe(manifest)
+    if pool:
+        _print_pool(manifest)
     next_step(f"hilum audit {out}")
+
+
+def _print_pool(manifest: Manifest) -> None:
+    """Found against expected, source by source."""
+    chosen, found = pools()[manifest.metadata["pool"]], json.loads(manifest.metadata["pool_counts"])
+    say(f"pool {chosen.name}:")
+    rows = differences(chosen, found)
+    for row in rows:
+        cause = f"  {row.cause}" if row.cause else ""
+        say(f"  {row.source:<12}{row.found:>9,} of {row.expected:>9,}  ({row.found - row.expected:+,}){cause}")
+    total = sum(row.found for row in rows)
+    say(f"  {'together':<12}{total:>9,} of {chosen.expected:>9,}  ({total - chosen.expected:+,})")
+    if manifest.accepted_leak:
+        warn(f"leak accepted: {manifest.accepted_leak}")
 
 
 def describe(manifest: Manifest) -> None:

@@ -16,6 +16,7 @@ from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.types import UNKNOWN, image_uid
 from hilum.data.label_maps import LabelPolicy, apply_hierarchy
 from hilum.data.labels import FINDING_SETS, canonical, ordered
+from hilum.data.pools import mark_ssl_by_pool, open_pool, split_by_part
 from hilum.data.rows import SourceOptions, SourceRows, check_dataset_name
 from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, label_column
 from hilum.data.sources import cxrlt, folder, nih
@@ -45,6 +46,10 @@ class ManifestOptions:
     seed: int = 0
     allow_missing: bool = False
     """Leave out listed images that are not there, and count them."""
+    pool: str = ""
+    """Name of a pool (`pools`): which images of each source enter pretraining, in place of `split`."""
+    accept_leak: bool = False
+    """Take a pool that leaks by design."""
     policy: LabelPolicy = field(default_factory=LabelPolicy)
     """How label cells that are not plainly yes or no are read."""
     images: dict[str, Path] = field(default_factory=dict)
@@ -104,27 +109,47 @@ def build_manifest(specs: Sequence[SourceSpec], options: ManifestOptions) -> tup
         ManifestError: a subclass for each kind of fault.
     """
     _check_names(specs, options)
+    pool = open_pool(options.pool, options.accept_leak) if options.pool else None
+    members = [pool.member(spec.source) for spec in specs] if pool else []
     parts, notes = [], []
-    for spec in specs:
+    for number, spec in enumerate(specs):
         rows = SOURCES[spec.source](_source_options(spec, options))
-        parts.append(_Part(spec.dataset, rows, _rule(rows, options)))
+        rule = f"pool:{members[number].part}" if pool else _rule(rows, options)
+        parts.append(_Part(spec.source, spec.dataset, rows, rule))
         notes += [f"{spec.dataset}: {note}" for note in rows.notes]
     findings = _findings(parts, options.findings)
     notes += _ignored(parts, findings)
     finished = [_finish(part, findings, options) for part in parts]
     for part, (_, conflicts) in zip(parts, finished, strict=True):
         notes += _conflict_notes(part.dataset, conflicts)
-    frame, settled = settle_across_datasets(pl.concat([frame for frame, _ in finished], how="diagonal"))
-    notes += [*settled, *_unused_development(frame)]
-    frame = complete(mark_ssl(frame), findings).sort(ORDER)
-    check_rows(frame, "the new manifest")
+    frame = pl.concat([frame for frame, _ in finished], how="diagonal")
+    leak = pool.leak if pool else ""
+    if pool and leak:
+        frame = mark_ssl_by_pool(frame, pool)
+    else:
+        frame, settled = settle_across_datasets(frame)
+        frame = mark_ssl(frame)
+        notes += [*settled, *_unused_development(frame)]
+    frame = complete(frame, findings).sort(ORDER)
+    check_rows(frame, "the new manifest", leak)
     contradictions = {part.dataset: counts for part, (_, counts) in zip(parts, finished, strict=True) if counts}
     metadata = {**_metadata(parts, frame, options), "conflicts": json.dumps(contradictions, ensure_ascii=False)}
+    if pool:
+        metadata |= {"pool": pool.name, "pool_counts": json.dumps(_pool_counts(parts, frame)), "accepted_leak": leak}
     return Manifest(frame, findings, metadata), notes
+
+
+def _pool_counts(parts: Sequence["_Part"], frame: pl.DataFrame) -> dict[str, int]:
+    open_to_pretraining = dict(frame.filter("ssl_ok").group_by("dataset").len().iter_rows())
+    counts: dict[str, int] = {}
+    for part in parts:
+        counts[part.source] = counts.get(part.source, 0) + open_to_pretraining.get(part.dataset, 0)
+    return counts
 
 
 @dataclass(frozen=True)
 class _Part:
+    source: str
     dataset: str
     rows: SourceRows
     rule: str
@@ -218,9 +243,11 @@ def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> t
         frame = frame.with_columns(
             pl.Series(label_column(name), labels[:, number]) for number, name in enumerate(part.rows.findings)
         )
-    split = assign(
-        dataset, frame, labels, part.rule, options.val_fraction, options.test_fraction, options.seed
-    )  # on all labels of the source: the split does not depend on which findings are kept
+    # On all labels of the source: the split does not depend on which findings are kept.
+    if part.rule.startswith("pool:"):
+        split = split_by_part(part.rule.removeprefix("pool:"), dataset, frame, labels, options.seed)
+    else:
+        split = assign(dataset, frame, labels, part.rule, options.val_fraction, options.test_fraction, options.seed)
     frame = frame.with_columns(
         image_uid=pl.Series([image_uid(dataset, name) for name in frame["image_id"]], dtype=pl.String),
         dataset=pl.lit(dataset),

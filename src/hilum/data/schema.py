@@ -108,6 +108,11 @@ class Manifest:
         columns = [self.frame[label_column(name)].to_numpy() for name in self.findings]
         return np.stack(columns, axis=1) if columns else np.zeros((len(self), 0), np.int8)
 
+    @property
+    def accepted_leak(self) -> str:
+        """The leak by design that was accepted when the manifest was made, in words; "" for none."""
+        return self.metadata.get("accepted_leak", "")
+
     def roots(self) -> dict[str, Path]:
         """Folder of each `source_root_key`, as it was when the manifest was made."""
         return {key: Path(folder) for key, folder in json.loads(self.metadata.get("roots", "{}")).items()}
@@ -183,7 +188,7 @@ def read_manifest(path: Path, check: bool = True) -> Manifest:
     metadata.pop("ARROW:schema", None)
     check_structure(frame, findings, str(path))
     if check:
-        check_rows(frame, str(path))
+        check_rows(frame, str(path), metadata.get("accepted_leak", ""))
     return Manifest(frame, findings, metadata)
 
 
@@ -230,8 +235,13 @@ def check_structure(frame: pl.DataFrame, findings: Sequence[str], where: str) ->
             )
 
 
-def check_rows(frame: pl.DataFrame, where: str) -> None:
+def check_rows(frame: pl.DataFrame, where: str, accepted_leak: str = "") -> None:
     """Check what rows say together: unique ids, relative paths, known views and splits, no leakage.
+
+    Args:
+        frame: of a manifest.
+        where: for messages.
+        accepted_leak: a leak by design that somebody has accepted, in words; patients may then be on two sides.
 
     Raises:
         PathError, LeakageError, ManifestError: with a count and the first image_uid.
@@ -254,6 +264,8 @@ def check_rows(frame: pl.DataFrame, where: str) -> None:
             f"{where}: {outside.height} paths are absolute or leave their root, first that of image "
             f"{outside['image_uid'][0]}. Paths are relative; roots are in the header."
         )
+    if accepted_leak:
+        return
     crossing = patients_across_splits(frame)
     if crossing.height:
         raise LeakageError(
