@@ -235,6 +235,36 @@ def test_the_search_sees_train_alone_and_the_refit_train_and_val(folder: Path, t
     assert refit.rates == (json.loads((tmp_path / "model" / "search.json").read_text())["chosen"]["learning_rate"],)
 
 
+def test_class_aware_sampling_draws_rare_findings_more_and_reads_no_test_label(
+    folder: Path, tmp_path: Path, monkeypatch
+):
+    passes = []
+
+    class Source(FeatureSource):
+        def training(self, epoch, batches):
+            batches = list(batches)
+            passes.append(np.concatenate(batches))
+            return super().training(epoch, batches)
+
+    monkeypatch.setattr(fit, "FeatureSource", Source)
+    config = override(SMALL, ["sampling=class_aware", "sampling_power=1", "stop_epoch=2"])
+    make_store(tmp_path / "all_positive", test_labels=1)
+    make_store(tmp_path / "all_negative", test_labels=0)
+    for name in ("all_positive", "all_negative"):
+        fit.run(config, tmp_path / name, folder / "run", tmp_path / f"{name}_model")
+    first, second = passes[: len(passes) // 2], passes[len(passes) // 2 :]
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert [len(order) for order in first] == [40] * 3 + [56] * 2
+    assert max(np.bincount(first[0])) > 1
+    assert all(order.max() < (40 if epoch < 3 else 56) for epoch, order in enumerate(first))
+    weights = [
+        files.read_config(tmp_path / f"{name}_model")["weights"]["sha256"] for name in ("all_positive", "all_negative")
+    ]
+    assert weights[0] == weights[1]
+    recorded = files.read_config(tmp_path / "all_positive_model")["training"]["settings"]
+    assert (recorded["sampling"], recorded["sampling_power"], recorded["sampling_over"]) == ("class_aware", 1.0, "max")
+
+
 @pytest.mark.parametrize("init", ["cold", "warm"])
 def test_a_refit_starts_where_it_says(folder: Path, tmp_path: Path, monkeypatch, init: str) -> None:
     sweeps, starts = [], []

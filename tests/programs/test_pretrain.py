@@ -21,7 +21,7 @@ from hilum.backbones.weights import load_backbone, read_backbone_config
 from hilum.commands import pretrain
 from hilum.commands.pretrain import PretrainConfig, run
 from hilum.core.checkpoint import Checkpoint, digest, load_newest
-from hilum.core.config import read_yaml
+from hilum.core.config import override, read_yaml
 from hilum.core.errors import (
     CheckpointError,
     ConfigError,
@@ -33,9 +33,10 @@ from hilum.core.errors import (
 from hilum.core.locks import folder_lock
 from hilum.data.store import Store, write_arrays
 from hilum.pretraining import config, dinov2, exposure
+from hilum.pretraining.config import SamplingConfig
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.dinov2 import HeadConfig, LossConfig
-from hilum.pretraining.loading import PretrainBatch
+from hilum.pretraining.loading import PretrainBatch, PretrainSource
 from hilum.pretraining.state import start_from
 
 CONFIG = PretrainConfig(
@@ -431,17 +432,92 @@ def test_weights_alone_start_both_networks_with_new_heads(straight: Path, data: 
     assert load_backbone(out).config.image_size == 48
 
 
-@pytest.mark.parametrize("changes", [{"losses": LossConfig(centering="centre")}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"losses": LossConfig(centering="centre")},
+        {"precision": "bf16"},
+        {"sampling": SamplingConfig(order="window", block=2, blocks=3)},
+        {"sampling": SamplingConfig(order="window", block=2, blocks=3, datasets="uniform"), "steps": 9},
+        {"sampling": SamplingConfig(datasets="sqrt"), "steps": 9},
+    ],
+)
 def test_variants_resume_too(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    config = dataclasses.replace(CONFIG, steps=2, **changes)
+    config = dataclasses.replace(CONFIG, **{"steps": 2, **changes})
     whole = final(run(config, data, tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        stop_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, config.steps // 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             run(config, data, tmp_path / "cut")
     assert digest(final(run(config, data, tmp_path / "cut")).tensors) == digest(whole.tensors)
+    assert [line["batch"] for line in lines(tmp_path / "cut")] == [line["batch"] for line in lines(tmp_path / "whole")]
+
+
+@pytest.fixture(scope="module")
+def two_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen images of `large` and four of `small`, in turns: not in the order in which they are stored."""
+    folder = tmp_path_factory.mktemp("two") / "store"
+    images = [np.full((40, 40), 10 * index, np.uint8) for index in range(20)]
+    datasets = ["small" if index % 5 == 2 else "large" for index in range(20)]
+    write_arrays(folder, images, np.zeros((20, 1), np.int8), ["x"], datasets=datasets)
+    return folder
+
+
+def test_datasets_are_sampled_as_asked(
+    two_datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, drawn = Store.open(two_datasets), []
+    real = PretrainSource.__getitem__
+
+    def watch(self: PretrainSource, step: int) -> PretrainBatch:
+        drawn.append(real(self, step))
+        return drawn[-1]
+
+    monkeypatch.setattr(PretrainSource, "__getitem__", watch)
+    for rule, small in (("natural", 4), ("uniform", 10), ("large=1,small=3", 15)):
+        drawn.clear()
+        sampling = SamplingConfig("window", 2, 4, datasets=rule)
+        run(dataclasses.replace(CONFIG, steps=5, sampling=sampling), two_datasets, tmp_path / rule)
+        names = store.datasets[np.concatenate([batch.indices.numpy() for batch in drawn])]
+        assert (names == "small").sum() == small  # of the twenty draws of an epoch
+        assert f"shares of datasets {rule}, order window of 4 blocks of 2" in capsys.readouterr().out
+    with pytest.raises(UnknownNameError, match="Did you mean 'small'"):
+        run(
+            dataclasses.replace(CONFIG, sampling=SamplingConfig(datasets="large=1,smal=3")),
+            two_datasets,
+            tmp_path / "x",
+        )
+    with pytest.raises(ConfigError, match="none for small"):
+        run(dataclasses.replace(CONFIG, sampling=SamplingConfig(datasets="large=1")), two_datasets, tmp_path)
+
+
+def test_sampling_settings_are_checked_and_belong_to_the_run(straight: Path, data: Path) -> None:
+    for text, message in (
+        ("sampling.datasets=sqr", "Did you mean 'sqrt'"),
+        ("sampling.order=windw", "Did you mean 'window'"),
+        ("sampling.blok=3", "Did you mean 'block"),
+        ("sampling.block=0", "window: expected 1 or more"),
+        ("sampling.datasets=a=1,b=-1", "'b=-1'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            override(CONFIG, [text])
+    assert override(CONFIG, ["sampling.datasets=nih=2,mimic=1"]).sampling.datasets == "nih=2,mimic=1"
+    with pytest.raises(ConfigError, match=r"sampling\.order was 'random', now 'window'"):
+        run(override(CONFIG, ["sampling.order=window"]), data, straight)
+
+
+def test_a_run_does_not_go_on_with_another_order(
+    straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same images and settings, stored in another sequence: the same step would see other images."""
+    shutil.copytree(straight, tmp_path / "run")
+    real = exposure.select
+    turned = lambda store, train_on: (pool := real(store, train_on))._replace(indices=pool.indices[::-1].copy())  # noqa: E731
+    monkeypatch.setattr(exposure, "select", turned)
+    with pytest.raises(CheckpointError, match="another order of images"):
+        run(CONFIG, data, tmp_path / "run")
 
 
 def test_a_damaged_image_is_replaced_and_named(

@@ -20,7 +20,6 @@ from hilum.commands.fit_inputs import Examples, OpenBackbone, open_backbone, ope
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
 from hilum.core.files import write_json, write_text
-from hilum.core.seeding import stream
 from hilum.core.tracking import next_step, progress, say, warn
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.transforms import preprocessing
@@ -33,6 +32,7 @@ from hilum.evaluation.definitions import average_precision
 from hilum.evaluation.predictions import Predictions
 from hilum.heads.config import FitConfig
 from hilum.heads.features import Augmentation, Features, FeatureSource, freeze
+from hilum.heads.orders import epoch_orders
 from hilum.heads.protocol import Choice, SearchEpoch, SearchRecord, choose
 from hilum.heads.registry import Head, HeadConfig, build_head
 from hilum.heads.standardise import measure
@@ -228,9 +228,10 @@ def _search(
     course: list[SearchEpoch] = []
     states: dict[tuple[int, float], Weights] = {}
     best: dict[float, tuple[float, int]] = {}
+    train_labels = examples.labels[examples.train]
+    orders = epoch_orders(config, "search", examples.train, train_labels, train_labels)
     with progress("search", config.search_epochs * steps, "steps") as bar:
-        for epoch in range(config.search_epochs):
-            order = stream(config.seed, "head order", "search", epoch).permutation(examples.train)
+        for epoch, order in zip(range(config.search_epochs), orders, strict=False):
             losses = []
             for indices, features in source.training(epoch, _batches(order, config.batch_size)):
                 losses.append(sweep.step(prepare(features), torch.from_numpy(examples.labels[indices])))
@@ -296,9 +297,10 @@ def _refit(
         bias=_bias(config, examples), initial=initial,
     )  # fmt: skip
     course = []
+    labels, train_labels = examples.labels[examples.both], examples.labels[examples.train]
+    orders = epoch_orders(config, "refit", examples.both, labels, train_labels)
     with progress("refit", chosen.refit_epochs * steps, "steps") as bar:
-        for epoch in range(chosen.refit_epochs):
-            order = stream(config.seed, "head order", "refit", epoch).permutation(examples.both)
+        for epoch, order in zip(range(chosen.refit_epochs), orders, strict=False):
             losses = []
             for indices, features in source.training(config.search_epochs + epoch, _batches(order, config.batch_size)):
                 losses.append(sweep.step(prepare(features), torch.from_numpy(examples.labels[indices])))

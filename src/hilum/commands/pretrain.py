@@ -35,11 +35,11 @@ from hilum.core.files import write_json
 from hilum.core.locks import folder_lock
 from hilum.core.seeding import torch_stream
 from hilum.core.tracking import Bar, MetricsLog, duration, next_step, progress, say
-from hilum.data.samplers import EndlessSampler
+from hilum.data.samplers import EndlessSampler, WeightedDraw, dataset_weights
 from hilum.data.store import Store
 from hilum.data.transforms import Preprocessing, normalise, preprocessing
 from hilum.pretraining import dinov2, exposure
-from hilum.pretraining.config import PretrainConfig
+from hilum.pretraining.config import PretrainConfig, SamplingConfig
 from hilum.pretraining.loading import PretrainBatch, PretrainLoader, PretrainSource
 from hilum.pretraining.param_groups import parameter_groups, set_values
 from hilum.pretraining.schedules import Values
@@ -110,7 +110,7 @@ def run(
         centres = dinov2.make_centres(config.heads.prototypes, engine.device)
         seen = torch.zeros(len(store), dtype=torch.bool)
         state = TrainingState(student, teacher, optimizer, centres, seen, inherited)
-        facts = _facts(config, architecture, store, pool, engine, init)
+        facts = _facts(config, architecture, store, source, engine, init)
         start = 0
         if saved is not None:
             _check_same_run(saved, facts, init)
@@ -217,8 +217,14 @@ def _source(config: PretrainConfig, store: Store, pool: exposure.Pool, engine: E
             f"batch_size={config.batch_size} is more than the {len(pool.indices)} images to train on: an image would "
             "be its own neighbour. Use a smaller batch."
         )
+    indices, draw, window = pool.indices, None, config.sampling.window()
+    if window is not None or config.sampling.datasets != "natural":
+        indices = store.in_storage_order(indices)
+    if config.sampling.datasets != "natural":
+        weights = dataset_weights(store.datasets[indices], config.sampling.datasets)
+        draw = WeightedDraw(weights, config.seed)
     sampler = EndlessSampler(
-        pool.indices, config.batch_size // engine.world_size, config.seed, engine.rank, engine.world_size
+        indices, config.batch_size // engine.world_size, config.seed, engine.rank, engine.world_size, draw, window
     )
     return PretrainSource(
         store, sampler, config.crops, config.vit().patch_size, config.mask_ratio, config.mask_probability
@@ -226,7 +232,7 @@ def _source(config: PretrainConfig, store: Store, pool: exposure.Pool, engine: E
 
 
 def _facts(
-    config: PretrainConfig, vit: ViTConfig, store: Store, pool: exposure.Pool, engine: Engine, init: Path | None
+    config: PretrainConfig, vit: ViTConfig, store: Store, source: PretrainSource, engine: Engine, init: Path | None
 ) -> dict[str, Any]:
     """What a checkpoint says beside its tensors."""
     return {
@@ -234,7 +240,8 @@ def _facts(
         "architecture": to_dict(vit),
         "preprocess_id": store.preprocess_id,
         "steps": config.steps,
-        "images": store.fingerprint(pool.indices.tolist()),
+        "images": store.fingerprint(source.sampler.indices),
+        "order": source.sampler.fingerprint(),
         "processes": engine.world_size,
         "threads": torch.get_num_threads(),
         "init": str(Path(init).resolve()) if init else None,
@@ -243,8 +250,10 @@ def _facts(
 
 def _check_same_run(saved: checkpoint.Checkpoint, facts: dict[str, Any], init: Path | None) -> None:
     """A resumed run must see the same images from the same number of processes."""
-    for key, meaning in (("images", "images to train on"), ("processes", "number of processes")):
-        if saved.values[key] != facts[key]:
+    for key, meaning in (
+        ("images", "images to train on"), ("processes", "number of processes"), ("order", "order of images"),
+    ):  # fmt: skip
+        if saved.values.get(key, facts[key]) != facts[key]:  # older checkpoints do not note their order
             raise CheckpointError(
                 f"{saved.path} was written with another {meaning} ({saved.values[key]}, now {facts[key]}); the run "
                 "cannot go on as it was. Use the same, or start another run."
@@ -280,6 +289,10 @@ def _announce(
         f"{parameters:.1f} M parameters with heads, {config.precision} on {engine.world_size} x {engine.device.type}"
         + (f", from {init}" if init else "")
     )
+    sampling = config.sampling
+    if sampling != SamplingConfig():
+        windows = f" of {sampling.blocks} blocks of {sampling.block} images" if sampling.order == "window" else ""
+        say(f"Sampling: shares of datasets {sampling.datasets}, order {sampling.order}{windows}")
     passes = config.steps * config.batch_size / images
     say(
         f"Steps: {config.steps} of {config.batch_size} images ({passes:.1f} passes)"

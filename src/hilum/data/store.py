@@ -26,11 +26,11 @@ from jaxtyping import Int, UInt8
 from hilum.core.errors import ConfigError, ImageError, StoreError, UnknownNameError
 from hilum.core.files import read_json
 from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN, image_uid
+from hilum.data.intensity import PREPROCESS_ID
 from hilum.data.shards import (
     ENCODINGS,
     FORMAT,
     IN_PLACE,
-    PREPROCESS_ID,
     Shard,
     decode,
     encode,

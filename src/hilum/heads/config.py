@@ -55,6 +55,12 @@ class FitConfig:
     """Start biases from the log-odds of each finding in the training images instead of 0."""
     weight_decay: float = 1e-4
     """AdamW, on every parameter of the head."""
+    sampling: Literal["natural", "class_aware"] = "natural"
+    """natural: every training image once an epoch. class_aware: images of rare findings more often, others less."""
+    sampling_power: float = 0.5
+    """Class-aware: an image's weight is 1 / frequency^power; 0 is as natural, 1 gives rare findings most."""
+    sampling_over: Literal["max", "mean"] = "max"
+    """Class-aware: over the positive findings of an image, the rarest counts, or their mean."""
     crop_scale: tuple[float, float] = (0.75, 1.0)
     """Share of the image that a training crop keeps."""
     flip: float = 0.5
@@ -98,6 +104,8 @@ class FitConfig:
             raise ConfigError(f"learning_rates: expected one or more, positive and all different, found {list(rates)}.")
         if self.stop_epoch is not None and not 1 <= self.stop_epoch <= self.refit_epochs:
             raise ConfigError(f"stop_epoch: expected 1 to refit_epochs = {self.refit_epochs}, found {self.stop_epoch}.")
+        if not 0 <= self.sampling_power <= 2:
+            raise ConfigError(f"sampling_power: expected 0 to 2, found {self.sampling_power}.")
         if self.loss not in LOSSES:
             raise UnknownNameError("loss", self.loss, LOSSES)
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1 or not 0 <= self.flip <= 1:

@@ -219,8 +219,13 @@ class FeatureSource:
             self.cache[view] = _CachedView(self.images, self.cache_dtype)
         cache = self.cache[view]
         listed = list(batches)
-        # Batches of one call are disjoint, so what is missing now is missing when its turn comes.
-        missing = [batch[~cache.filled[self.rows[batch]]] for batch in listed]
+        # An image that comes twice is computed once; what is missing now is missing when its turn comes.
+        promised, missing = cache.filled.copy(), []
+        for batch in listed:
+            first = np.zeros(len(batch), dtype=bool)
+            first[np.unique(batch, return_index=True)[1]] = True
+            missing.append(batch[first & ~promised[self.rows[batch]]])
+            promised[self.rows[batch]] = True
         computed = self._compute(view, [batch for batch in missing if len(batch)])
         for batch, absent in zip(listed, missing, strict=True):
             if len(absent):

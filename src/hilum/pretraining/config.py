@@ -2,14 +2,40 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hilum.backbones.layers import FeedForward
 from hilum.backbones.vit import SIZES, ViTConfig
 from hilum.core.distributed import Accelerator, Precision
 from hilum.core.errors import ConfigError, UnknownNameError
+from hilum.data.samplers import Window, parse_shares
 from hilum.pretraining import dinov2
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.schedules import Schedules, scaled_learning_rate
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Which images an epoch draws, and in which order; see `hilum.data.samplers`."""
+
+    order: Literal["random", "window"] = "random"
+    """random: anywhere in the store. window: blocks of neighbours, for a store on a disk that is slow to seek."""
+    block: int = 64
+    """Window: images that are read together."""
+    blocks: int = 64
+    """Window: blocks that are open at a time; batches are mixed from these."""
+    datasets: str = "natural"
+    """Share of the draws of each dataset: natural (its size), sqrt (the root of its size), uniform, or
+    "NAME=SHARE,NAME=SHARE" with every dataset of the pool."""
+
+    def __post_init__(self) -> None:
+        self.window()
+        parse_shares(self.datasets)
+
+    def window(self) -> Window | None:
+        """The shuffle; None: over the whole epoch."""
+        window = Window(self.block, self.blocks)
+        return window if self.order == "window" else None
 
 
 @dataclass(frozen=True)
@@ -45,6 +71,8 @@ class PretrainConfig:
     train_on: tuple[str, ...] = ("train", "")
     """Splits whose images may be seen ("" belongs to none); images not `ssl_ok` never are, nor any image of a patient
     with images in another split."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Draws and order; by default every image once an epoch, in random order."""
     batch_size: int = 304
     """Images a step, over all processes."""
     steps: int = 250_000

@@ -99,6 +99,22 @@ def test_the_cache_gives_what_computing_gives_and_reads_each_view_once(
     assert len(reads) == len(set(reads)) <= 24
 
 
+def test_an_image_that_comes_twice_is_computed_once(store: Store, backbone: VisionTransformer, monkeypatch) -> None:
+    """As class-aware sampling draws: in one batch, and again in a later one."""
+    reads = []
+    original = FeatureSource.pixels
+    monkeypatch.setattr(FeatureSource, "pixels", lambda self, i, v: (reads.append(i), original(self, i, v))[1])
+    expected = collect(make(store, backbone).training(0, in_batches(list(range(8)), 8)))
+    reads.clear()
+    batches = in_batches([5, 1, 5, 0, 1, 7, 5, 5, 5, 1, 0, 1], 3)
+    found = list(make(store, backbone, cached_views=1).training(0, batches))
+    assert sorted(reads) == [0, 1, 5, 7]
+    for batch, (indices, features) in zip(batches, found, strict=True):
+        assert np.array_equal(indices, batch)
+        for index, row in zip(batch.tolist(), features.patches, strict=True):
+            assert torch.allclose(row, expected[index], atol=1e-5)
+
+
 def test_the_evaluation_view_is_the_centre_crop_without_a_flip(store: Store, backbone: VisionTransformer) -> None:
     source = make(store, backbone)
     assert np.array_equal(source.pixels(3, module.EVALUATION), evaluation_crop(store.read(3), 16))
