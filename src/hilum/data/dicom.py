@@ -20,7 +20,7 @@ from pydicom import uid
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder
 
-from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
+from hilum.core.errors import ImageError, UnknownNameError, UnreadableImageError, UnsupportedImageError
 from hilum.data import intensity
 from hilum.data.area import apply_curve, resize_once, shrunk_size
 from hilum.data.containers import MAX_PIXELS, check_jpeg, check_pixels
@@ -85,12 +85,12 @@ def header(file: BinaryIO | BytesIO) -> dict[str, str]:
             raise UnreadableImageError("damaged_header", f"damaged DICOM header ({type(error).__name__}).") from error
 
 
-def render(content: bytes, short_side: int | None) -> DecodedImage:
+def render(content: bytes, short_side: int | None, recipe: str = intensity.PREPROCESS_ID) -> DecodedImage:
     """Decode one DICOM image into display values, see `images.read_image`."""
     with _silent():
         try:
-            return _render(_parse(content), short_side)
-        except (ImageError, MemoryError):
+            return _render(_parse(content), short_side, intensity.equaliser(recipe))
+        except (ImageError, UnknownNameError, MemoryError):
             raise
         except Exception as error:  # as above: the one boundary where every failure of the parser gets a reason
             raise UnreadableImageError("damaged", f"damaged DICOM ({type(error).__name__}).") from error
@@ -151,7 +151,7 @@ def _inflated(content: bytes) -> bytes:
     return content[:132] + struct.pack("<HH2sH", 0x0002, 0x0010, b"UI", len(name)) + name + body
 
 
-def _render(dataset: pydicom.FileDataset, short_side: int | None) -> DecodedImage:
+def _render(dataset: pydicom.FileDataset, short_side: int | None, preset: intensity.Equalise | None) -> DecodedImage:
     rows, cols = _check_header(dataset)
     stored = _meaningful_bits(dataset, _decode(dataset, rows, cols))
     photometric = str(dataset.PhotometricInterpretation)
@@ -161,14 +161,18 @@ def _render(dataset: pydicom.FileDataset, short_side: int | None) -> DecodedImag
         source, grey = "as_is", resize_once(grey_from_colour(dataset, stored), *size)
     else:
         index, values = levels(stored)
-        padding = padding_levels(dataset, values)
         counts = intensity.histogram(index, len(values))
-        counts[padding] = 0
-        curve, source = display_curve(dataset, values, counts, flags)
-        if photometric == "MONOCHROME1" or text(dataset.get("PresentationLUTShape")).upper() == "INVERSE":
-            curve = intensity.WHITE - curve
-        curve[padding] = 0.0
-        grey = apply_curve(index, curve, *size)
+        if preset is not None:
+            curve, source = preset(values, counts, photometric == "MONOCHROME1"), "equalised"
+            grey = resize_once(curve.astype(np.uint8)[index], *size)
+        else:
+            padding = padding_levels(dataset, values)
+            counts[padding] = 0
+            curve, source = display_curve(dataset, values, counts, flags)
+            if photometric == "MONOCHROME1" or text(dataset.get("PresentationLUTShape")).upper() == "INVERSE":
+                curve = intensity.WHITE - curve
+            curve[padding] = 0.0
+            grey = apply_curve(index, curve, *size)
         if not fits(dataset, values[0], values[-1]):
             flags.append("bits_stored_mismatch")
     if text(dataset.get("PresentationIntentType")).upper() == "FOR PROCESSING":

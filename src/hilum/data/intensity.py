@@ -1,15 +1,22 @@
-"""From stored values to display values: the one intensity policy, as curves over the range of stored values.
+"""From stored values to display values, as curves over the range of stored values: one policy, and published presets.
 
-More than 8 bits, and every DICOM: modality LUT or rescale, then VOI LUT, else window, else percentiles 0.5 to 99.5
-of the pixels that are not padding; inverted once, last, where the photometric interpretation says so. Each step maps
-a value without looking at its neighbours, so the whole policy is one table with an entry per stored value. 8-bit PNG
-and JPEG do not come here: they stay as they are. Curves return [0, 255] before rounding.
+The policy, `PREPROCESS_ID`: more than 8 bits, and every DICOM: modality LUT or rescale, then VOI LUT, else window,
+else percentiles 0.5 to 99.5 of the pixels that are not padding; inverted once, last, where the photometric
+interpretation says so. The presets of `EQUALISED` do to the same files what two datasets did before they published
+JPEGs. Each step maps a value without looking at its neighbours, so a recipe is one table with an entry per stored
+value. 8-bit PNG and JPEG do not come here: they stay as they are. Curves return [0, 255], those of the policy before
+rounding.
 """
+
+from collections.abc import Callable
 
 import cv2
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
+from hilum.core.errors import UnknownNameError
+
+PREPROCESS_ID = "hilum-grey-1"
 PERCENTILES = (0.5, 99.5)
 WHITE = 255.0
 
@@ -94,3 +101,67 @@ def stretch(values: Float[np.ndarray, " n"], low: float, high: float) -> Float[n
 def quantise(values: np.ndarray) -> UInt8[np.ndarray, "..."]:
     """Round (not truncate) values in [0, 255] to uint8."""
     return np.rint(np.clip(values, 0.0, WHITE)).astype(np.uint8)
+
+
+def mimic_cxr_jpg(
+    values: Float[np.ndarray, " n"], counts: Integer[np.ndarray, " n"], inverted: bool
+) -> Float[np.ndarray, " n"]:
+    """What MIMIC-CXR-JPG did to its DICOM (MIT-LCP/mimic-cxr#16): lowest to highest value, truncated, equalised.
+
+    Args:
+        values: stored values, as they are in the file: no modality LUT, no window, padding like any other.
+        counts: how many pixels have each; at least one in all.
+        inverted: MONOCHROME1.
+    """
+    used = values[counts > 0]
+    low, high = used.min(), used.max()
+    grey = np.zeros_like(values) if high == low else np.floor((values - low) / (high - low) * WHITE)
+    return equalise(WHITE - grey if inverted else grey, counts)
+
+
+def chexpert(
+    values: Float[np.ndarray, " n"], counts: Integer[np.ndarray, " n"], inverted: bool
+) -> Float[np.ndarray, " n"]:
+    """What CheXpert did to its DICOM (stanfordmlgroup/chexpert-labeler#11): 0 to highest value, rounded, equalised.
+
+    Arguments as `mimic_cxr_jpg`. Negative values lose their sign.
+    """
+    high = values[counts > 0].max()
+    grey = np.zeros_like(values) if high == 0 else np.minimum(np.rint(np.abs(values * (WHITE / high))), WHITE)
+    return equalise(WHITE - grey if inverted else grey, counts)
+
+
+def equalise(grey: Float[np.ndarray, " n"], counts: Integer[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Global histogram equalisation, as OpenCV's equalizeHist: the lowest grey that occurs becomes 0.
+
+    Args:
+        grey: whole numbers from 0 to 255.
+        counts: how many pixels have each.
+    """
+    levels = np.clip(grey, 0, WHITE).astype(np.int64)  # values that no pixel has may lie outside
+    pixels = np.zeros(256, np.int64)
+    np.add.at(pixels, levels, counts)
+    first = int(np.flatnonzero(pixels)[0])
+    above = int(pixels.sum() - pixels[first])
+    if above == 0:  # one grey only: it stays
+        return grey
+    table = np.rint((np.cumsum(pixels) - pixels[first]).astype(np.float32) * (np.float32(WHITE) / np.float32(above)))
+    return np.clip(table, 0, WHITE).astype(np.float64)[levels]
+
+
+Equalise = Callable[[np.ndarray, np.ndarray, bool], np.ndarray]
+
+EQUALISED: dict[str, Equalise] = {"mimic-cxr-jpg-1": mimic_cxr_jpg, "chexpert-1": chexpert}
+"""Recipe -> its curve."""
+RECIPES: tuple[str, ...] = (PREPROCESS_ID, *EQUALISED)
+
+
+def equaliser(recipe: str) -> Equalise | None:
+    """The curve of a published preset; None for the policy of this module.
+
+    Raises:
+        UnknownNameError: no such recipe.
+    """
+    if recipe not in RECIPES:
+        raise UnknownNameError("intensity recipe", recipe, RECIPES)
+    return EQUALISED.get(recipe)

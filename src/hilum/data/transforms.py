@@ -14,6 +14,7 @@ from jaxtyping import Float, Real, UInt8
 
 from hilum.core.errors import ConfigError, PreprocessingMismatchError
 from hilum.data.area import area_mean
+from hilum.data.intensity import RECIPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,8 @@ class Preprocessing:
     """Divides what is left."""
 
 
-PREPROCESSING: dict[str, Preprocessing] = {"hilum-grey-1": Preprocessing("hilum-grey-1", mean=0.5, std=0.25)}
+PREPROCESSING: dict[str, Preprocessing] = {name: Preprocessing(name, mean=0.5, std=0.25) for name in RECIPES}
+"""One normalisation, whatever recipe of intensity.py made the pixels: the id says both."""
 
 
 def preprocessing(id: str) -> Preprocessing:  # noqa: A002

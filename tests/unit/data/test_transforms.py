@@ -189,5 +189,5 @@ def test_normalise_is_one_fixed_recipe() -> None:
 
 
 def test_an_unknown_recipe_is_refused() -> None:
-    with pytest.raises(PreprocessingMismatchError, match=r"'peer-minmax'.*knows hilum-grey-1"):
+    with pytest.raises(PreprocessingMismatchError, match=r"'peer-minmax'.*knows chexpert-1, hilum-grey-1"):
         preprocessing("peer-minmax")
