@@ -23,7 +23,8 @@ import numpy as np
 
 from hilum.core.errors import ImageError, StoreError
 from hilum.data.images import DecodedImage, read_file, read_image
-from hilum.data.shards import IN_PLACE, PREPROCESS_ID, encode
+from hilum.data.intensity import PREPROCESS_ID
+from hilum.data.shards import IN_PLACE, encode
 from hilum.data.tar import read_span
 
 CHUNK_PIXELS = 2**22
