@@ -23,6 +23,7 @@ from hilum.core.files import read_json, write_json, write_text
 from hilum.core.tracking import progress
 from hilum.data.labels import CXRLT_2024_TASK1
 from hilum.data.phantoms.cohort import plan_cohort
+from hilum.data.phantoms.encoding import encode
 from hilum.data.phantoms.layouts import LAYOUTS
 from hilum.data.phantoms.layouts.jobs import MaskRow, StudyJob, csv_text
 from hilum.data.phantoms.prevalence import MINIMUM_PATIENTS
@@ -32,7 +33,8 @@ FORMAT = "hilum-phantom-1"
 VERSION = 2
 """Of the generator: pictures of two versions differ for one seed."""
 SMALLEST, LARGEST = 64, 2048
-JPEG_QUALITY = 95
+BY_SUFFIX = {".jpg": "jpeg", ".png": "png"}
+"""How an image is encoded whose layout does not say."""
 OWN = ("masks", "masks.csv")
 """What a run of any layout leaves in OUT besides phantom.json. A run over an earlier one of ours removes these and what
 layouts call their own, and nothing else."""
@@ -152,13 +154,13 @@ def render_job(folder: Path, job: StudyJob) -> list[MaskRow]:
     for image, rendered in zip(job.images, images, strict=True):
         path = folder / image.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_encode(path.suffix, rendered.pixels))
+        path.write_bytes(encode(image.form or BY_SUFFIX[path.suffix], rendered.pixels, image.image_id))
         if rendered.masks:
             (folder / "masks" / path.stem).mkdir(parents=True, exist_ok=True)
         for finding, mask in sorted(rendered.masks.items()):
             name = f"masks/{path.stem}/{mask_name(finding)}"
             pixels = mask.astype(np.uint8) * np.uint8(255)
-            (folder / name).write_bytes(_encode(".mask", pixels))
+            (folder / name).write_bytes(_mask_png(pixels))
             x, y, width, height = cv2.boundingRect(pixels)
             rows.append(MaskRow(image.image_id, finding, name, float(mask.mean()), (x, y, width, height)))
     return rows
@@ -169,14 +171,8 @@ def mask_name(finding: str) -> str:
     return re.sub(r"\W", "_", finding) + ".png"
 
 
-def _encode(suffix: str, pixels: np.ndarray) -> bytes:
-    if suffix == ".jpg":
-        kind, options = ".jpg", [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-    elif suffix == ".mask":
-        kind, options = ".png", [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_BILEVEL, 1]
-    else:
-        kind, options = ".png", [cv2.IMWRITE_PNG_COMPRESSION, 1]
-    written, data = cv2.imencode(kind, pixels, options)
+def _mask_png(pixels: np.ndarray) -> bytes:
+    written, data = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_BILEVEL, 1])
     assert written
     return data.tobytes()
 
