@@ -1,5 +1,6 @@
 """From the cells of a source's tables to label values, and from those to label columns."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,6 +42,24 @@ def cell_values(
     return np.stack(columns, axis=1) if columns else np.zeros((frame.height, 0), np.int8)
 
 
+def raw_cells(frame: pl.DataFrame, labels: Sequence[str]) -> pl.Series:
+    """JSON of the filled label cells of each row, as the source has them: `{"Edema": "-1.0"}`."""
+    named = [
+        pl.when(pl.col(label) != "").then(
+            pl.lit(f"{json.dumps(label)}: ") + pl.col(label).map_batches(_quoted, return_dtype=pl.String)
+        )
+        for label in labels
+    ]
+    return frame.select(
+        raw_labels=pl.lit("{") + pl.concat_str(named, separator=", ", ignore_nulls=True) + pl.lit("}")
+    ).to_series()
+
+
+def _quoted(cells: pl.Series) -> pl.Series:
+    texts = cells.unique()
+    return cells.replace_strict(texts, [json.dumps(text, ensure_ascii=False) for text in texts])
+
+
 def token_values(tokens: pl.Series, labels: LabelMap, table: Path) -> Int8[np.ndarray, "N L"]:
     """1 for each label in a row's list of tokens, 0 for the others of the vocabulary; a null list gives all unknown.
 
@@ -58,7 +77,8 @@ def token_values(tokens: pl.Series, labels: LabelMap, table: Path) -> Int8[np.nd
     for token in pairs["token"].unique().sort():
         if token not in column:
             row = row_of(tokens.list.contains(token).fill_null(False))
-            raise unknown_label(token, labels.labels, f"{table}, row {row}, {tokens.name!r}")
+            error = unknown_label(token, labels.labels, f"{table}, row {row}, {tokens.name!r}")
+            raise UnknownLabelError(f"{error} If it is spelled right, give it a row in facts/labels/{labels.name}.csv.")
     values = np.full((len(tokens), len(column)), NEGATIVE, np.int8)
     values[pairs["row"].to_numpy(), pairs["token"].replace_strict(column, return_dtype=pl.Int64).to_numpy()] = POSITIVE
     values[tokens.is_null().to_numpy()] = UNKNOWN

@@ -18,6 +18,10 @@ from hilum.data.tables import FIRST_ROW, check_values, row_of
 
 EXAMPLES = 3
 """How many of the offending files a message names."""
+NAMED_IMAGE = r"(?i)([^/]+)\.(?:png|jpe?g|dcm|dicom)$"
+"""The name of an image's file before its suffix."""
+VOCABULARY_SHOWN = 50
+"""Longer vocabularies are not listed in messages."""
 ROW_COLUMNS = ("\x1ftable", "\x1frow")
 
 
@@ -156,6 +160,38 @@ def relative_paths(paths: pl.Series, table: Path) -> pl.Series:
     return paths.str.replace_all(r"(^|/)(\./)+", "$1").str.replace_all("/+", "/")
 
 
+def paths_by_name(names: pl.Series, found: Scan, root: Path, options: SourceOptions) -> pl.Series:
+    """Where the images are whose files are called by their ids, in whatever folder, with an image's suffix in any case.
+
+    Args:
+        names: file names without suffix.
+        found: the scan of `root`.
+        root: for messages.
+        options: for messages.
+
+    Returns:
+        Paths relative to `root`, null where there is no such file.
+
+    Raises:
+        ManifestError: an image is there more than once (a copy of another size, say); names the folders.
+    """
+    files = pl.Series("path", found.files, dtype=pl.String)
+    there = pl.DataFrame({"name": files.str.extract(NAMED_IMAGE, 1), "path": files})
+    there = there.filter(pl.col("name").is_in(names.implode()))
+    twice = there.filter(pl.col("name").is_duplicated())
+    if twice.height:
+        folders = sorted({path.rpartition("/")[0] or "the folder itself" for path in twice["path"]})
+        raise ManifestError(
+            f"{root}: {twice['name'].n_unique()} images are there more than once (in {_some(folders)}). "
+            f"Keep one copy, or name the folder to use with --images {options.dataset}=FOLDER."
+        )
+    return names.to_frame("name").join(there, on="name", how="left", maintain_order="left")["path"]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "")
+
+
 def located(frame: pl.DataFrame, table: Path) -> pl.DataFrame:
     """Note for each row the table and spreadsheet row it came from: messages name these, never a patient's path."""
     rows = pl.int_range(FIRST_ROW, FIRST_ROW + frame.height, eager=True)
@@ -245,7 +281,8 @@ def unknown_label(name: str, known: Sequence[str], where: str) -> UnknownLabelEr
     near = difflib.get_close_matches(name.casefold(), [other.casefold() for other in known], n=1, cutoff=0.6)
     spelled = next((other for other in known if near and other.casefold() == near[0]), None)
     hint = f" Did they mean {spelled!r}?" if spelled else ""
-    return UnknownLabelError(f"{where}: unknown label {name!r}.{hint} Known: {', '.join(known)}.")
+    listed = f"Known: {', '.join(known)}." if len(known) <= VOCABULARY_SHOWN else f"{len(known)} labels are known."
+    return UnknownLabelError(f"{where}: unknown label {name!r}.{hint} {listed}")
 
 
 def ages(raw: pl.Expr) -> pl.Expr:
@@ -254,6 +291,13 @@ def ages(raw: pl.Expr) -> pl.Expr:
     unit = raw.str.extract(r"([YyMmDd])\s*$", 1).str.to_uppercase().fill_null("Y")
     years = number / unit.replace_strict({"Y": 1.0, "M": 12.0, "D": 365.25}, default=1.0, return_dtype=pl.Float32)
     return pl.when(years.is_between(0, 120)).then(years)
+
+
+def flags(**conditions: pl.Expr) -> pl.Expr:
+    """List of the names whose condition holds, as the manifest's `quality` has it; null where none does."""
+    named = [pl.when(condition).then(pl.lit(name)) for name, condition in conditions.items()]
+    found = pl.concat_list(named).list.drop_nulls()
+    return pl.when(found.list.len() > 0).then(found)
 
 
 def existing_folder(path: Path, what: str) -> Path:
