@@ -23,6 +23,7 @@ from hilum.core.files import read_json, write_text
 from hilum.core.tracking import Bar, progress
 from hilum.data.decoding import Decoders, Settings, Task, decoders, fingerprint
 from hilum.data.finish import REFUSED, STORED, Finished, finish_store
+from hilum.data.raw import RawFormat, raw_format
 from hilum.data.schema import Manifest, read_manifest
 from hilum.data.shards import ENCODINGS, IN_PLACE, Shard, new_shard
 
@@ -168,9 +169,11 @@ def _plan(manifest: Manifest, roots: Mapping[str, Path], settings: Settings, sha
     groups: dict[tuple[str, str], list[Task]] = {}
     folders = {key: str(folder) for key, folder in roots.items()}
     columns = ("image_uid", "source_relpath", "source_root_key", "dataset")
-    rows = zip(manifest.frame.select(columns).iter_rows(), licences, _members(manifest), strict=True)
-    for (uid, path, key, dataset), licence, member in rows:
-        groups.setdefault((dataset, licence), []).append(Task(uid, path, folders[key], *member))
+    rows = zip(
+        manifest.frame.select(columns).iter_rows(), licences, _members(manifest), _raw_formats(manifest), strict=True
+    )
+    for (uid, path, key, dataset), licence, member, raw in rows:
+        groups.setdefault((dataset, licence), []).append(Task(uid, path, folders[key], *member, raw=raw))
     plan: list[PlannedShard] = []
     for (dataset, licence), tasks in groups.items():
         for start in range(0, len(tasks), capacity):
@@ -184,6 +187,8 @@ def _plan(manifest: Manifest, roots: Mapping[str, Path], settings: Settings, sha
 
 def _identity(task: Task) -> tuple[Any, ...]:
     """What decides a task's record, apart from the folder that its root is at the moment."""
+    if task.raw is not None:
+        return (task.uid, task.path, str(task.raw))
     if task.span is None:
         return (task.uid, task.path)
     return (task.uid, task.path, task.span, task.exact, task.refused)
@@ -197,6 +202,16 @@ def _members(manifest: Manifest) -> Iterator[tuple[Any, ...]]:
     columns = ("member_offset", "member_length", "member_exact", "member_refused")
     for offset, length, exact, refused in manifest.frame.select(columns).iter_rows():
         yield () if offset is None else ((offset, length), exact, refused)
+
+
+def _raw_formats(manifest: Manifest) -> Iterator[RawFormat | None]:
+    """Where files have no header (raw.py): what they hold; else None."""
+    if "mode" not in manifest.frame.columns:
+        yield from itertools.repeat(None, len(manifest))
+        return
+    modes = manifest.frame["mode"]
+    formats = {mode: raw_format(mode) for mode in modes.unique()}
+    yield from (formats[mode] for mode in modes)
 
 
 def _licences(manifest: Manifest) -> list[str]:

@@ -24,6 +24,7 @@ import numpy as np
 from hilum.core.errors import ImageError, StoreError
 from hilum.data.images import DecodedImage, read_file, read_image
 from hilum.data.intensity import PREPROCESS_ID
+from hilum.data.raw import RawFormat
 from hilum.data.shards import IN_PLACE, encode
 from hilum.data.tar import read_span
 
@@ -46,6 +47,8 @@ class Task:
     """The member is a record that `hilum convert` wrote: its bytes are kept where nothing would change."""
     refused: str = ""
     """A reason that was found before decoding (a member of a tar that is a link, ...)."""
+    raw: RawFormat | None = None
+    """What a file without a header holds; None for files that say so themselves."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def decode_one(task: Task, settings: Settings) -> Outcome:
     """Decode, shrink and encode one image, or say why not."""
     try:
         content = _content(task)
-        image = read_image(content, name=task.uid, short_side=settings.size)
+        image = read_image(content, name=task.uid, short_side=settings.size, raw=task.raw)
         refused = sorted(set(image.quality) & set(settings.refuse))
         if refused:
             raise ImageError(refused[0], f"{task.uid}: refused for its quality: {', '.join(refused)}.")

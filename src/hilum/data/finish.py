@@ -18,6 +18,7 @@ import polars as pl
 
 from hilum.core.files import write_text
 from hilum.data.decoding import Settings
+from hilum.data.raw import PREFIX
 from hilum.data.schema import Manifest, complete, write_manifest
 from hilum.data.shards import IN_PLACE, Shard, write_index
 
@@ -143,6 +144,8 @@ def _write_index(
     if in_place:
         columns |= {"root": "source_root_key", "path": "source_relpath"}
     rows = manifest.frame.with_row_index("row").select("row", *columns.values(), "ssl_ok")
+    if in_place and stored["mode"].str.starts_with(PREFIX).any():
+        columns |= {"mode": "mode"}
     rows = rows.join(stored, on="image_uid", maintain_order="left")
     records = {"shard": "store_shard", "offset": "store_offset", "length": "store_len", "height": "store_h",
                "width": "store_w", "checksum": "checksum"}  # fmt: skip

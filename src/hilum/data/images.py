@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt16
 from PIL import JpegImagePlugin, PngImagePlugin
 from PIL.ImageFile import ImageFile
 
@@ -33,6 +33,7 @@ from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImage
 from hilum.data.area import apply_curve, resize_once, shrunk_size
 from hilum.data.containers import check_jpeg, check_pixels, check_png, exif_orientation, kind_of
 from hilum.data.intensity import histogram, luma, over_black, percentile_bounds, stretch
+from hilum.data.raw import RawFormat
 
 MAX_FILE_BYTES = 2**30
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, zlib.error)
@@ -71,7 +72,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def read_image(source: Path | bytes, name: str = "", short_side: int | None = None) -> DecodedImage:
+def read_image(
+    source: Path | bytes, name: str = "", short_side: int | None = None, raw: RawFormat | None = None
+) -> DecodedImage:
     """Read one image file.
 
     Args:
@@ -79,6 +82,7 @@ def read_image(source: Path | bytes, name: str = "", short_side: int | None = No
         name: how messages call the image; default the path.
         short_side: shrink to this many pixels on the shorter side, from full precision, before rounding to 8 bits;
             never grows. None keeps the size.
+        raw: what a file without a header holds, where the manifest says that it is one; no signature is looked for.
 
     Raises:
         UnreadableImageError: absent, damaged, truncated, or not an image.
@@ -87,6 +91,8 @@ def read_image(source: Path | bytes, name: str = "", short_side: int | None = No
     name = name or (str(source) if isinstance(source, Path) else "image")
     try:
         content = source if isinstance(source, bytes) else read_file(source)
+        if raw is not None:
+            return _read_raw(content, raw, short_side)
         kind = kind_of(content)
         if kind == "dicom":
             from hilum.data import dicom  # pydicom is loaded only where there is DICOM
@@ -193,12 +199,7 @@ def _read_raster(content: bytes, kind: str, short_side: int | None) -> DecodedIm
     if turned > 1:
         pixels, quality = _upright(pixels, turned), ("exif_rotated",)
     size = shrunk_size(pixels.shape, short_side)
-    if pixels.dtype == np.uint16:
-        values = np.arange(2.0**16)
-        curve = stretch(values, *percentile_bounds(values, histogram(pixels, 2**16)))
-        grey = apply_curve(pixels, curve, *size)
-    else:
-        grey = resize_once(pixels, *size)
+    grey = _stretched(pixels, size) if pixels.dtype == np.uint16 else resize_once(pixels, *size)
     return DecodedImage(
         pixels=grey,
         rows=rows,
@@ -209,6 +210,28 @@ def _read_raster(content: bytes, kind: str, short_side: int | None) -> DecodedIm
         intensity="percentile" if bits == 16 else "as_is",
         quality=(*quality, *quality_flags(grey)),
     )
+
+
+def _read_raw(content: bytes, raw: RawFormat, short_side: int | None) -> DecodedImage:
+    pixels = raw.words(content)
+    grey = _stretched(pixels, shrunk_size(pixels.shape, short_side))
+    return DecodedImage(
+        pixels=grey,
+        rows=raw.rows,
+        cols=raw.cols,
+        bits_stored=raw.bits,
+        photometric="MONOCHROME1" if raw.inverted else "MONOCHROME2",
+        mode=str(raw),
+        intensity="percentile",
+        quality=quality_flags(grey),
+    )
+
+
+def _stretched(pixels: UInt16[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
+    """Display values of more than 8 bits without a window: between percentiles."""
+    values = np.arange(2.0**16)
+    curve = stretch(values, *percentile_bounds(values, histogram(pixels, 2**16)))
+    return apply_curve(pixels, curve, *size)
 
 
 def _decode_with_pillow(image: ImageFile) -> np.ndarray:

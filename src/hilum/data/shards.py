@@ -31,8 +31,9 @@ TEXT_COLUMNS: tuple[str, ...] = ("uid", "image_id", "patient", "study")
 """Kept in the index as UTF-8 byte strings of fixed width."""
 CODED_COLUMNS: tuple[str, ...] = ("view", "split", "dataset")
 """Kept in the index as one small code per image and a vocabulary."""
-SOURCE_COLUMNS: tuple[str, ...] = ("root", "path")
-"""Besides, in a store that reads its images in place: a key of `roots` in store.json (coded), and the path under it."""
+SOURCE_COLUMNS: tuple[str, ...] = ("root", "mode", "path")
+"""Besides, in a store that reads its images in place: a key of `roots` in store.json (coded), the mode of files without
+a header (raw.py; coded, and only where there are such files), and the path under the root."""
 
 
 def encode(pixels: UInt8[np.ndarray, "H W"], encoding: str) -> bytes:
@@ -172,8 +173,8 @@ def write_index(
     arrays: dict[str, np.ndarray] = {name: np.asarray(records[name], kind) for name, kind in types.items()}
     arrays["checksum"] = np.asarray(records["checksum"], np.uint32)
     arrays["labels"], arrays["ssl_ok"] = np.asarray(labels, np.int8), np.asarray(ssl_ok, bool)
-    coded = [*CODED_COLUMNS, *(name for name in SOURCE_COLUMNS[:1] if name in columns)]
-    for name in (*TEXT_COLUMNS, *(name for name in SOURCE_COLUMNS[1:] if name in columns)):
+    coded = [*CODED_COLUMNS, *(name for name in SOURCE_COLUMNS[:2] if name in columns)]
+    for name in (*TEXT_COLUMNS, *(name for name in SOURCE_COLUMNS[2:] if name in columns)):
         arrays[name] = np.asarray([text.encode() for text in columns[name]], dtype=np.bytes_)
     for name in coded:
         vocabulary = sorted(set(columns[name]))

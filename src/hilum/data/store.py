@@ -258,9 +258,12 @@ class Store:
 
     def _read_source(self, index: int, content: UInt8[np.ndarray, " n"]) -> UInt8[np.ndarray, "H W"]:
         from hilum.data.images import read_image  # stores with pixels of their own do without it
+        from hilum.data.raw import raw_format
 
+        mode = self._columns["mode_names"][self._columns["mode"][index]].decode() if "mode" in self._columns else None
+        size, raw = self.header["size"], raw_format(mode)
         try:
-            pixels = read_image(content.tobytes(), "the source file", short_side=self.header["size"]).pixels
+            pixels = read_image(content.tobytes(), "the source file", short_side=size, raw=raw).pixels
         except ImageError as error:
             raise self._changed(index, f"cannot be decoded: {error}") from error
         if pixels.shape != (self.heights[index], self.widths[index]):
