@@ -6,7 +6,8 @@ keeps it exactly and says how it is to be shown.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -120,7 +121,7 @@ def uid_of(name: str) -> str:
     return f"2.25.{int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], 'big')}"
 
 
-FORMS: dict[str, Callable[[np.ndarray, str], bytes]] = {
+FORMS: dict[str, Callable[..., bytes]] = {
     "png": png,
     "png16": png16,
     "png12": png12,
@@ -128,23 +129,29 @@ FORMS: dict[str, Callable[[np.ndarray, str], bytes]] = {
     "jpeg": jpeg,
     "raw12_inverted": raw12_inverted,
     "dicom": dicom,
-    "dicom_no_window": lambda pixels, image_id: dicom(pixels, image_id, window=False),
-    "dicom_monochrome1": lambda pixels, image_id: dicom(pixels, image_id, photometric="MONOCHROME1"),
-    "dicom_no_syntax": lambda pixels, image_id: dicom(pixels, image_id, syntax=False),
-    "dicom_no_pixels": lambda pixels, image_id: dicom(pixels, image_id, pixel_data=False),
+    "dicom_no_window": partial(dicom, window=False),
+    "dicom_monochrome1": partial(dicom, photometric="MONOCHROME1"),
+    "dicom_no_syntax": partial(dicom, syntax=False),
+    "dicom_no_pixels": partial(dicom, pixel_data=False),
 }
 """Every kind of file by name, as layouts ask for it."""
 
 
-def encode(form: str, pixels: Grey, image_id: str) -> bytes:
+def encode(form: str, pixels: Grey, image_id: str, elements: Mapping[str, Any] | None = None) -> bytes:
     """A picture in one of `FORMS`.
+
+    Args:
+        form: which.
+        pixels: the picture.
+        image_id: DICOM identifiers are derived from it.
+        elements: further DICOM elements by keyword, for the forms that are DICOM.
 
     Raises:
         UnknownNameError: no such form.
     """
     if form not in FORMS:
         raise UnknownNameError("form", form, FORMS)
-    return FORMS[form](pixels, image_id)
+    return FORMS[form](pixels, image_id, **(elements or {}))
 
 
 def _by_opencv(suffix: str, pixels: np.ndarray, options: list[int]) -> bytes:

@@ -154,7 +154,8 @@ def render_job(folder: Path, job: StudyJob) -> list[MaskRow]:
     for image, rendered in zip(job.images, images, strict=True):
         path = folder / image.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(image.form or BY_SUFFIX[path.suffix], rendered.pixels, image.image_id))
+        form = image.form or BY_SUFFIX[path.suffix]
+        path.write_bytes(encode(form, rendered.pixels, image.image_id, dict(image.elements)))
         if rendered.masks:
             (folder / "masks" / path.stem).mkdir(parents=True, exist_ok=True)
         for finding, mask in sorted(rendered.masks.items()):

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from hilum.core.errors import EmptyStudyError, ImageError, ManifestError, PathError
-from hilum.core.tracking import progress
+from hilum.core.errors import EmptyStudyError, ManifestError, PathError
 from hilum.core.types import SPLIT_NAMES
+from hilum.data.headers import read_headers
 from hilum.data.label_cells import CELLS
 from hilum.data.labels import canonical, ordered
 from hilum.data.rows import (
@@ -165,7 +165,8 @@ def _identify(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, list[str]]
     absent = [name for name in HEADER_FIELDS if name not in frame.columns]
     if not absent:
         return frame, []
-    headers, unreadable = _headers(frame["source_relpath"].to_list(), root)
+    paths = frame["source_relpath"].to_list()
+    headers, unreadable = read_headers([path for path in paths if not path.lower().endswith(PICTURES)], root)
     path = pl.col("source_relpath")
     fields = {name: path.replace_strict(_field(headers, name), default="", return_dtype=pl.String) for name in absent}
     notes = [f"{unreadable} DICOM headers cannot be read"] if unreadable else []
@@ -186,20 +187,3 @@ def _identify(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, list[str]]
 
 def _field(headers: dict[str, dict[str, str]], name: str) -> dict[str, str]:
     return {path: header.get(HEADER_FIELDS[name], "") for path, header in headers.items()}
-
-
-def _headers(paths: list[str], root: Path) -> tuple[dict[str, dict[str, str]], int]:
-    from hilum.data.images import read_dicom_header  # pydicom is slow to import, and most folders have no DICOM
-
-    wanted = [path for path in paths if not path.lower().endswith(PICTURES)]
-    headers: dict[str, dict[str, str]] = {}
-    if not wanted:
-        return headers, 0
-    with progress("Reading DICOM headers", len(wanted), "files") as bar:
-        for path in wanted:
-            try:
-                headers[path] = read_dicom_header(root / path)
-            except ImageError:
-                headers[path] = {}
-            bar.advance()
-    return headers, sum(not header for header in headers.values())

@@ -22,6 +22,8 @@ class ImageJob:
     shape: tuple[int, int]
     form: str = ""
     """How it is encoded, one of `encoding.FORMS`; "": by the suffix of `path`."""
+    elements: tuple[tuple[str, str], ...] = ()
+    """DICOM elements by keyword, where it is DICOM."""
 
 
 @dataclass(frozen=True)
