@@ -19,7 +19,7 @@ from hilum.data.labels import FINDING_SETS, canonical, ordered
 from hilum.data.pools import mark_ssl_by_pool, open_pool, split_by_part
 from hilum.data.rows import SourceOptions, SourceRows, check_dataset_name
 from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, label_column
-from hilum.data.sources import cxrlt, folder, nih
+from hilum.data.sources import cxrlt, folder, nih, padchest
 from hilum.data.splits import assign, check_fractions, mark_ssl, settle_across_datasets
 from hilum.data.views import is_frontal, view_of
 
@@ -27,6 +27,7 @@ SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
     "cxrlt": cxrlt.read,
     "folder": folder.read,
     "nih": nih.read,
+    "padchest": padchest.read,
 }
 
 SplitRule = Literal["auto", "official", "project"]
@@ -263,7 +264,7 @@ def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> t
     frame = frame.with_columns(
         is_frontal=is_frontal(pl.col("view")),
         view_source=pl.when(known_view).then(stated).otherwise(pl.lit("unknown")),
-        is_pediatric=pl.col("age_years") < 18 if "age_years" in frame.columns else pl.lit(None, dtype=pl.Boolean),
+        is_pediatric=_pediatric(frame),
         study_order=_rank(frame),
     )
     frame = _with_origin(frame, part)
@@ -281,6 +282,12 @@ def _with_origin(frame: pl.DataFrame, part: _Part) -> pl.DataFrame:
         "origin_patient": pl.col("patient_id").str.replace(f"^{re.escape(part.dataset)}/", f"{part.rows.origin}/"),
     }
     return frame.with_columns(value.alias(name) for name, value in own.items() if name not in frame.columns)
+
+
+def _pediatric(frame: pl.DataFrame) -> pl.Expr:
+    """A child: as the source says, or by age."""
+    stated = pl.col("is_pediatric") if "is_pediatric" in frame.columns else pl.lit(None, dtype=pl.Boolean)
+    return pl.coalesce(stated, pl.col("age_years") < 18) if "age_years" in frame.columns else stated
 
 
 def _rank(frame: pl.DataFrame) -> pl.Expr:
