@@ -8,12 +8,11 @@ is in the store or in `quarantine.csv`.
 """
 
 import hashlib
-import itertools
 import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from hilum.core.files import read_json, write_text
 from hilum.core.tracking import Bar, progress
 from hilum.data.decoding import Decoders, Settings, Task, decoders, fingerprint
 from hilum.data.finish import REFUSED, STORED, Finished, finish_store
-from hilum.data.raw import RawFormat, raw_format
 from hilum.data.schema import Manifest, read_manifest
 from hilum.data.shards import ENCODINGS, IN_PLACE, Shard, new_shard
+from hilum.data.tasks import source_roots, tasks
 
 SHARD_BYTES = 128 * 2**20
 BYTES_PER_PIXEL = {"jpeg95": 0.35, "png": 0.6, "raw": 1.0, IN_PLACE: 1.0}
@@ -104,7 +103,7 @@ def build_store(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: expected at least 1 process, found {workers}.")
     manifest = source if isinstance(source, Manifest) else read_manifest(Path(source))
-    folders = _roots(manifest, roots or {})
+    folders = source_roots(manifest, roots or {})
     plan = _plan(manifest, folders, settings, shard_bytes)
     _check_folder(out, settings, {planned.dataset for planned in plan})
     mine = [number for number in range(len(plan)) if number % shard[1] == shard[0]]
@@ -148,36 +147,17 @@ def _settings(size: int, encoding: str, refuse: Sequence[str], shard: tuple[int,
     return Settings(size, encoding, tuple(sorted(refuse)))
 
 
-def _roots(manifest: Manifest, overrides: Mapping[str, Path]) -> dict[str, Path]:
-    roots = {**manifest.roots(), **{key: Path(folder) for key, folder in overrides.items()}}
-    needed = manifest.frame["source_root_key"].unique().sort().to_list()
-    unknown = sorted(set(overrides) - set(needed))
-    if unknown:
-        raise UnknownNameError("root", unknown[0], needed)
-    for key in needed:
-        if key not in roots:
-            raise ConfigError(f"The manifest does not say where root {key!r} is. Add --root {key}=FOLDER.")
-        if not roots[key].is_dir():
-            raise ConfigError(f"Root {key!r} is not a folder: {roots[key]}. Say where it is with --root {key}=FOLDER.")
-    return {key: roots[key].resolve() for key in needed}
-
-
 def _plan(manifest: Manifest, roots: Mapping[str, Path], settings: Settings, shard_bytes: int) -> list[PlannedShard]:
     expected = settings.size**2 * ASPECT * BYTES_PER_PIXEL[settings.encoding]
     capacity = max(1, int(shard_bytes / expected))
     licences = _licences(manifest)
     groups: dict[tuple[str, str], list[Task]] = {}
-    folders = {key: str(folder) for key, folder in roots.items()}
-    columns = ("image_uid", "source_relpath", "source_root_key", "dataset")
-    rows = zip(
-        manifest.frame.select(columns).iter_rows(), licences, _members(manifest), _raw_formats(manifest), strict=True
-    )
-    for (uid, path, key, dataset), licence, member, raw in rows:
-        groups.setdefault((dataset, licence), []).append(Task(uid, path, folders[key], *member, raw=raw))
+    for task, dataset, licence in zip(tasks(manifest.frame, roots), manifest.frame["dataset"], licences, strict=True):
+        groups.setdefault((dataset, licence), []).append(task)
     plan: list[PlannedShard] = []
-    for (dataset, licence), tasks in groups.items():
-        for start in range(0, len(tasks), capacity):
-            chosen = tuple(tasks[start : start + capacity])
+    for (dataset, licence), group in groups.items():
+        for start in range(0, len(group), capacity):
+            chosen = tuple(group[start : start + capacity])
             identity = json.dumps([asdict(settings), dataset, licence, [_identity(task) for task in chosen]])
             digest = hashlib.sha256(identity.encode()).hexdigest()
             slug = re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-")[:40] or "dataset"
@@ -192,26 +172,6 @@ def _identity(task: Task) -> tuple[Any, ...]:
     if task.span is None:
         return (task.uid, task.path)
     return (task.uid, task.path, task.span, task.exact, task.refused)
-
-
-def _members(manifest: Manifest) -> Iterator[tuple[Any, ...]]:
-    """Where images are members of tars (webdataset.py): the arguments of `Task` that say so; else nothing."""
-    if "member_offset" not in manifest.frame.columns:
-        yield from itertools.repeat((), len(manifest))
-        return
-    columns = ("member_offset", "member_length", "member_exact", "member_refused")
-    for offset, length, exact, refused in manifest.frame.select(columns).iter_rows():
-        yield () if offset is None else ((offset, length), exact, refused)
-
-
-def _raw_formats(manifest: Manifest) -> Iterator[RawFormat | None]:
-    """Where files have no header (raw.py): what they hold; else None."""
-    if "mode" not in manifest.frame.columns:
-        yield from itertools.repeat(None, len(manifest))
-        return
-    modes = manifest.frame["mode"]
-    formats = {mode: raw_format(mode) for mode in modes.unique()}
-    yield from (formats[mode] for mode in modes)
 
 
 def _licences(manifest: Manifest) -> list[str]:
