@@ -1,12 +1,17 @@
 """NIH ChestX-ray14 in its two tables, its two folder layouts, and its faults."""
 
+import numpy as np
 import polars as pl
 import pytest
 
 from hilum.core.errors import HilumError, LeakageError, ManifestError, MissingColumnError, PathError, UnknownLabelError
+from hilum.data.build import build_store
 from hilum.data.labels import NIH_FINDINGS
+from hilum.data.manifest import ManifestOptions, SourceSpec, build_manifest
+from hilum.data.phantoms.encoding import encode
 from hilum.data.rows import SourceOptions
 from hilum.data.sources import nih
+from hilum.data.store import Store
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -156,6 +161,115 @@ def test_images_elsewhere_and_images_behind_a_link(make, tmp_path_factory, tmp_p
     (tmp_path / "images").symlink_to(away)
     with pytest.raises(PathError, match=r"row 2: the image is, or lies behind, a link that leaves"):
         nih.read(options)
+
+
+BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+
+
+def test_boxes_are_checked_and_counted(make, tmp_path):
+    options = make()
+    (tmp_path / "BBox_List_2017.csv").write_text(
+        f"{BOX_HEADER}\n"
+        "00000001_000.png,Cardiomegaly,225.08,547.01,86.77,79.18,,,\n"
+        "00000001_000.png,Effusion,1,2,3,4,,,\n"
+        "00000012_000.png,Infiltrate,1,2,3,4,,,\n"  # the table says Pleural_Thickening
+        "00000099_000.png,Mass,1,2,3,4,,,\n"
+    )
+    rows = nih.read(options)
+    assert rows.notes == (
+        "BBox_List_2017.csv: 4 boxes on 3 images; 1 of images that the table does not list; "
+        "1 of findings that the table does not give the image",
+    )
+    assert set(rows.tables) == {"Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"}
+
+
+def test_infiltrate_of_the_box_file_is_infiltration_of_the_table(make, tmp_path):
+    options = make([ROWS[0].replace("Cardiomegaly|Effusion", "Infiltration")])
+    (tmp_path / "BBox_List_2017.csv").write_text(f"{BOX_HEADER}\n00000001_000.png,Infiltrate,1,2,3,4,,,\n")
+    assert nih.read(options).notes == ("BBox_List_2017.csv: 1 boxes on 1 images",)
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "message"),
+    [
+        ("00000001_000.png,Infiltration,1,2,3,4,,,", UnknownLabelError, "row 2: column 'Finding Label'"),
+        ("00000001_000.png,Mass,1,2,0,4,,,", ManifestError, "row 2: not a box"),
+        ("00000001_000.png,Mass,-1,2,3,4,,,", ManifestError, "row 2: not a box"),
+        ("00000001_000.png,Mass,1,two,3,4,,,", ManifestError, "row 2: not a box"),
+        ("00000001_000.png,Mass,1,2,inf,4,,,", ManifestError, "row 2: not a box"),
+        ("00000001_000.png,Mass,1,2,3,4", ManifestError, "row 2: 6 fields, the header has 9"),
+    ],
+)
+def test_a_box_that_is_none_is_named(make, tmp_path, row, error, message):
+    options = make()
+    (tmp_path / "BBox_List_2017.csv").write_text(f"{BOX_HEADER}\n{row}\n")
+    with pytest.raises(error, match=message):
+        nih.read(options)
+
+
+def test_other_readers_labels_are_not_mixed_in(make, tmp_path):
+    options = make()
+    before = nih.read(options).frame
+    (tmp_path / "four_findings_expert_labels_test_labels.csv").write_text(
+        "Image ID,Patient ID,Fracture,Pneumothorax,Airspace opacity,Nodule or mass\n00000001_000.png,1,YES,NO,NO,NO\n"
+    )
+    rows = nih.read(options)
+    assert rows.frame.equals(before)
+    assert "other readers' labels" in rows.notes[0]
+
+
+def test_columns_are_found_by_name(make):
+    order = [4, 3, 2, 1, 0, 6, 5, 7, 8, 9, 10]
+    options = make()
+    straight = nih.read(options).frame
+
+    def turned(line):
+        cells = line.split(",")
+        return ",".join(cells[place] for place in order)
+
+    (options.root / "Data_Entry_2017_v2020.csv").write_text("\n".join(map(turned, [HEADER, *ROWS])) + "\n")
+    assert nih.read(options).frame.equals(straight)
+
+
+def test_faulty_files_are_stored_or_quarantined_with_exact_counts(tmp_path):
+    """A truncated, an empty, a 16-bit, an RGBA and a grey PNG, one with a suffix in another case, one picture twice."""
+    grey = np.tile(np.array([0, 0, 60, 120, 180, 240, 255, 255], np.uint8), (8, 1))  # its percentiles are 0 and 255
+    files = {
+        "00000001_000.png": encode("png", grey, ""),
+        "00000001_001.png": encode("png", grey, "")[:-20],
+        "00000002_000.png": b"",
+        "00000003_000.png": encode("png16", grey, ""),
+        "00000004_000.png": encode("png_rgba", grey, ""),
+        "00000005_000.png": encode("png", grey, ""),  # the picture of patient 1 again
+        "00000006_000.PNG": encode("png", grey, ""),
+    }
+    root = tmp_path / "Röntgen 胸"
+    (root / "images").mkdir(parents=True)
+    lines = [HEADER]
+    for name, content in files.items():
+        (root / "images" / name).write_bytes(content)
+        listed = name.replace("PNG", "png")
+        lines.append(f"{listed},No Finding,{int(name[9:12])},{int(name[:8])},50,M,PA,8,8,1,1")
+    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines) + "\n")
+    spec = SourceSpec("nih", "nih", root)
+    with pytest.raises(PathError, match="1 of 7 listed images"):  # file names are matched as they are
+        build_manifest([spec], ManifestOptions())
+    manifest, notes = build_manifest([spec], ManifestOptions(allow_missing=True))
+    assert notes == ["nih: 1 of 7 listed images are not under " + str(root) + ": left out."]
+    summary = build_store(manifest, tmp_path / "store", size=8, encoding="raw", workers=1)
+    assert (summary.inputs, summary.stored) == (6, 4)
+    assert summary.quarantined == {"truncated": 1, "zero_bytes": 1}
+    store = Store.open(tmp_path / "store")
+    for index in range(len(store)):  # 16-bit and RGBA are the same picture as the grey one
+        np.testing.assert_array_equal(store.read(index), grey)
+
+
+def test_a_patient_on_both_sides_of_the_lists_is_a_leak(make, tmp_path):
+    options = make()
+    (tmp_path / "train_val_list.txt").write_text("00000001_000.png\n00000012_000.png\n")
+    (tmp_path / "test_list.txt").write_text("00000001_001.png\n00000013_000.png\n")
+    with pytest.raises(LeakageError, match=r"1 patients are on both sides .* \(test and train\)"):
+        build_manifest([SourceSpec("nih", "nih", options.root)], ManifestOptions(split="official", val_fraction=0))
 
 
 def test_the_real_sample(nih_sample):

@@ -1,7 +1,9 @@
 """NIH ChestX-ray14: `Data_Entry_2017.csv` (12 columns, the last unnamed) or `Data_Entry_2017_v2020.csv` (11).
 
 Layouts: ROOT/images/*.png, or Kaggle's ROOT/images_0NN/images/*.png. One image per study: the number after the
-patient's in the file name is the follow-up. (The column `Follow-up #` differs from it in the 2020 table.)
+patient's in the file name is the follow-up. (The column `Follow-up #` differs from it in the 2020 table.) Boxes
+(`BBox_List_2017.csv`) are checked and counted; nothing reads them yet. Other readers' labels of the same images
+(Majkowska 2020) are left out: they know four findings, on a few thousand images of the official test list and others.
 Source: Wang et al., ChestX-ray8, CVPR 2017.
 """
 
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from hilum.core.errors import LeakageError, ManifestError, PathError
+from hilum.core.errors import LeakageError, ManifestError, PathError, UnknownLabelError
 from hilum.core.files import sha256_file
 from hilum.data.label_cells import finding_columns, token_values
 from hilum.data.label_maps import LabelPolicy, load_map
@@ -24,13 +26,22 @@ from hilum.data.rows import (
     located,
     scan,
 )
-from hilum.data.tables import Table, read_csv, read_list, row_of
+from hilum.data.tables import Table, check_values, read_csv, read_list, row_of
 
 TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 REQUIRED = ("Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Gender", "View Position")
 LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
 NO_FINDING = "No Finding"
 LABELS = load_map("nih")
+BOXES = "BBox_List_2017.csv"
+BOX_COLUMNS = ("Bbox [x", "y", "w", "h]")
+"""The header says `Bbox [x,y,w,h]`: four columns."""
+BOXED = {
+    "Atelectasis": "Atelectasis", "Cardiomegaly": "Cardiomegaly", "Effusion": "Effusion", "Infiltrate": "Infiltration",
+    "Mass": "Mass", "Nodule": "Nodule", "Pneumonia": "Pneumonia", "Pneumothorax": "Pneumothorax",
+}  # fmt: skip
+"""The box file's words and the table's."""
+OTHER_READERS = ("*expert_labels*.csv", "google2019_nih-chest-xray-labels.csv*")
 
 
 def read(options: SourceOptions) -> SourceRows:
@@ -52,6 +63,7 @@ def read(options: SourceOptions) -> SourceRows:
     )
     frame = frame.with_columns(pl.col("source_relpath").fill_null("images/" + pl.col("image_id")))
     frame, lists = _official_split(frame, root)
+    boxes, remarks = _boxes(root, table.frame)
     frame, notes = keep_existing(frame, found, image_root, options, studies=False)
     return SourceRows(
         frame.with_columns(
@@ -63,8 +75,8 @@ def read(options: SourceOptions) -> SourceRows:
         LABELS.findings,
         image_root,
         official=False,
-        tables={path.name: table.sha256, **lists},
-        notes=tuple(notes),
+        tables={path.name: table.sha256, **lists, **boxes},
+        notes=(*notes, *remarks, *_left_out(root)),
         origin="nih",
         conflicts=conflicts,
     )
@@ -144,3 +156,38 @@ def _official_split(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, dict
         raise LeakageError(f"{root}: {both.sum() // 2} images are in both {' and '.join(LISTS)}.")
     frame = frame.join(listed, on="image_id", how="left", maintain_order="left")
     return frame.with_columns(pl.col("split_official").fill_null("")), hashes
+
+
+def _boxes(root: Path, entries: pl.DataFrame) -> tuple[dict[str, str], list[str]]:
+    """Check the boxes, where there are any, against the table: its hash, and how many there are as a note.
+
+    Raises:
+        UnknownLabelError, ManifestError: a word or a number that is none; names the row.
+    """
+    if not (root / BOXES).is_file():
+        return {}, []
+    table = read_csv(root / BOXES, ("Image Index", "Finding Label", *BOX_COLUMNS))
+    frame, path = table.frame, table.path
+    check_values(frame["Finding Label"], BOXED, path, UnknownLabelError)
+    edges = frame.select(pl.col(BOX_COLUMNS).cast(pl.Float64, strict=False))
+    x, y, width, height = (edges[name] for name in BOX_COLUMNS)
+    bad = ~((x >= 0) & (y >= 0) & (width > 0) & (height > 0)).fill_null(False) | ~edges.sum_horizontal().is_finite()
+    if bad.any():
+        raise ManifestError(
+            f"{path}, row {row_of(bad)}: not a box ({bad.sum()} such rows). Expected x and y from 0, w and h above 0."
+        )
+    word = frame["Finding Label"].replace_strict(BOXED, return_dtype=pl.String)
+    pairs = frame.select("Image Index", word=word).join(
+        entries.select("Image Index", tokens=pl.col("Finding Labels").str.split("|")), on="Image Index", how="left"
+    )
+    absent = int(pairs["tokens"].is_null().sum())
+    denied = int((~pairs["tokens"].list.contains(pairs["word"])).sum())
+    note = f"{path.name}: {frame.height} boxes on {frame['Image Index'].n_unique()} images"
+    note += f"; {absent} of images that the table does not list" if absent else ""
+    note += f"; {denied} of findings that the table does not give the image" if denied else ""
+    return {path.name: table.sha256}, [note]
+
+
+def _left_out(root: Path) -> list[str]:
+    names = sorted({file.name for pattern in OTHER_READERS for file in root.glob(pattern)})
+    return [f"{name} holds other readers' labels of some of the images: left out" for name in names]
