@@ -113,6 +113,8 @@ def square_size(dataset: Dataset, rows: int, cols: int, flags: list[str]) -> tup
             continue
         tall, wide = _number(pair[0]), _number(pair[1])
         if tall is None or wide is None or tall <= 0 or wide <= 0 or not 0.2 <= tall / wide <= 5:
+            if "aspect_ignored" not in flags:
+                flags.append("aspect_ignored")
             continue
         if abs(tall / wide - 1) > 0.01:
             flags.append("aspect_corrected")
