@@ -28,7 +28,7 @@ from hilum.evaluation.predictions import read_predictions
 from hilum.heads.config import FitConfig
 from hilum.heads.features import FeatureSource
 from hilum.heads.sweep import Sweep
-from hilum.pretraining.exposure import uid_numbers, write_seen
+from hilum.pretraining.exposure import Seen, uid_numbers, write_seen
 
 FINDINGS = ("Edema", "Hernia", "Mass", "Never")
 SPLITS = ["train"] * 40 + ["val"] * 16 + ["test"] * 8
@@ -65,7 +65,7 @@ def folder(tmp_path_factory) -> Path:
     with forked(0, "test"):
         backbone = VisionTransformer(ViTConfig(12, 3, 2, patch_size=8, image_size=16))
     save_backbone(backbone, path / "run", "hilum-grey-1")
-    write_seen(path / "run", uid_numbers(store.uids[:10]))
+    write_seen(path / "run", Seen(uid_numbers(store.uids[:10]), uid_numbers(store.pictures[:10])))
     fit.run(SMALL, path / "store", path / "run", path / "linear")
     fit.run(DECODER, path / "store", path / "run", path / "decoder")
     prepared = ["standardise=true", "prior_bias=true"]
@@ -362,6 +362,6 @@ def test_a_broken_backbone_stops_before_anything_is_written(folder: Path, tmp_pa
 def test_exposure_counts_every_use(folder: Path) -> None:
     store = Store.open(folder / "store")
     metadata = load(folder / "linear", "cpu").predict_store(store, range(len(store))).metadata
-    assert metadata["exposure"] == {"pretraining": 10, "train": 40, "val": 16, "any": 56}
+    assert metadata["exposure"] == {"pretraining": 10, "train": 40, "val": 16, "other_dataset": 0, "any": 56}
     assert metadata["exposed_images"] == 56
     assert load(folder / "linear", "cpu").predict_store(store, range(56, 64)).metadata["exposed_images"] == 0

@@ -109,7 +109,7 @@ def test_run_folder(straight: Path, data: Path) -> None:
     described = read_backbone_config(straight)
     assert described["resolution"] == 32
     assert described["preprocess_id"] == Store.open(data).preprocess_id
-    assert described["seen"]["sha256"] == exposure.seen_digest(exposure.read_seen(straight))
+    assert described["seen"]["sha256"] == exposure.seen_digest(exposure.read_seen(straight).uids)
 
 
 def test_held_out_images_and_patients_are_never_seen(straight: Path, data: Path) -> None:
@@ -119,7 +119,7 @@ def test_held_out_images_and_patients_are_never_seen(straight: Path, data: Path)
     assert set(pool.indices.tolist()) == set(range(30)) - set(forbidden)
     assert (pool.held_out, pool.held_out_patients, pool.not_allowed) == (6, 1, 1)
     numbers = exposure.uid_numbers(store.uids)
-    seen = exposure.read_seen(straight)
+    seen = exposure.read_seen(straight).uids
     assert 12 <= len(seen) <= 16  # four batches of four
     assert not np.isin(numbers[forbidden], seen).any()
     assert np.isin(seen, numbers).all()
@@ -198,7 +198,7 @@ def test_a_finished_run_stays_as_it_is_and_its_backbone_comes_back(
     run(dataclasses.replace(CONFIG, steps=1), data, out)
     assert "is finished" in capsys.readouterr().out
     assert (out / "teacher.safetensors").read_bytes() == content
-    assert len(exposure.read_seen(out)) == 4
+    assert len(exposure.read_seen(out).uids) == 4
 
 
 def test_what_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,7 +376,7 @@ def test_the_next_stage_takes_teacher_into_teacher_and_resamples_positions(strai
             assert torch.equal(value, expected), (part, name)
         assert network.backbone.pos_embed.shape == (1, 37, 16)
         assert torch.equal(network.backbone.pos_embed[:, 0], earlier[f"{part}.backbone.pos_embed"][:, 0])
-    assert torch.equal(inherited, torch.from_numpy(exposure.read_seen(straight).view(np.int64)))
+    assert np.array_equal(inherited.uids, exposure.read_seen(straight).uids)
 
 
 def test_a_stage_at_another_resolution_runs_and_remembers_what_was_seen(
@@ -384,7 +384,7 @@ def test_a_stage_at_another_resolution_runs_and_remembers_what_was_seen(
 ) -> None:
     out = run(grown(48), data, tmp_path / "run", init=straight)
     assert load_backbone(out).config.image_size == 48
-    assert set(exposure.read_seen(straight).tolist()) <= set(exposure.read_seen(out).tolist())
+    assert set(exposure.read_seen(straight).uids.tolist()) <= set(exposure.read_seen(out).uids.tolist())
     assert f"from {straight}" in capsys.readouterr().out
     run(grown(48), data, out, init=straight)
     with pytest.raises(ConfigError, match="started from"):
@@ -418,7 +418,7 @@ def test_weights_alone_start_both_networks_with_new_heads(straight: Path, data: 
     student, teacher = dinov2.make_networks(config.vit(), config.heads, seed=5)
     fresh = {name: value.clone() for name, value in student.state_dict().items()}
     inherited = start_from(alone / "teacher.safetensors", student, teacher, Store.open(data).preprocess_id)
-    assert len(inherited) == len(exposure.read_seen(straight))
+    assert len(inherited.uids) == len(exposure.read_seen(straight).uids)
     earlier = final(straight).tensors
     for network in (student, teacher):
         for name, value in network.state_dict().items():
@@ -534,12 +534,13 @@ def test_a_damaged_image_is_replaced_and_named(
     out = run(dataclasses.replace(CONFIG, steps=8), data, tmp_path / "run")
     uid = Store.open(data).uids[bad]
     assert f"image {uid} is damaged" in capsys.readouterr().err
-    assert int(uid, 16) not in exposure.read_seen(out).tolist()
+    assert int(uid, 16) not in exposure.read_seen(out).uids.tolist()
 
 
 def test_a_damaged_record_of_what_was_seen_is_refused(tmp_path: Path) -> None:
-    exposure.write_seen(tmp_path, np.array([5, 3], np.uint64))
-    assert exposure.read_seen(tmp_path).tolist() == [3, 5]
+    exposure.write_seen(tmp_path, exposure.Seen(np.array([5, 3], np.uint64), np.array([9], np.uint64)))
+    assert exposure.read_seen(tmp_path).uids.tolist() == [3, 5]
+    assert exposure.read_seen(tmp_path).pictures.tolist() == [9]
     with (tmp_path / "seen.npz").open("wb") as file:
         np.savez(
             file, uids=np.array([3, 6], np.uint64), sha256=np.array(exposure.seen_digest(np.array([3, 5], np.uint64)))
@@ -654,7 +655,7 @@ def test_two_processes_stop_resume_and_fail_together(straight: Path, data: Path,
     whole = two("whole", "")
     assert whole.returncode == 0, whole.stderr
     assert [line["step"] for line in lines(tmp_path / "whole")] == [1, 2, 3, 4]
-    assert len(exposure.read_seen(tmp_path / "whole")) == len(exposure.read_seen(straight))  # both ranks' images
+    assert len(exposure.read_seen(tmp_path / "whole").uids) == len(exposure.read_seen(straight).uids)  # both ranks' images
 
     assert two("cut", "stop").returncode != 0
     assert final(tmp_path / "cut").step == 3  # the ranks agree on stopping once a step

@@ -182,6 +182,7 @@ def _context(joined: Joined, groups_from: str, task: str | None, split: str | No
         "members": metadata.get("members"),
         "calibration": _without_digests(metadata.get("calibration")),
         "exposed_images": metadata.get("exposed_images"),  # None: not known
+        "accepted_leak": metadata.get("accepted_leak") or None,
         "items_of_head_training": sum(name in fitted for name in joined.splits.tolist()),
     }
 
@@ -222,6 +223,8 @@ def _input(path: Path) -> dict[str, str]:
 
 def _warnings(result: dict[str, Any]) -> list[str]:
     lines = []
+    if result["accepted_leak"]:
+        lines.append(f"Leak accepted when the model was made: {result['accepted_leak']}.")
     if result["exposed_images"]:
         lines.append(
             f"{result['exposed_images']} of the predicted images were in the model's pretraining or training data; "

@@ -37,7 +37,7 @@ from hilum.heads.protocol import Choice, SearchEpoch, SearchRecord, choose
 from hilum.heads.registry import Head, HeadConfig, build_head
 from hilum.heads.standardise import measure
 from hilum.heads.sweep import Sweep, prior_log_odds
-from hilum.pretraining.exposure import uid_numbers
+from hilum.pretraining.exposure import join_leaks, uid_numbers
 
 SEARCH_FORMAT = "hilum-search-1"
 
@@ -124,7 +124,11 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     )  # fmt: skip
     write_json(out / files.SEARCH_NAME, to_dict(record))
     files.write_validation(out, predictions, labels[val])
-    exposure = files.Exposure(opened.seen, uid_numbers(store.uids[train]), uid_numbers(store.uids[val]))
+    pictures = np.union1d(opened.seen.pictures, uid_numbers(store.pictures[examples.both]))
+    exposure = files.Exposure(opened.seen.uids, uid_numbers(store.uids[train]), uid_numbers(store.uids[val]), pictures)
+    leak = join_leaks(store.accepted_leak, opened.leak)
+    if leak:
+        warn(f"leak accepted: {leak}")
     content: dict[str, Any] = {
         "format": files.MODEL_FORMAT,
         "hilum": hilum.__version__,
@@ -141,6 +145,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
             "file": files.LOGITS_NAME,
         },
         "exposure": files.write_exposure(out, exposure),
+        "accepted_leak": leak,
         "training": {
             "settings": to_dict(config),
             "learning_rate": chosen.learning_rate,

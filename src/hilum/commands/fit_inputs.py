@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Int64, UInt64
+from jaxtyping import Bool, Int, Int64
 
 from hilum.backbones.vit import SIZES, VisionTransformer
 from hilum.backbones.weights import load_backbone, read_backbone_config
@@ -18,7 +18,7 @@ from hilum.core.types import POSITIVE, UNKNOWN
 from hilum.data.labels import frequency_groups
 from hilum.data.store import Store
 from hilum.deploy.model_files import Finding
-from hilum.pretraining.exposure import SEEN_NAME, read_seen
+from hilum.pretraining.exposure import SEEN_NAME, Seen, leak_of, read_seen
 
 RANDOM = "random:"
 
@@ -88,6 +88,8 @@ def _check_splits(store: Store, train: np.ndarray, val: np.ndarray) -> None:
             f"{store.path} has no validation images (split 'val'). Learning rates, epochs, calibrators and thresholds "
             "are chosen on validation, and never on test. Make the manifest again with a validation split."
         )
+    if store.accepted_leak:  # `fit` says so, and writes it into the model
+        return
     patients = np.char.add(np.char.add(store.datasets, "\x1f"), store.patients)
     splits = {"train": train, "val": val, "test": store.indices("test")}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -124,8 +126,10 @@ class OpenBackbone:
 
     model: VisionTransformer
     preprocess_id: str
-    seen: UInt64[np.ndarray, " n"]
-    """Identities of the images it was pretrained on, as far as recorded."""
+    seen: Seen
+    """What it was pretrained on, as far as recorded."""
+    leak: str
+    """A leak by design that its pretraining accepted, in words."""
     provenance: dict[str, Any]
     """For `config.json`."""
 
@@ -151,7 +155,8 @@ def open_backbone(backbone: Path | str, resolution: int | None, store: Store, se
             raise UnknownNameError("backbone size", size, SIZES)
         with forked(seed, "random backbone", size):
             model = VisionTransformer(replace(SIZES[size], image_size=resolution or SIZES[size].image_size))
-        return OpenBackbone(model, store.preprocess_id, np.zeros(0, np.uint64), {"kind": "random", "size": size})
+        nothing = Seen(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+        return OpenBackbone(model, store.preprocess_id, nothing, "", {"kind": "random", "size": size})
     path = Path(name)
     described = read_backbone_config(path)
     if described["preprocess_id"] != store.preprocess_id:
@@ -168,5 +173,6 @@ def open_backbone(backbone: Path | str, resolution: int | None, store: Store, se
         "seen": described.get("seen"),
     }
     return OpenBackbone(
-        load_backbone(path, image_size=resolution), described["preprocess_id"], read_seen(folder), provenance
-    )
+        load_backbone(path, image_size=resolution), described["preprocess_id"], read_seen(folder), leak_of(path),
+        provenance,
+    )  # fmt: skip

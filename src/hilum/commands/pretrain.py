@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from hilum.core.errors import CheckpointError, ConfigError, NonFiniteLossError
 from hilum.core.files import write_json
 from hilum.core.locks import folder_lock
 from hilum.core.seeding import torch_stream
-from hilum.core.tracking import Bar, MetricsLog, duration, next_step, progress, say
+from hilum.core.tracking import Bar, MetricsLog, duration, next_step, progress, say, warn
 from hilum.data.samplers import EndlessSampler, WeightedDraw, dataset_weights
 from hilum.data.store import Store
 from hilum.data.transforms import Preprocessing, normalise, preprocessing
@@ -100,7 +101,7 @@ def run(
         architecture = config.vit()
         student, teacher = dinov2.make_networks(architecture, config.heads, config.seed)
         saved = checkpoint.load_newest(out / CHECKPOINTS)
-        inherited = torch.zeros(0, dtype=torch.int64)
+        inherited = exposure.Seen(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
         if init is not None and saved is None:
             inherited = start_from(Path(init), student, teacher, store.preprocess_id)
         teacher.to(engine.device)
@@ -111,6 +112,8 @@ def run(
         seen = torch.zeros(len(store), dtype=torch.bool)
         state = TrainingState(student, teacher, optimizer, centres, seen, inherited)
         facts = _facts(config, architecture, store, source, engine, init)
+        if saved is not None:
+            facts["accepted_leak"] = saved.values.get("accepted_leak", "")
         start = 0
         if saved is not None:
             _check_same_run(saved, facts, init)
@@ -124,7 +127,7 @@ def run(
         if main:
             if saved is None:  # everything fits: from here on the folder holds this run
                 write_yaml(out / CONFIG_NAME, config)
-            _announce(config, architecture, student, pool, engine, start, init)
+            _announce(config, architecture, student, pool, engine, start, init, facts["accepted_leak"])
 
         schedules = config.schedules()
         batches = loader.batches(start, config.steps)
@@ -245,6 +248,7 @@ def _facts(
         "processes": engine.world_size,
         "threads": torch.get_num_threads(),
         "init": str(Path(init).resolve()) if init else None,
+        "accepted_leak": exposure.join_leaks(store.accepted_leak, exposure.leak_of(init) if init else ""),
     }
 
 
@@ -266,7 +270,7 @@ def _check_same_run(saved: checkpoint.Checkpoint, facts: dict[str, Any], init: P
 
 def _announce(
     config: PretrainConfig, vit: ViTConfig, student: torch.nn.Module, pool: exposure.Pool, engine: Engine,
-    start: int, init: Path | None,
+    start: int, init: Path | None, leak: str,
 ) -> None:  # fmt: skip
     crops, images = config.crops, len(pool.indices)
     left_out = [
@@ -279,6 +283,8 @@ def _announce(
         if count
     ]
     say(f"Images: {images}" + (f" (left out: {', '.join(left_out)})" if left_out else ""))
+    if leak:
+        warn(f"leak accepted: {leak}")
     say(
         f"Views: {crops.global_crops} x {crops.global_size} px, {crops.local_crops} x {crops.local_size} px an image, "
         f"augmentation {crops.augmentation}"
@@ -376,13 +382,15 @@ def _export(
     state: TrainingState, done: int, config: PretrainConfig, facts: dict[str, Any], store: Store, out: Path
 ) -> None:
     """The record of images seen, and the teacher's backbone."""
-    uids = state.seen_uids(exposure.uid_numbers(store.uids))
+    numbers = exposure.Seen(exposure.uid_numbers(store.uids), exposure.uid_numbers(store.pictures))
+    seen = state.all_seen(numbers)
     extra = {
         "step": done,
         "steps": config.steps,
         "seed": config.seed,
         "init": facts["init"],
-        "seen": {"images": len(uids), "sha256": exposure.write_seen(out, uids)},
+        "seen": {"images": len(seen.uids), "sha256": exposure.write_seen(out, seen)},
+        "accepted_leak": facts["accepted_leak"],
     }
     save_backbone(state.teacher.backbone, out, store.preprocess_id, extra)
 

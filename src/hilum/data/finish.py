@@ -17,10 +17,11 @@ from typing import Any
 import polars as pl
 
 from hilum.core.files import write_text
+from hilum.core.types import image_uid
 from hilum.data.decoding import Settings
 from hilum.data.raw import PREFIX
 from hilum.data.schema import Manifest, complete, write_manifest
-from hilum.data.shards import IN_PLACE, Shard, write_index
+from hilum.data.shards import IN_PLACE, PICTURE_COLUMN, Shard, write_index
 
 STORED: dict[str, Any] = {
     "image_uid": pl.String,
@@ -143,7 +144,10 @@ def _write_index(
     in_place = settings.encoding == IN_PLACE
     if in_place:
         columns |= {"root": "source_root_key", "path": "source_relpath"}
-    rows = manifest.frame.with_row_index("row").select("row", *columns.values(), "ssl_ok")
+    frame = manifest.frame.with_columns(picture=pictures(manifest.frame))
+    if (frame["picture"] != frame["image_uid"]).any():
+        columns |= {PICTURE_COLUMN: "picture"}
+    rows = frame.with_row_index("row").select("row", *columns.values(), "ssl_ok")
     if in_place and stored["mode"].str.starts_with(PREFIX).any():
         columns |= {"mode": "mode"}
     rows = rows.join(stored, on="image_uid", maintain_order="left")
@@ -162,11 +166,20 @@ def _write_index(
             "encoding": settings.encoding,
             "size": settings.size,
             **({"roots": {key: str(folder) for key, folder in roots.items()}} if in_place else {}),
+            **({"accepted_leak": manifest.accepted_leak} if manifest.accepted_leak else {}),
             "quarantined": refused,
             "datasets": _counts(rows["dataset"]),
             "intensity": _counts(rows["intensity"]),
         },
     )
+
+
+def pictures(frame: pl.DataFrame) -> pl.Series:
+    """What names a picture whatever dataset it is read from: the uid that it has in the release it descends from."""
+    if "origin_image" not in frame.columns:
+        return frame["image_uid"]
+    named = zip(frame["origin_image"], frame["image_uid"], strict=True)
+    return pl.Series([uid if origin is None else image_uid(*origin.split("/", 1)) for origin, uid in named])
 
 
 def _counts(values: pl.Series) -> dict[str, int]:

@@ -29,6 +29,8 @@ IN_PLACE = "files"
 
 TEXT_COLUMNS: tuple[str, ...] = ("uid", "image_id", "patient", "study")
 """Kept in the index as UTF-8 byte strings of fixed width."""
+PICTURE_COLUMN = "picture"
+"""Kept likewise where an image is known under another dataset's name too: the identity of the picture itself."""
 CODED_COLUMNS: tuple[str, ...] = ("view", "split", "dataset")
 """Kept in the index as one small code per image and a vocabulary."""
 SOURCE_COLUMNS: tuple[str, ...] = ("root", "mode", "path")
@@ -163,7 +165,8 @@ def write_index(
     Args:
         path: the store folder, its shards already in place.
         records: shard, offset, length, height, width, checksum: one number per image.
-        columns: `TEXT_COLUMNS` and `CODED_COLUMNS`, and `SOURCE_COLUMNS` where there are files; one text per image.
+        columns: `TEXT_COLUMNS` and `CODED_COLUMNS`, `SOURCE_COLUMNS` where there are files, and
+            `PICTURE_COLUMN` where it differs; one text per image.
         labels: int8 (N, C).
         ssl_ok: bool (N,).
         shards: in the order of their numbers.
@@ -174,7 +177,7 @@ def write_index(
     arrays["checksum"] = np.asarray(records["checksum"], np.uint32)
     arrays["labels"], arrays["ssl_ok"] = np.asarray(labels, np.int8), np.asarray(ssl_ok, bool)
     coded = [*CODED_COLUMNS, *(name for name in SOURCE_COLUMNS[:2] if name in columns)]
-    for name in (*TEXT_COLUMNS, *(name for name in SOURCE_COLUMNS[2:] if name in columns)):
+    for name in (*TEXT_COLUMNS, *(name for name in (PICTURE_COLUMN, *SOURCE_COLUMNS[2:]) if name in columns)):
         arrays[name] = np.asarray([text.encode() for text in columns[name]], dtype=np.bytes_)
     for name in coded:
         vocabulary = sorted(set(columns[name]))

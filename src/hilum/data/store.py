@@ -31,6 +31,7 @@ from hilum.data.shards import (
     ENCODINGS,
     FORMAT,
     IN_PLACE,
+    PICTURE_COLUMN,
     Shard,
     decode,
     encode,
@@ -131,6 +132,16 @@ class Store:
         return self._text("uid")
 
     @cached_property
+    def pictures(self) -> np.ndarray:
+        """Text (N,): 16 hex digits that name the picture whatever dataset it is read from; the uid, if nothing else."""
+        return self._text(PICTURE_COLUMN) if PICTURE_COLUMN in self._columns else self.uids
+
+    @property
+    def accepted_leak(self) -> str:
+        """The leak by design that was accepted when the manifest was made, in words; "" for none."""
+        return str(self.header.get("accepted_leak", ""))
+
+    @cached_property
     def image_ids(self) -> np.ndarray:
         """Text (N,): the source's own id."""
         return self._text("image_id")
@@ -179,6 +190,11 @@ class Store:
     def widths(self) -> np.ndarray:
         """Int32 (N,): stored columns."""
         return self._columns["width"]
+
+    @property
+    def shard_numbers(self) -> np.ndarray:
+        """Int32 (N,): positions in `shards`."""
+        return self._columns["shard"]
 
     def indices(self, split: str) -> np.ndarray:
         """Int64 positions of one split, ascending."""
@@ -238,6 +254,24 @@ class Store:
             return decode(record, self.encoding, int(self.heights[index]), int(self.widths[index]))
         except ValueError as error:
             raise self._damage(index, str(error)) from error
+
+    def expect(self, indices: Indices) -> None:
+        """Have the system read records into its cache meanwhile: neighbours in one sweep. Only a hint.
+
+        Args:
+            indices: images that will be read soon, in storage order.
+        """
+        chosen = np.asarray(list(indices), dtype=np.int64)
+        if self.in_place or not len(chosen):
+            return
+        shard, start = self._columns["shard"][chosen], self._columns["offset"][chosen]
+        end = start + self._columns["length"][chosen]
+        first = np.flatnonzero(np.concatenate([[True], (shard[1:] != shard[:-1]) | (start[1:] != end[:-1])]))
+        last = np.append(first[1:], len(chosen)) - 1
+        for number, low, high in zip(shard[first], start[first], end[last], strict=True):
+            with contextlib.suppress(OSError):  # reading will say what is wrong
+                file = self._file(int(number))
+                os.posix_fadvise(file.number, int(low), int(high - low), os.POSIX_FADV_WILLNEED)
 
     @property
     def in_place(self) -> bool:

@@ -37,6 +37,7 @@ def model_card(content: Mapping[str, Any]) -> str:
         f"{images['val']} validation images. Their identities are in `exposure.npz`; an evaluation on any of them is "
         "not one on unseen images.",
         "",
+        *([f"Leak accepted: {content['accepted_leak']}.", ""] if content.get("accepted_leak") else []),
         "## Calibration",
         "",
         f"Calibrators and operating points were fitted on {fitted['images']} validation images, predicted by the head "

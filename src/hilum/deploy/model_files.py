@@ -74,14 +74,24 @@ class Exposure:
     pretraining: UInt64[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     train: UInt64[np.ndarray, " m"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     val: UInt64[np.ndarray, " k"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    pictures: UInt64[np.ndarray, " p"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """All of them by the name that a picture has in any dataset (`Store.pictures`)."""
 
-    def count(self, uids: np.ndarray) -> dict[str, int]:
-        """How many of these images the model has met, by use and in all ("any")."""
+    def count(self, uids: np.ndarray, pictures: np.ndarray | None = None) -> dict[str, int]:
+        """How many of these images the model has met, by use, under another dataset's name alone, and in all ("any").
+
+        Args:
+            uids: identities of the images.
+            pictures: names of the same images across datasets, where known.
+        """
         numbers = uid_numbers(uids)
         met = {name: np.isin(numbers, getattr(self, name)) for name in EXPOSURES}
+        known = np.any([*met.values()], axis=0)
+        elsewhere = np.isin(uid_numbers(uids if pictures is None else pictures), self.pictures) & ~known
         return {
             **{name: int(hit.sum()) for name, hit in met.items()},
-            "any": int(np.any([*met.values()], axis=0).sum()),
+            "other_dataset": int(elsewhere.sum()),
+            "any": int((known | elsewhere).sum()),
         }
 
 
@@ -233,7 +243,7 @@ def write_exposure(path: Path, exposure: Exposure) -> dict[str, Any]:
     """Write `exposure.npz`; returns counts and digests for `config.json`."""
     arrays = {name: np.unique(getattr(exposure, name)) for name in EXPOSURES}
     with atomic_file(path / EXPOSURE_NAME) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays, pictures=np.unique(exposure.pictures))  # type: ignore[arg-type]
     return {
         "file": EXPOSURE_NAME,
         "images": {name: len(values) for name, values in arrays.items()},
@@ -250,7 +260,8 @@ def read_exposure(path: Path, content: Mapping[str, Any]) -> Exposure:
     file = path / EXPOSURE_NAME
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            exposure = Exposure(*(arrays[name] for name in EXPOSURES))
+            met = {name: arrays[name] for name in EXPOSURES}
+            exposure = Exposure(**met, pictures=arrays.get("pictures", np.zeros(0, np.uint64)))
         digests = content["exposure"]["sha256"]
         if any(seen_digest(getattr(exposure, name)) != digests[name] for name in EXPOSURES):
             raise ValueError("it is not the file that config.json was written for")

@@ -25,6 +25,7 @@ from hilum.evaluation.ensemble import mean_over_models
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import mean_over_studies
 from hilum.heads.features import to_batch
+from hilum.pretraining.exposure import join_leaks
 
 Image = Path | str | bytes | np.ndarray
 Box = tuple[float, float, float, float]
@@ -66,6 +67,7 @@ class Model:
         digest: identity.
         exposure: images met in pretraining and training, all networks together.
         groups: head, medium or tail per finding.
+        leak: leaks by design that its pretraining or training accepted, in words.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class Model:
         digest: str,
         exposure: files.Exposure,
         groups: Mapping[str, str],
+        leak: str = "",
     ) -> None:
+        self.leak = leak
         self.networks, self.calibrators, self.digest = tuple(networks), calibrators, digest
         self.exposure, self.groups = exposure, dict(groups)
 
@@ -164,8 +168,9 @@ class Model:
             )
         chosen = np.asarray(list(indices), dtype=np.int64)
         return self.predict_images(
-            store_identity(store, chosen), chosen, store.read, raw, unit, batch_size, workers, done
-        )
+            store_identity(store, chosen), chosen, store.read, raw, unit, batch_size, workers, done,
+            store.pictures[chosen],
+        )  # fmt: skip
 
     def predict_images(
         self,
@@ -177,6 +182,7 @@ class Model:
         batch_size: int = 32,
         workers: int = 2,
         done: Callable[[int], None] = lambda count: None,
+        pictures: np.ndarray | None = None,
     ) -> Predictions:
         """Findings of any images; those for which `read` gives None are left out.
 
@@ -189,6 +195,7 @@ class Model:
             batch_size: images at a time.
             workers: threads that read.
             done: told how many images were finished, after each batch.
+            pictures: names of the images across datasets (`Store.pictures`), one per index, where known.
 
         Raises:
             EmptyStudyError: no image is left.
@@ -197,7 +204,7 @@ class Model:
         if len(kept) == 0:
             raise EmptyStudyError("There is no image to predict.")
         rows = {name: np.asarray(column)[kept] for name, column in identity.items()}
-        met = self.exposure.count(rows["image_uid"])
+        met = self.exposure.count(rows["image_uid"], None if pictures is None else pictures[kept])
         facts = {
             "model": self.digest,
             "groups": self.groups,
@@ -207,6 +214,7 @@ class Model:
             "head_splits": [name for name in ("train", "val") if len(getattr(self.exposure, name))],
             "exposed_images": met["any"],
             "exposure": met,
+            "accepted_leak": self.leak,
         }
         members = [
             Predictions(**rows, findings=network.findings, probabilities=values, metadata=facts)
@@ -243,18 +251,21 @@ def load(path: Path | str, device: str = "auto") -> Model:
     path, place = Path(path), choose_device(device)
     content = files.read_config(path)
     folders = [path] if content["format"] == files.MODEL_FORMAT else member_folders(path, content)
-    networks, exposures = [], []
+    networks, exposures, leaks = [], [], []
     groups: dict[str, str] = {}
     for folder in folders:
         described = files.read_config(folder)
         config = files.read_network(folder, described)
         networks.append(Network(config, *files.read_weights(folder, config, _weights_digest(folder, described)), place))
         exposures.append(files.read_exposure(folder, described))
+        leaks.append(described.get("accepted_leak") or "")
         groups |= {finding.name: finding.group for finding in config.findings}
     if len(exposures) > 1:
-        merged = (np.unique(np.concatenate([getattr(one, use) for one in exposures])) for use in files.EXPOSURES)
+        uses = (*files.EXPOSURES, "pictures")
+        merged = (np.unique(np.concatenate([getattr(one, use) for one in exposures])) for use in uses)
         exposures = [files.Exposure(*merged)]
-    return Model(networks, files.read_calibrators(path, content), files.digest_of(path), exposures[0], groups)
+    leak = join_leaks(*leaks)
+    return Model(networks, files.read_calibrators(path, content), files.digest_of(path), exposures[0], groups, leak)
 
 
 def member_folders(path: Path, content: Mapping[str, Any]) -> list[Path]:

@@ -44,6 +44,7 @@ def mean_over_models(members: Sequence[Predictions]) -> Predictions:
         "calibration": None,
         "head_splits": sorted({split for m in members for split in m.metadata.get("head_splits", ())}) or None,
         "exposed_images": _most_exposed(members),
+        "accepted_leak": "; ".join(dict.fromkeys(leak for m in members if (leak := m.metadata.get("accepted_leak")))),
     }
     return first.replace(np.clip(average, lowest, highest), **metadata)
 

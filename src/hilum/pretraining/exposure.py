@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from hilum.core.errors import CheckpointError, ConfigError, UnknownNameError
-from hilum.core.files import atomic_file
+from hilum.core.files import atomic_file, read_json
 from hilum.core.types import SPLITS
 from hilum.data.store import Store
 
@@ -52,6 +52,8 @@ def select(store: Store, train_on: Sequence[str]) -> Pool:
     wanted = np.isin(splits, list(train_on))
     held_out = ~wanted & (splits != "")
     shared = wanted & np.isin(patients, np.unique(patients[held_out]))
+    if store.accepted_leak:  # said in the announcement, and written into the run
+        shared = np.zeros(len(store), bool)
     chosen = store.ssl_ok & wanted & ~shared
     if not chosen.any():
         named = ", ".join(repr(split) for split in train_on)
@@ -85,29 +87,51 @@ def seen_digest(uids: UInt64[np.ndarray, " n"]) -> str:
     return hashlib.sha256(np.sort(uids).astype("<u8").tobytes()).hexdigest()
 
 
-def write_seen(folder: Path, uids: UInt64[np.ndarray, " n"]) -> str:
-    """Write `seen.npz` (`uids`: sorted uint64; `sha256`: their digest) and return the digest."""
-    ordered = np.unique(uids)
+def leak_of(weights: Path) -> str:
+    """The leak by design that weights carry, in words, from the `config.json` beside them; "" for none."""
+    folder = weights if weights.is_dir() else weights.parent
+    described = folder / "config.json"
+    return str(read_json(described, CheckpointError).get("accepted_leak") or "") if described.is_file() else ""
+
+
+def join_leaks(*leaks: str) -> str:
+    """Several accepted leaks as one text, each once."""
+    return "; ".join(dict.fromkeys(leak for leak in leaks if leak))
+
+
+class Seen(NamedTuple):
+    """What a run has been trained on."""
+
+    uids: UInt64[np.ndarray, " n"]
+    """Identities of the images."""
+    pictures: UInt64[np.ndarray, " m"]
+    """The same pictures by the name that they have in any dataset (`Store.pictures`)."""
+
+
+def write_seen(folder: Path, seen: Seen) -> str:
+    """Write `seen.npz` (`uids`, `pictures`: sorted uint64; `sha256`: of the uids) and return the digest."""
+    ordered = np.unique(seen.uids)
     digest = seen_digest(ordered)
     with atomic_file(folder / SEEN_NAME) as file:
-        np.savez(file, uids=ordered, sha256=np.array(digest))
+        np.savez(file, uids=ordered, pictures=np.unique(seen.pictures), sha256=np.array(digest))
     return digest
 
 
-def read_seen(folder: Path) -> UInt64[np.ndarray, " n"]:
-    """The identities in a run's `seen.npz`; none when there is no such file.
+def read_seen(folder: Path) -> Seen:
+    """What a run's `seen.npz` lists; nothing when there is no such file.
 
     Raises:
         CheckpointError: damaged.
     """
     path = folder / SEEN_NAME
     if not path.exists():
-        return np.zeros(0, np.uint64)
+        return Seen(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
     try:
         with np.load(path, allow_pickle=False) as arrays:
             uids, digest = arrays["uids"], str(arrays["sha256"])
+            pictures = arrays.get("pictures", uids)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Copy it again from its run.") from error
     if uids.dtype != np.uint64 or seen_digest(uids) != digest:
         raise CheckpointError(f"{path} is damaged: its digest is not the one recorded. Copy it again from its run.")
-    return uids
+    return Seen(uids, pictures)

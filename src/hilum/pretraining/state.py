@@ -25,7 +25,7 @@ from hilum.core.checkpoint import (
 from hilum.core.errors import CheckpointError, PreprocessingMismatchError
 from hilum.core.tracking import warn
 from hilum.pretraining.dinov2 import Centres, Network
-from hilum.pretraining.exposure import read_seen
+from hilum.pretraining.exposure import Seen, read_seen
 
 CHECKPOINTS = "checkpoints"
 _POSITIONS = "backbone.pos_embed"
@@ -41,8 +41,8 @@ class TrainingState:
     centres: Centres
     seen: Tensor
     """bool, one per image of the store: used by this run."""
-    inherited: Tensor
-    """int64 bit patterns of the identities that earlier stages have seen."""
+    inherited: Seen
+    """What earlier stages have seen."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, under one name each."""
@@ -52,7 +52,8 @@ class TrainingState:
             **_prefixed("optimizer", flatten_optimizer(self.optimizer, self._names())),
             **_prefixed("centres", self.centres._asdict()),
             "seen": self.seen,
-            "inherited": self.inherited,
+            "inherited": _bits(self.inherited.uids),
+            "inherited_pictures": _bits(self.inherited.pictures),
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -71,17 +72,27 @@ class TrainingState:
             raise CheckpointError(
                 f"{where} was written with a store of {len(parts['seen'])} images, this one has {len(self.seen)}."
             )
-        self.seen, self.inherited = parts["seen"].clone(), parts["inherited"].clone()
+        self.seen = parts["seen"].clone()
+        self.inherited = Seen(_numbers(parts["inherited"]), _numbers(parts["inherited_pictures"]))
 
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.student.named_parameters()}
 
-    def seen_uids(self, uids: np.ndarray) -> np.ndarray:
-        """Identities seen by this run and the stages before it; `uids` are those of the store, uint64."""
-        return np.union1d(uids[self.seen.numpy()], self.inherited.numpy().view(np.uint64))
+    def all_seen(self, store: Seen) -> Seen:
+        """What this run and the stages before it have seen; `store` has the identities of every image, in its order."""
+        mine = self.seen.numpy()
+        return Seen(*(np.union1d(all_[mine], before) for all_, before in zip(store, self.inherited, strict=True)))
 
 
-def start_from(init: Path, student: Network, teacher: Network, preprocess_id: str) -> Tensor:
+def _bits(numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy(numbers.view(np.int64))
+
+
+def _numbers(bits: Tensor) -> np.ndarray:
+    return bits.numpy().view(np.uint64).copy()
+
+
+def start_from(init: Path, student: Network, teacher: Network, preprocess_id: str) -> Seen:
     """Give both networks the weights of an earlier run, or of a backbone file; returns what those have seen.
 
     From a run with checkpoints: backbones and heads of its student and its teacher. From weights alone: the same
@@ -97,7 +108,7 @@ def start_from(init: Path, student: Network, teacher: Network, preprocess_id: st
     else:
         _start_from_run(checkpoint, student, teacher, preprocess_id)
     folder = init if init.is_dir() else init.parent
-    return torch.from_numpy(read_seen(folder).view(np.int64))
+    return read_seen(folder)
 
 
 def _start_from_run(checkpoint: Checkpoint, student: Network, teacher: Network, preprocess_id: str) -> None:
