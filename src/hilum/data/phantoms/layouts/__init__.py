@@ -6,9 +6,11 @@ A layout names every image of a cohort (`jobs`) and writes the tables once they 
 from hilum.data.phantoms.layouts.cxrlt import CXRLT, CXRLT_OF_2023
 from hilum.data.phantoms.layouts.jobs import Layout
 from hilum.data.phantoms.layouts.nih import NIH
+from hilum.data.phantoms.layouts.padchest import PADCHEST
 
 LAYOUTS: dict[str, Layout] = {
     "cxrlt": CXRLT,
     "cxrlt2023": CXRLT_OF_2023,
     "nih": NIH,
+    "padchest": PADCHEST,
 }
