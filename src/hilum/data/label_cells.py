@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from jaxtyping import Int8
+from jaxtyping import Bool, Int8
 
 from hilum.core.errors import UnknownLabelError
 from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
@@ -86,12 +86,25 @@ def token_values(tokens: pl.Series, labels: LabelMap, table: Path) -> Int8[np.nd
 
 
 def finding_columns(
-    values: Int8[np.ndarray, "N L"], labels: LabelMap, policy: LabelPolicy
+    values: Int8[np.ndarray, "N L"],
+    labels: LabelMap,
+    policy: LabelPolicy,
+    annotated: Bool[np.ndarray, " N"] | None = None,
 ) -> tuple[list[pl.Series], Mapping[str, int]]:
-    """`label.<finding>` columns of a source's label values (columns in the order of `labels.labels`), and conflicts."""
-    mapped = apply_map(values, labels, policy)
+    """`label.<finding>` columns of a source's label values, and the conflicts among them.
+
+    Args:
+        values: columns in the order of `labels.labels`.
+        labels: the table.
+        policy: for blanks, uncertainty, hints and implied negatives.
+        annotated: images that the source says anything about; the others are unknown, whatever the policy for blanks.
+    """
+    annotated = np.ones(len(values), bool) if annotated is None else annotated
+    mapped = apply_map(values[annotated], labels, policy)
+    codes = np.full((len(values), len(labels.findings)), UNKNOWN, np.int8)
+    codes[annotated] = mapped.codes
     columns = [
-        pl.Series(label_column(finding), mapped.codes[:, number], dtype=pl.Int8)
+        pl.Series(label_column(finding), codes[:, number], dtype=pl.Int8)
         for number, finding in enumerate(labels.findings)
     ]
     return columns, mapped.conflicts

@@ -293,6 +293,27 @@ def ages(raw: pl.Expr) -> pl.Expr:
     return pl.when(years.is_between(0, 120)).then(years)
 
 
+def spelled(paths: pl.Series, found: Scan, suffixes: Sequence[str]) -> pl.Series:
+    """Listed paths as the files that are there, where these differ by their suffix alone.
+
+    A path that is there is kept. Else the file of the same name with one of `suffixes` (".png", ".dcm"), the first of
+    them that there is, in whatever case; else the path comes back as it was, to be reported as missing.
+    """
+    there = pl.DataFrame({"file": pl.Series(found.files, dtype=pl.String)}).with_columns(
+        stem=pl.col("file").str.replace(r"\.[^./]*$", ""),
+        rank=pl.col("file").str.extract(r"(\.[^./]*)$", 1).str.to_lowercase().replace_strict(
+            list(suffixes), list(range(len(suffixes))), default=None, return_dtype=pl.Int32
+        ),
+    )  # fmt: skip
+    nearest = there.drop_nulls("rank").sort("rank", "file").unique("stem", keep="first", maintain_order=True)
+    listed = pl.DataFrame({"path": paths}).with_columns(stem=pl.col("path").str.replace(r"\.[^./]*$", ""))
+    matched = listed.join(nearest.select("stem", "file"), on="stem", how="left", maintain_order="left")
+    here = pl.col("path").is_in(found.files)
+    return (
+        matched.select(pl.when(here).then("path").otherwise(pl.coalesce("file", "path"))).to_series().rename(paths.name)
+    )
+
+
 def flags(**conditions: pl.Expr) -> pl.Expr:
     """List of the names whose condition holds, as the manifest's `quality` has it; null where none does."""
     named = [pl.when(condition).then(pl.lit(name)) for name, condition in conditions.items()]
