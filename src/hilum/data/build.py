@@ -22,6 +22,7 @@ from hilum.core.files import read_json, write_text
 from hilum.core.tracking import Bar, progress
 from hilum.data.decoding import Decoders, Settings, Task, decoders, fingerprint
 from hilum.data.finish import REFUSED, STORED, Finished, finish_store
+from hilum.data.intensity import PREPROCESS_ID, equaliser
 from hilum.data.schema import Manifest, read_manifest
 from hilum.data.shards import ENCODINGS, IN_PLACE, Shard, new_shard
 from hilum.data.tasks import source_roots, tasks
@@ -77,6 +78,7 @@ def build_store(
     roots: Mapping[str, Path] | None = None,
     refuse: Sequence[str] = (),
     shard_bytes: int = SHARD_BYTES,
+    intensity: str = PREPROCESS_ID,
 ) -> BuildSummary:
     """Decode, shrink and encode every image of a manifest into a store. Run again, it goes on where it stopped.
 
@@ -92,6 +94,7 @@ def build_store(
         roots: where the images are, by root key; overrides the manifest's header.
         refuse: flags of `DecodedImage.quality` that send an image to quarantine.
         shard_bytes: aimed size of a shard.
+        intensity: recipe for DICOM and more than 8 bits, one of `intensity.RECIPES`; the store's `preprocess_id`.
 
     Raises:
         ManifestError: the manifest is wrong.
@@ -99,7 +102,7 @@ def build_store(
         StoreError: another store is there, another build is writing it, or the disk is full; what was finished stays.
     """
     started, out = time.monotonic(), Path(out)
-    settings = _settings(size, encoding, refuse, shard)
+    settings = _settings(size, encoding, refuse, shard, intensity)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: expected at least 1 process, found {workers}.")
     manifest = source if isinstance(source, Manifest) else read_manifest(Path(source))
@@ -137,14 +140,17 @@ def build_store(
     )
 
 
-def _settings(size: int, encoding: str, refuse: Sequence[str], shard: tuple[int, int]) -> Settings:
+def _settings(
+    size: int, encoding: str, refuse: Sequence[str], shard: tuple[int, int], intensity: str
+) -> Settings:
     if encoding not in (*ENCODINGS, IN_PLACE):
         raise UnknownNameError("encoding", encoding, ENCODINGS)
     if size < 1:
         raise ConfigError(f"size: expected at least 1 pixel, found {size}.")
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"shard: expected i/n with 0 <= i < n, found {shard[0]}/{shard[1]}.")
-    return Settings(size, encoding, tuple(sorted(refuse)))
+    equaliser(intensity)  # an unknown name is an error now
+    return Settings(size, encoding, tuple(sorted(refuse)), intensity)
 
 
 def _plan(manifest: Manifest, roots: Mapping[str, Path], settings: Settings, shard_bytes: int) -> list[PlannedShard]:

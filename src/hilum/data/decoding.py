@@ -88,7 +88,7 @@ def decode_one(task: Task, settings: Settings) -> Outcome:
     """Decode, shrink and encode one image, or say why not."""
     try:
         content = _content(task)
-        image = read_image(content, name=task.uid, short_side=settings.size, raw=task.raw)
+        image = read_image(content, task.uid, settings.size, task.raw, settings.preprocess_id)
         refused = sorted(set(image.quality) & set(settings.refuse))
         if refused:
             raise ImageError(refused[0], f"{task.uid}: refused for its quality: {', '.join(refused)}.")

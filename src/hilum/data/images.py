@@ -32,7 +32,7 @@ from PIL.ImageFile import ImageFile
 from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
 from hilum.data.area import apply_curve, resize_once, shrunk_size
 from hilum.data.containers import check_jpeg, check_pixels, check_png, exif_orientation, kind_of
-from hilum.data.intensity import histogram, luma, over_black, percentile_bounds, stretch
+from hilum.data.intensity import PREPROCESS_ID, equaliser, histogram, luma, over_black, percentile_bounds, stretch
 from hilum.data.raw import RawFormat
 
 MAX_FILE_BYTES = 2**30
@@ -56,7 +56,7 @@ class DecodedImage:
     mode: str
     """"png", "jpeg" or "dicom", and how pixels were kept: "png:L", "png:RGBA", "dicom:<transfer syntax>"."""
     intensity: str
-    """Where the display values came from: voi_lut, window, percentile, or as_is."""
+    """Where the display values came from: voi_lut, window, percentile, equalised, or as_is."""
     quality: tuple[str, ...]
     """Flags for people; none of them changes a pixel: constant, low_contrast, polarity_suspect, ..."""
 
@@ -73,8 +73,9 @@ def quiet() -> Iterator[None]:
 
 
 def read_image(
-    source: Path | bytes, name: str = "", short_side: int | None = None, raw: RawFormat | None = None
-) -> DecodedImage:
+    source: Path | bytes, name: str = "", short_side: int | None = None, raw: RawFormat | None = None,
+    recipe: str = PREPROCESS_ID,
+) -> DecodedImage:  # fmt: skip
     """Read one image file.
 
     Args:
@@ -83,8 +84,10 @@ def read_image(
         short_side: shrink to this many pixels on the shorter side, from full precision, before rounding to 8 bits;
             never grows. None keeps the size.
         raw: what a file without a header holds, where the manifest says that it is one; no signature is looked for.
+        recipe: one of `intensity.RECIPES`, for DICOM and more than 8 bits.
 
     Raises:
+        UnknownNameError: no such recipe.
         UnreadableImageError: absent, damaged, truncated, or not an image.
         UnsupportedImageError: sound, but of a kind that Hilum refuses.
     """
@@ -92,13 +95,13 @@ def read_image(
     try:
         content = source if isinstance(source, bytes) else read_file(source)
         if raw is not None:
-            return _read_raw(content, raw, short_side)
+            return _read_raw(content, raw, short_side, recipe)
         kind = kind_of(content)
         if kind == "dicom":
             from hilum.data import dicom  # pydicom is loaded only where there is DICOM
 
-            return dicom.render(content, short_side)
-        return _read_raster(content, kind, short_side)
+            return dicom.render(content, short_side, recipe)
+        return _read_raster(content, kind, short_side, recipe)
     except ImageError as error:
         raise type(error)(error.reason, f"{name}: {error}") from error.__cause__
     except MemoryError as error:
@@ -174,7 +177,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _read_raster(content: bytes, kind: str, short_side: int | None) -> DecodedImage:
+def _read_raster(content: bytes, kind: str, short_side: int | None, recipe: str) -> DecodedImage:
     simple = True
     if kind == "png":
         bits, exif = check_png(content)
@@ -199,7 +202,7 @@ def _read_raster(content: bytes, kind: str, short_side: int | None) -> DecodedIm
     if turned > 1:
         pixels, quality = _upright(pixels, turned), ("exif_rotated",)
     size = shrunk_size(pixels.shape, short_side)
-    grey = _stretched(pixels, size) if pixels.dtype == np.uint16 else resize_once(pixels, *size)
+    grey, source = _displayed(pixels, size, recipe) if bits == 16 else (resize_once(pixels, *size), "as_is")
     return DecodedImage(
         pixels=grey,
         rows=rows,
@@ -207,14 +210,14 @@ def _read_raster(content: bytes, kind: str, short_side: int | None) -> DecodedIm
         bits_stored=bits,
         photometric="RGB" if mode in ("RGB", "RGBA", "P") else "MONOCHROME2",
         mode=f"{kind}:{mode}",
-        intensity="percentile" if bits == 16 else "as_is",
+        intensity=source,
         quality=(*quality, *quality_flags(grey)),
     )
 
 
-def _read_raw(content: bytes, raw: RawFormat, short_side: int | None) -> DecodedImage:
+def _read_raw(content: bytes, raw: RawFormat, short_side: int | None, recipe: str) -> DecodedImage:
     pixels = raw.words(content)
-    grey = _stretched(pixels, shrunk_size(pixels.shape, short_side))
+    grey, source = _displayed(pixels, shrunk_size(pixels.shape, short_side), recipe)
     return DecodedImage(
         pixels=grey,
         rows=raw.rows,
@@ -222,16 +225,20 @@ def _read_raw(content: bytes, raw: RawFormat, short_side: int | None) -> Decoded
         bits_stored=raw.bits,
         photometric="MONOCHROME1" if raw.inverted else "MONOCHROME2",
         mode=str(raw),
-        intensity="percentile",
+        intensity=source,
         quality=quality_flags(grey),
     )
 
 
-def _stretched(pixels: UInt16[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
-    """Display values of more than 8 bits without a window: between percentiles."""
-    values = np.arange(2.0**16)
-    curve = stretch(values, *percentile_bounds(values, histogram(pixels, 2**16)))
-    return apply_curve(pixels, curve, *size)
+def _displayed(
+    pixels: UInt16[np.ndarray, "H W"], size: tuple[int, int], recipe: str
+) -> tuple[UInt8[np.ndarray, "h w"], str]:
+    """Display values of more than 8 bits without a window, and which rule gave them."""
+    values, counts = np.arange(2.0**16), histogram(pixels, 2**16)
+    preset = equaliser(recipe)
+    if preset is not None:
+        return resize_once(preset(values, counts, False).astype(np.uint8)[pixels], *size), "equalised"
+    return apply_curve(pixels, stretch(values, *percentile_bounds(values, counts)), *size), "percentile"
 
 
 def _decode_with_pillow(image: ImageFile) -> np.ndarray:

@@ -297,7 +297,7 @@ class Store:
         mode = self._columns["mode_names"][self._columns["mode"][index]].decode() if "mode" in self._columns else None
         size, raw = self.header["size"], raw_format(mode)
         try:
-            pixels = read_image(content.tobytes(), "the source file", short_side=size, raw=raw).pixels
+            pixels = read_image(content.tobytes(), "the source file", size, raw, self.preprocess_id).pixels
         except ImageError as error:
             raise self._changed(index, f"cannot be decoded: {error}") from error
         if pixels.shape != (self.heights[index], self.widths[index]):
