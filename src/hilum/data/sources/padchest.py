@@ -93,7 +93,7 @@ def _spelled(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
     if len(set(names.values())) < len(names):
         raise ManifestError(f"{path}: two columns have one name but for the case of its letters.")
     require(list(names.values()), USED, path)
-    return frame.select(names).rename(names)
+    return frame.select(list(names)).rename(names)
 
 
 def _rows(frame: pl.DataFrame, path: Path, policy: LabelPolicy) -> tuple[pl.DataFrame, Mapping[str, int]]:
