@@ -156,11 +156,43 @@ def build(
 
 
 @app.command(epilog=example("hilum verify store"))
-def verify(store: Annotated[Path, typer.Argument(help="A store made by hilum build.")]) -> None:
-    """Read and decode every record of a store."""
+def verify(store: Annotated[Path, typer.Argument(help="A store, or a folder of tars made by hilum convert.")]) -> None:
+    """Read and decode every record of a store, or every image of tars."""
     from hilum.commands import verify as program
 
     program.run(store)
+
+
+@app.command(epilog=example("hilum convert store --out tars --split train"))
+def convert(
+    inputs: Annotated[list[Path], typer.Argument(help="A store; or tars, or a folder of them.")],
+    out: Annotated[Path, typer.Option("--out", help="A folder for tars; or the store.")],
+    split: Annotated[
+        str | None, typer.Option(help="From a store: only this split. From tars: the split of those that name none.")
+    ] = None,
+    with_ids: Annotated[
+        bool, typer.Option("--with-ids", help="From a store: also the ids of patients, studies and images.")
+    ] = False,
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="From a store: also where the licence lets nobody pass copies on.")
+    ] = False,
+    size: Annotated[int, typer.Option(help="From tars: pixels of the shorter side.")] = 512,
+    encoding: Annotated[str, typer.Option(help="From tars: jpeg95, png or raw.")] = "jpeg95",
+    dataset: Annotated[str, typer.Option(help="From tars: the dataset of those that name none.")] = "webdataset",
+    licence: Annotated[str, typer.Option(help="From tars: the licence tag of those that name none.")] = "",
+    workers: Workers = None,
+    budget: Annotated[
+        float, typer.Option(help="From tars: share of refused ones above which this is an error.")
+    ] = 0.01,
+) -> None:
+    """Write a store as WebDataset tars, or read WebDataset tars into a store: what INPUTS are decides."""
+    from hilum.commands import convert as program
+
+    if program.is_store(inputs):
+        program.to_tars(inputs[0], out, program.ExportOptions(split, with_ids, accept_licence))
+        return
+    options = program.ImportOptions(size, encoding, dataset, licence, split or "", workers, budget)
+    program.to_store(inputs, out, options)
 
 
 @app.command(epilog=example("hilum pretrain laptop_128 --data store --out runs/ssl batch_size=32"))

@@ -54,11 +54,11 @@ def scan(path: Path) -> Iterator[Member | End]:
     with path.open("rb") as file:
         position, name, pax = 0, None, {}
         while True:
+            if position + BLOCK > size:  # a header may say any size; it is not followed past the end
+                yield End(min(position, size), "tar_truncated")
+                return
             file.seek(position)
             header = file.read(BLOCK)
-            if len(header) < BLOCK:
-                yield End(position, "tar_truncated")
-                return
             if not any(header):
                 second = file.read(BLOCK)
                 whole = len(second) == BLOCK and not any(second)

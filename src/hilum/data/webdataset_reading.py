@@ -1,0 +1,337 @@
+"""From tars of images to a manifest whose images are members of them: WebDataset shards of ours and of other tools.
+
+A sample is the members with the same name up to the first dot of its last part: one image (jpg, jpeg, png, dcm) and
+perhaps `json`, `cls` or `txt`. Only the `json` is read: `labels` (finding -> 1, 0, null or "uncertain"), `patient_id`,
+`study_id`, `view`, `split`, `dataset`. Nothing is extracted. What cannot be used gets a row with its reason, so that
+every sample is stored, in quarantine, or a copy of another. Images are decoded later, by build.py.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from hilum.core.errors import ImageError, ManifestError, StoreError
+from hilum.core.types import SPLIT_NAMES, SPLITS, UNKNOWN, image_uid
+from hilum.data.images import MAX_FILE_BYTES
+from hilum.data.labels import canonical, ordered
+from hilum.data.rows import check_dataset_name
+from hilum.data.schema import Manifest, check_rows, complete, label_column
+from hilum.data.tar import End, Member, read_span, scan
+from hilum.data.views import view_of
+from hilum.data.webdataset import FORMAT, SUMMARY, VALUES, is_export, listed
+
+IMAGES = ("jpg", "jpeg", "png", "dcm")
+TEXTS = ("json", "cls", "txt")
+MAX_JSON_BYTES = 2**20
+ROOT_KEY = "tars"
+_CODES = {value: code for code, value in VALUES.items()}
+_UID = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found in tars. `samples == len(manifest) + duplicates`."""
+
+    manifest: Manifest
+    """A row for each sample, those that are refused too (`member_refused`); and one for the rest of a cut tar."""
+    tars: int
+    duplicates: int
+    """Samples that are there already, with the same key and the same bytes."""
+    others: int
+    """Members that belong to no sample with an image, or are of no kind that is read."""
+    unlabelled: int
+    """Samples without labels."""
+
+    @property
+    def samples(self) -> int:
+        """All that was looked at."""
+        return len(self.manifest) + self.duplicates
+
+
+@dataclass
+class _Rows:
+    """Rows under way: columns, the labels of each row, and where each uid was first seen."""
+
+    columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
+    labels: list[Mapping[str, int]] = field(default_factory=list)
+    first: dict[str, tuple[Path, Member]] = field(default_factory=dict)
+    duplicates: int = 0
+    others: int = 0
+    ours: bool = True
+
+    def add(self, row: Mapping[str, Any], labels: Mapping[str, int]) -> None:
+        for name, values in self.columns.items():
+            values.append(row[name])
+        self.labels.append(labels)
+
+
+_COLUMNS: dict[str, Any] = {
+    "image_uid": pl.String, "dataset": pl.String, "licence_tag": pl.String, "source_relpath": pl.String,
+    "patient_id": pl.String, "study_id": pl.String, "image_id": pl.String, "view": pl.String,
+    "split_project": pl.String, "ssl_ok": pl.Boolean, "member_offset": pl.Int64, "member_length": pl.Int64,
+    "member_exact": pl.Boolean, "member_refused": pl.String,
+}  # fmt: skip
+
+
+def tars_of(inputs: Sequence[Path]) -> list[Path]:
+    """The tars that are meant: files as they are, folders for the tars in them; sorted, each once.
+
+    Raises:
+        StoreError: none there, not there, or an export that lacks a tar.
+    """
+    found: set[Path] = set()
+    for path in inputs:
+        if path.is_dir():
+            names = [tar.name for tar in listed(path)] if is_export(path) else []
+            absent = [name for name in names if not (path / name).is_file()]
+            if absent:
+                raise StoreError(f"{path}: {absent[0]} is missing (and {len(absent) - 1} more of {SUMMARY}).")
+            found |= {file.resolve() for file in path.glob("*.tar")}
+        elif path.is_file():
+            found.add(path.resolve())
+        else:
+            raise StoreError(f"{path}: no such file or folder.")
+    if not found:
+        raise StoreError(f"{inputs[0]}: expected a store, tars, or a folder with *.tar files; found none of them.")
+    return sorted(found)
+
+
+def read_tars(tars: Sequence[Path], dataset: str, split: str, licence: str = "") -> Reading:
+    """Find every sample.
+
+    Args:
+        tars: absolute paths, as `tars_of` gives them.
+        dataset: of samples that do not name theirs.
+        split: of samples that do not name theirs: train, val, test or "".
+        licence: tag of samples that do not name theirs.
+
+    Raises:
+        StoreError: a file is no tar at all.
+        ManifestError: what the samples say does not fit together (a patient in two splits, ...).
+    """
+    check_dataset_name(dataset)
+    rows = _Rows()
+    root = Path(os.path.commonpath([tar.parent for tar in tars]))
+    for tar in tars:
+        _read_tar(tar, tar.relative_to(root).as_posix(), (dataset, split, licence), rows)
+    frame = pl.DataFrame(rows.columns, schema=_COLUMNS)
+    evaluated = pl.col("split_project").is_in(["val", "test"]).any().over("dataset", "patient_id")
+    frame = frame.with_columns(
+        source_root_key=pl.lit(ROOT_KEY),
+        view=view_of(pl.col("view")),
+        ssl_ok=pl.col("ssl_ok") & ~evaluated,
+        ssl_reason=pl.when(evaluated).then(pl.lit("excluded: patient in val or test")).otherwise(pl.lit("as imported")),
+    )
+    named = list(dict.fromkeys(name for labels in rows.labels for name in labels))
+    findings = tuple(named) if rows.ours else ordered(named)
+    columns = {label_column(name): [labels.get(name, UNKNOWN) for labels in rows.labels] for name in findings}
+    frame = frame.with_columns(pl.Series(name, codes, dtype=pl.Int8) for name, codes in columns.items())
+    frame = complete(frame, findings)
+    check_rows(frame, "the tars")
+    used = frame.filter(pl.col("member_refused") == "").height
+    metadata = {"roots": json.dumps({ROOT_KEY: str(root)}, ensure_ascii=False)}
+    return Reading(
+        Manifest(frame, findings, metadata),
+        tars=len(tars),
+        duplicates=rows.duplicates,
+        others=rows.others,
+        unlabelled=used - sum(bool(labels) for labels in rows.labels),
+    )
+
+
+def _read_tar(path: Path, relative: str, defaults: tuple[str, str, str], rows: _Rows) -> None:
+    groups, end = _grouped(path, rows)
+    if end.offset == 0 and end.fault:
+        raise StoreError(
+            f"{path} is not a tar, or an empty one. Compressed tars are not read, because a sample in them cannot be "
+            "reached by itself: unpack them with gunzip first."
+        )
+    for key, members in groups:
+        row = _blank(defaults, relative, members[0])
+        labels: Mapping[str, int] = {}
+        try:
+            image = _image_of(members)
+            row |= {"member_offset": image.offset, "member_length": image.length}
+            said = _json_of(path, members)
+            labels = _labels(said)
+            identity = _identity(said, key, defaults)
+            first = rows.first.get(identity["image_uid"])
+            if first is not None and _same(first, (path, image)):
+                rows.duplicates += 1
+                continue
+            if first is not None:
+                raise ImageError("duplicate_key", "another image has the same key.")
+            row |= identity
+            rows.first[row["image_uid"]] = (path, image)
+            rows.ours &= bool(row["member_exact"])
+        except ImageError as error:
+            row["member_refused"], labels = error.reason, {}
+        rows.add(row, labels)
+    if end.fault:
+        rest = Member("", end.offset, 0)
+        rows.add(_blank(defaults, relative, rest) | {"member_refused": end.fault}, {})
+
+
+def _grouped(path: Path, rows: _Rows) -> tuple[Iterator[tuple[str, list[Member]]], End]:
+    """The samples of a tar by key, in order of their first member. A key with a second image is a second sample."""
+    groups: list[tuple[str, list[Member]]] = []
+    latest: dict[str, list[Member]] = {}
+    end = End(0, "tar_truncated")
+    for member in scan(path):
+        if isinstance(member, End):
+            end = member
+            break
+        key, extension = _split(member.name)
+        if extension not in IMAGES + TEXTS:
+            rows.others += 1
+            continue
+        if key not in latest or extension in {_split(other.name)[1] for other in latest[key]}:
+            latest[key] = []
+            groups.append((key, latest[key]))
+        latest[key].append(member)
+    kept = []
+    for key, members in groups:
+        if {_split(member.name)[1] for member in members} <= {"txt"}:  # a README, not a sample
+            rows.others += len(members)
+        else:
+            kept.append((key, members))
+    return iter(kept), end
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension: the name up to the first dot of its last part, and what is behind that dot."""
+    folder, _, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def _blank(defaults: tuple[str, str, str], relative: str, member: Member) -> dict[str, Any]:
+    """The row of a sample that is refused: an identity of its own, that no other sample can have."""
+    dataset, _, licence = defaults
+    place = f"{relative}@{member.offset}"
+    return {
+        "image_uid": image_uid(dataset, f"refused:{place}"),
+        "dataset": dataset,
+        "licence_tag": licence,
+        "source_relpath": relative,
+        "patient_id": f"{dataset}/refused:{place}",
+        "study_id": f"{dataset}/refused:{place}",
+        "image_id": f"refused:{place}",
+        "view": "",
+        "split_project": "",
+        "ssl_ok": False,
+        "member_offset": member.offset,
+        "member_length": member.length,
+        "member_exact": False,
+        "member_refused": "",
+    }
+
+
+def _image_of(members: Sequence[Member]) -> Member:
+    faults = [member.fault for member in members if member.fault]
+    if faults:
+        raise ImageError(faults[0], "a member cannot be used.")
+    images = [member for member in members if _split(member.name)[1] in IMAGES]
+    if not images:
+        raise ImageError("no_image", "a sample without an image.")
+    if len(images) > 1:
+        raise ImageError("several_images", "a sample with more than one image.")
+    if images[0].length > MAX_FILE_BYTES:
+        raise ImageError("too_large", f"at most {MAX_FILE_BYTES} bytes are read.")
+    return images[0]
+
+
+def _json_of(path: Path, members: Sequence[Member]) -> dict[str, Any]:
+    """What the sample says of itself; empty where it says nothing.
+
+    A sample whose JSON is damaged is refused whole: an image with the wrong labels, or without those that it had, is
+    worse than none.
+    """
+    texts = [member for member in members if _split(member.name)[1] == "json"]
+    if not texts:
+        return {}
+    if texts[0].length > MAX_JSON_BYTES:
+        raise ImageError("damaged_labels", f"a JSON of more than {MAX_JSON_BYTES} bytes.")
+    try:
+        content = read_span(path, texts[0].offset, texts[0].length).decode()
+        said = json.loads(content, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ImageError("damaged_labels", "not valid JSON.") from error
+    if not isinstance(said, dict):
+        raise ImageError("damaged_labels", "expected a JSON object.")
+    return said
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _labels(said: Mapping[str, Any]) -> dict[str, int]:
+    stated = said.get("labels", {})
+    if not isinstance(stated, dict):
+        raise ImageError("damaged_labels", "expected labels as finding: value.")
+    exact = said.get("format") == FORMAT
+    labels = {}
+    for name, value in stated.items():
+        if isinstance(value, list | dict) or value not in _CODES:
+            raise ImageError("damaged_labels", "expected 1, 0, null or 'uncertain'.")
+        labels[name if exact else canonical(name)] = _CODES[value]
+    if len(labels) != len(stated):
+        raise ImageError("damaged_labels", "two labels are the same finding.")
+    return labels
+
+
+def _identity(said: Mapping[str, Any], key: str, defaults: tuple[str, str, str]) -> dict[str, Any]:
+    """Whose image it is. What an export of ours says is taken as it is; ids of others get their dataset in front."""
+    for name in ("dataset", "licence", "uid", "image_id", "patient_id", "study_id", "view", "split"):
+        if not isinstance(said.get(name, ""), str):
+            raise ImageError("damaged_labels", f"{name}: expected text.")
+    dataset, split, licence = (said.get(name) or default for name, default in zip(
+        ("dataset", "split", "licence"), defaults, strict=True))  # fmt: skip
+    ours = said.get("format") == FORMAT
+    if ours:
+        split = said.get("split", "")
+    split = SPLIT_NAMES.get(split.strip().lower(), split)
+    uid = said.get("uid", "") if ours else image_uid(dataset, key)
+    image_id = said.get("image_id") or (uid if ours else key)
+    patient, study = said.get("patient_id") or image_id, said.get("study_id") or image_id
+    prefix = "" if ours and said.get("patient_id") else f"{dataset}/"
+    if split not in SPLITS or not _UID.fullmatch(uid) or not isinstance(said.get("ssl_ok", True), bool):
+        raise ImageError("damaged_labels", "a split or a uid that is none.")
+    try:
+        check_dataset_name(dataset)
+    except ManifestError as error:
+        raise ImageError("damaged_labels", "a dataset that cannot be one.") from error
+    return {
+        "image_uid": uid,
+        "dataset": dataset,
+        "licence_tag": licence,
+        "patient_id": prefix + patient,
+        "study_id": prefix + study,
+        "image_id": image_id,
+        "view": said.get("view", ""),
+        "split_project": split,
+        "ssl_ok": said.get("ssl_ok", True),
+        "member_exact": ours,
+    }
+
+
+def _same(first: tuple[Path, Member], second: tuple[Path, Member]) -> bool:
+    """Whether two members have the same bytes."""
+    digests = {
+        hashlib.sha256(read_span(path, member.offset, member.length)).digest() for path, member in (first, second)
+    }
+    return len(digests) == 1
