@@ -148,11 +148,14 @@ def build(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Copy no pixels: check every file once, then read it where it is.")
     ] = False,
+    intensity: Annotated[
+        str, typer.Option(help="DICOM and 16 bits to grey: hilum-grey-1, mimic-cxr-jpg-1 or chexpert-1.")
+    ] = "hilum-grey-1",
 ) -> None:
     """Decode every image once into a store; what cannot be read is listed with its reason."""
     from hilum.commands import build as program
 
-    program.run(manifest, out, size, encoding, shard, workers, root or [], budget, in_place)
+    program.run(manifest, out, size, encoding, shard, workers, root or [], budget, in_place, intensity)
 
 
 @app.command(epilog=example("hilum verify store"))

@@ -7,6 +7,7 @@ from hilum.core.config import parse_shard
 from hilum.core.errors import ConfigError, StoreError
 from hilum.core.tracking import duration, next_step, say
 from hilum.data.build import BuildSummary, build_store
+from hilum.data.intensity import PREPROCESS_ID
 from hilum.data.shards import IN_PLACE
 
 BUDGET = 0.01
@@ -23,6 +24,7 @@ def run(
     roots: Sequence[str] = (),
     budget: float = BUDGET,
     in_place: bool = False,
+    intensity: str = PREPROCESS_ID,
 ) -> None:
     """Build, print what happened, and fail when too much was refused (after everything is written).
 
@@ -36,6 +38,7 @@ def run(
         roots: KEY=FOLDER, where the images of a root are now.
         budget: share of refused images above which the command fails.
         in_place: store no pixels; check every file once, and read it where it is from then on.
+        intensity: recipe for DICOM and more than 8 bits; models trained on the store keep to it.
 
     Raises:
         StoreError: more than `budget` was refused, or the store cannot be written.
@@ -46,7 +49,9 @@ def run(
     if in_place and encoding is not None:
         raise ConfigError(f"--in-place stores no pixels, so there is nothing to encode as {encoding!r}. Choose one.")
     chosen = IN_PLACE if in_place else encoding or "jpeg95"
-    summary = build_store(manifest, out, size, chosen, workers, parse_shard(shard), _roots(roots))
+    summary = build_store(
+        manifest, out, size, chosen, workers, parse_shard(shard), _roots(roots), intensity=intensity
+    )
     for line in describe(summary):
         say(line)
     check_budget(summary, out, budget)

@@ -108,7 +108,7 @@ def _predict_files(
     def read(index: int) -> np.ndarray | None:
         path = found.images[index].path
         try:
-            return read_image(path, path.name, short_side=model.short_side).pixels
+            return read_image(path, path.name, model.short_side, recipe=model.preprocess_id).pixels
         except ImageError as error:
             with lock:
                 found.refused.append(Refused(path, error.reason, str(error)))

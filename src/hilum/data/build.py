@@ -140,9 +140,7 @@ def build_store(
     )
 
 
-def _settings(
-    size: int, encoding: str, refuse: Sequence[str], shard: tuple[int, int], intensity: str
-) -> Settings:
+def _settings(size: int, encoding: str, refuse: Sequence[str], shard: tuple[int, int], intensity: str) -> Settings:
     if encoding not in (*ENCODINGS, IN_PLACE):
         raise UnknownNameError("encoding", encoding, ENCODINGS)
     if size < 1:

@@ -68,6 +68,9 @@ class Model:
         exposure: images met in pretraining and training, all networks together.
         groups: head, medium or tail per finding.
         leak: leaks by design that its pretraining or training accepted, in words.
+
+    Raises:
+        PreprocessingMismatchError: the networks were trained with different recipes.
     """
 
     def __init__(
@@ -80,6 +83,12 @@ class Model:
         leak: str = "",
     ) -> None:
         self.leak = leak
+        recipes = sorted({network.config.preprocess_id for network in networks})
+        if len(recipes) > 1:
+            raise PreprocessingMismatchError(
+                f"The members of this ensemble were trained with different preprocessing: {', '.join(recipes)}. Predict "
+                "with each, each on its own store or files, and combine the prediction files."
+            )
         self.networks, self.calibrators, self.digest = tuple(networks), calibrators, digest
         self.exposure, self.groups = exposure, dict(groups)
 
@@ -105,7 +114,7 @@ class Model:
             views = [views]
         if not len(views):
             raise EmptyStudyError("A study needs at least one image, found none.")
-        decoded = [_decode(view, number, self.short_side) for number, view in enumerate(views, 1)]
+        decoded = [_decode(view, number, self.short_side, self.preprocess_id) for number, view in enumerate(views, 1)]
         members, maps = [], []
         for network in self.networks:
             squares = to_batch([network.crop(pixels) for pixels, _ in decoded])
@@ -160,11 +169,10 @@ class Model:
             PreprocessingMismatchError: a store of another recipe.
             StoreError: a damaged record.
         """
-        wanted = {network.config.preprocess_id for network in self.networks}
-        if wanted != {store.preprocess_id}:
+        if store.preprocess_id != self.preprocess_id:
             raise PreprocessingMismatchError(
                 f"{store.path} was built for preprocessing {store.preprocess_id!r}, this model needs "
-                f"{' and '.join(sorted(wanted))}. Build the store again with this version of Hilum."
+                f"{self.preprocess_id!r}. Build the store again: hilum build ... --intensity {self.preprocess_id}."
             )
         chosen = np.asarray(list(indices), dtype=np.int64)
         return self.predict_images(
@@ -222,6 +230,11 @@ class Model:
         ]
         combined = self._finish(members, raw, unit)
         return combined.replace(combined.probabilities, model=self.digest)
+
+    @property
+    def preprocess_id(self) -> str:
+        """The recipe that source files are read with, one of `intensity.RECIPES`; the same for all networks."""
+        return self.networks[0].config.preprocess_id
 
     @property
     def short_side(self) -> int | None:
@@ -296,7 +309,9 @@ def _weights_digest(folder: Path, content: Mapping[str, Any]) -> str:
         raise CheckpointError(f"{folder / files.CONFIG_NAME} does not name its weights ({error}).") from error
 
 
-def _decode(view: Image, number: int, short_side: int | None) -> tuple[UInt8[np.ndarray, "H W"], tuple[str, ...]]:
+def _decode(
+    view: Image, number: int, short_side: int | None, recipe: str
+) -> tuple[UInt8[np.ndarray, "H W"], tuple[str, ...]]:
     if isinstance(view, np.ndarray):
         if view.dtype != np.uint8 or view.ndim != 2 or view.size == 0:
             raise UnsupportedImageError(
@@ -304,7 +319,7 @@ def _decode(view: Image, number: int, short_side: int | None) -> tuple[UInt8[np.
             )
         return (shrink(view, short_side) if short_side else view), ()
     name = f"view {number}" if isinstance(view, bytes) else f"view {number} ({Path(view).name})"
-    decoded = read_image(view if isinstance(view, bytes) else Path(view), name, short_side=short_side)
+    decoded = read_image(view if isinstance(view, bytes) else Path(view), name, short_side, recipe=recipe)
     return decoded.pixels, decoded.quality
 
 
