@@ -49,9 +49,7 @@ def run(
     if in_place and encoding is not None:
         raise ConfigError(f"--in-place stores no pixels, so there is nothing to encode as {encoding!r}. Choose one.")
     chosen = IN_PLACE if in_place else encoding or "jpeg95"
-    summary = build_store(
-        manifest, out, size, chosen, workers, parse_shard(shard), _roots(roots), intensity=intensity
-    )
+    summary = build_store(manifest, out, size, chosen, workers, parse_shard(shard), _roots(roots), intensity=intensity)
     for line in describe(summary):
         say(line)
     check_budget(summary, out, budget)

@@ -86,8 +86,8 @@ class Model:
         recipes = sorted({network.config.preprocess_id for network in networks})
         if len(recipes) > 1:
             raise PreprocessingMismatchError(
-                f"The members of this ensemble were trained with different preprocessing: {', '.join(recipes)}. Predict "
-                "with each, each on its own store or files, and combine the prediction files."
+                f"The members of this ensemble were trained with different preprocessing: {', '.join(recipes)}. "
+                "Predict with each of them, and combine the prediction files."
             )
         self.networks, self.calibrators, self.digest = tuple(networks), calibrators, digest
         self.exposure, self.groups = exposure, dict(groups)
