@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from hilum.core.errors import ImageError, StoreError
+from hilum.data.hashing import perceptual_hash, pixel_sha256, thumbnail
 from hilum.data.images import DecodedImage, read_file, read_image
 from hilum.data.intensity import PREPROCESS_ID
 from hilum.data.raw import RawFormat
@@ -68,7 +69,7 @@ class Outcome:
     uid: str
     record: bytes = b""
     source: tuple[Any, ...] = ()
-    """Stored height and width; rows, cols, bits_stored, photometric, mode, intensity and quality of the file."""
+    """Stored height and width; the file's rows, cols, bits_stored, photometric, mode, intensity, quality and hashes."""
     reason: str = ""
     message: str = ""
     found: list[int] | None = None
@@ -95,7 +96,8 @@ def decode_one(task: Task, settings: Settings) -> Outcome:
     except ImageError as error:
         return Outcome(task.uid, reason=error.reason, message=str(error), found=fingerprint(task))
     source = (*image.pixels.shape, image.rows, image.cols, image.bits_stored, image.photometric, image.mode,
-              image.intensity, list(image.quality))  # fmt: skip
+              image.intensity, list(image.quality), pixel_sha256(image.sample, image.rows),
+              perceptual_hash(thumbnail(image.pixels)))  # fmt: skip
     return Outcome(task.uid, _record(task, settings, content, image), source)
 
 

@@ -22,6 +22,7 @@ from hilum.data.area import apply_curve, resize_once, shrunk_size
 from hilum.data.containers import MAX_PIXELS
 from hilum.data.dicom_display import display_curve, fits, grey_from_colour, levels, padding_levels, square_size, text
 from hilum.data.dicom_pixels import check_header, decode, meaningful_bits
+from hilum.data.hashing import sampled
 from hilum.data.images import DecodedImage, quality_flags, quiet
 
 MAX_INFLATED = 4 * MAX_PIXELS + 2**24
@@ -159,4 +160,5 @@ def _render(dataset: pydicom.FileDataset, short_side: int | None, preset: intens
         mode=f"dicom:{dataset.file_meta.TransferSyntaxUID}",
         intensity=source,
         quality=(*flags, *quality_flags(grey)),
+        sample=sampled(stored),
     )

@@ -38,8 +38,11 @@ STORED: dict[str, Any] = {
     "mode": pl.String,
     "intensity": pl.String,
     "flags": pl.List(pl.String),
+    "pixel_sha256": pl.String,
+    "phash256": pl.String,
 }
 """What a shard's marker says of each stored image, one list per column (the shard's number is its own)."""
+HASHES: tuple[str, ...] = ("pixel_sha256", "phash256")
 REFUSED: dict[str, Any] = {
     "image_uid": pl.String,
     "reason": pl.String,
@@ -68,7 +71,8 @@ class Finished:
     @classmethod
     def of(cls, marker: Mapping[str, Any]) -> "Finished":
         """From the marker's JSON. As a table it takes a tenth of the memory, which counts where there are thousands."""
-        stored = pl.DataFrame(marker["stored"], schema={k: v for k, v in STORED.items() if k != "store_shard"})
+        columns = {**dict.fromkeys(HASHES, [None] * marker["images"]), **marker["stored"]}  # older stores lack them
+        stored = pl.DataFrame(columns, schema={k: v for k, v in STORED.items() if k != "store_shard"})
         facts = {name: marker[name] for name in ("digest", "images", "bytes", "sha256")}
         return cls(**facts, stored=stored, refused=pl.DataFrame(marker["refused"], schema=REFUSED))
 

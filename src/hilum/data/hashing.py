@@ -1,10 +1,10 @@
 """What makes two pictures the same: a SHA-256 of pixels, a 256-bit perceptual hash, and a correlation.
 
-`hilum build` computes the hashes when it decodes an image; `hilum audit` compares them. The SHA-256 is over the grey
-picture as decoded, upright and of full size, whatever the size and encoding of the store: its height, its width, and
-about 256 evenly spaced rows (all of them up to 511). Every row would cost a fifth of the decoding, and two films that
-agree in every ninth row are the same film. The perceptual hash is made of the picture as stored, or as read; between
-sizes it differs by a few bits.
+`hilum build` computes the hashes when it decodes an image; `hilum audit` compares them. The SHA-256 is over the
+picture as decoded, of full size, before any intensity curve, so it depends on neither the store nor the recipe: its
+height, its width, and about 256 evenly spaced rows (all of them up to 511). Every row would cost a fifth of decoding
+a JPEG, and two films that agree in every ninth row are the same film. The perceptual hash is made of the picture as
+stored, or as read; between sizes it differs by a few bits.
 
 The perceptual hash is the signs of 16 x 16 coefficients of a cosine transform: frequencies 1 to 16 in both directions
 of the 64 x 64 thumbnail, whose grey values are replaced by their ranks. Ranks make it indifferent to contrast,
@@ -32,19 +32,26 @@ DETAIL = 3.0
 
 
 def sampled(pixels: np.ndarray) -> np.ndarray:
-    """The rows (h, W) of a picture of full size (H, W) that its SHA-256 is over: evenly spaced, a copy."""
+    """The rows of a picture of full size that its SHA-256 is over: evenly spaced, a copy.
+
+    Args:
+        pixels: (H, W), or (H, W, 3) colour, as decoded.
+    """
     return np.ascontiguousarray(pixels[:: max(1, len(pixels) // SAMPLED_ROWS)])
 
 
-def pixel_sha256(sample: UInt8[np.ndarray, "h W"], height: int) -> str:
-    """64 hex digits.
+def pixel_sha256(sample: np.ndarray, rows: int) -> str:
+    """64 hex digits; the same for the same values, in whatever number of bits they are kept.
 
     Args:
-        sample: the `sampled` rows, grey.
-        height: of the picture that they were sampled from.
+        sample: the `sampled` rows.
+        rows: of the picture that they were sampled from.
     """
-    digest = hashlib.sha256(b"%d %d\n" % (height, sample.shape[1]))
-    digest.update(sample.data)
+    whole = sample if sample.dtype == np.uint8 else sample.astype("<i4")
+    if whole.dtype != np.uint8 and whole.min() >= 0 and whole.max() <= 255:
+        whole = whole.astype(np.uint8)
+    digest = hashlib.sha256(b"%d %d %d\n" % (rows, sample.shape[1], whole.itemsize))
+    digest.update(whole.data)
     return digest.hexdigest()
 
 

@@ -32,6 +32,7 @@ from PIL.ImageFile import ImageFile
 from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
 from hilum.data.area import apply_curve, resize_once, shrunk_size
 from hilum.data.containers import check_jpeg, check_pixels, check_png, exif_orientation, kind_of
+from hilum.data.hashing import sampled
 from hilum.data.intensity import PREPROCESS_ID, equaliser, histogram, luma, over_black, percentile_bounds, stretch
 from hilum.data.raw import RawFormat
 
@@ -59,6 +60,8 @@ class DecodedImage:
     """Where the display values came from: voi_lut, window, percentile, equalised, or as_is."""
     quality: tuple[str, ...]
     """Flags for people; none of them changes a pixel: constant, low_contrast, polarity_suspect, ..."""
+    sample: np.ndarray
+    """Some rows of the whole picture as decoded, before any curve or shrinking: what hashing.py tells pictures by."""
 
 
 @contextmanager
@@ -212,6 +215,7 @@ def _read_raster(content: bytes, kind: str, short_side: int | None, recipe: str)
         mode=f"{kind}:{mode}",
         intensity=source,
         quality=(*quality, *quality_flags(grey)),
+        sample=sampled(pixels),
     )
 
 
@@ -227,6 +231,7 @@ def _read_raw(content: bytes, raw: RawFormat, short_side: int | None, recipe: st
         mode=str(raw),
         intensity=source,
         quality=quality_flags(grey),
+        sample=sampled(pixels),
     )
 
 
