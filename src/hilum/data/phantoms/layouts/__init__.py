@@ -3,14 +3,21 @@
 A layout names every image of a cohort (`jobs`) and writes the tables once they are made (`tables`).
 """
 
+from hilum.data.phantoms.layouts.chexpert import CHEXPERT, CHEXPERT_PLUS, CHEXPERT_SMALL
 from hilum.data.phantoms.layouts.cxrlt import CXRLT, CXRLT_OF_2023
 from hilum.data.phantoms.layouts.jobs import Layout
+from hilum.data.phantoms.layouts.mimic import MIMIC, MIMIC_DICOM
 from hilum.data.phantoms.layouts.nih import NIH
 from hilum.data.phantoms.layouts.padchest import PADCHEST
 
 LAYOUTS: dict[str, Layout] = {
+    "chexpert": CHEXPERT,
+    "chexpert-plus": CHEXPERT_PLUS,
+    "chexpert-small": CHEXPERT_SMALL,
     "cxrlt": CXRLT,
     "cxrlt2023": CXRLT_OF_2023,
+    "mimic": MIMIC,
+    "mimic-dicom": MIMIC_DICOM,
     "nih": NIH,
     "padchest": PADCHEST,
 }

@@ -3,50 +3,16 @@
 Not written: labels.csv and the task 3 files of CXR-LT 2024, whose five further findings have no phantom sign.
 """
 
-import gzip
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hilum.core.files import write_bytes, write_text
-from hilum.core.seeding import derive, stream
+from hilum.core.files import write_text
 from hilum.data.labels import CXRLT_2023, CXRLT_2024_TASK1, CXRLT_2024_TASK2
-from hilum.data.phantoms.cohort import PatientPlan
-from hilum.data.phantoms.layouts.jobs import (
-    ImageJob,
-    Layout,
-    MaskRow,
-    StudyJob,
-    csv_text,
-    image_shape,
-    scattered_number,
-)
+from hilum.data.phantoms.layouts.jobs import Layout, MaskRow, StudyJob, csv_text
+from hilum.data.phantoms.layouts.mimic import VIEW_CODES, mimic_jobs, write_metadata
 
 CXRLT_COLUMNS = ("dicom_id", "subject_id", "study_id", "ViewPosition", "ViewCodeSequence_CodeMeaning")
-MIMIC_COLUMNS = (
-    "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
-    "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
-    "PatientOrientationCodeSequence_CodeMeaning",
-)  # fmt: skip
-VIEW_CODES = {"AP": "antero-posterior", "PA": "postero-anterior", "LATERAL": "lateral", "LL": "left lateral"}
-
-
-def _jobs(cohort: list[PatientPlan], seed: int, size: int) -> list[StudyJob]:
-    jobs = []
-    for patient in cohort:
-        subject = str(scattered_number(seed, "subject", patient.number, 10_000_000))
-        for study in patient.studies:
-            study_id = str(scattered_number(seed, "study", 4 * patient.number + study.number, 50_000_000))
-            images = []
-            for plan in study.images:
-                words = [
-                    f"{derive(seed, 'dicom', patient.number, study.number, plan.number, k):016x}"[-8:] for k in range(5)
-                ]
-                dicom = "-".join(words)
-                path = f"files/p{subject[:2]}/p{subject}/s{study_id}/{dicom}.jpg"
-                images.append(ImageJob(dicom, path, plan, image_shape(size, plan.aspect)))
-            jobs.append(StudyJob(seed, patient, study, subject, study_id, images))
-    return jobs
 
 
 def _rows(job: StudyJob, classes: tuple[str, ...]) -> Iterator[list[Any]]:
@@ -95,23 +61,9 @@ def _write(
             if job.patient.split == split:
                 rows += _rows(job, classes)
         write_text(folder / name / file, csv_text(rows))
-    rows = [list(MIMIC_COLUMNS)]
-    for job in jobs:
-        rng = stream(job.seed, "phantom", "date", job.patient.number)
-        date = f"{2110 + int(rng.integers(90))}{1 + job.study.number:02d}{int(rng.integers(1, 28)):02d}"
-        views = {image.plan.position for image in job.images}
-        procedure = "CHEST (PORTABLE AP)" if views == {"AP"} else "CHEST (PA AND LAT)"
-        for image in job.images:
-            view = "" if image.plan.blank_view else image.plan.position
-            code = "" if image.plan.blank_code else VIEW_CODES[image.plan.position]
-            erect = "Recumbent" if image.plan.position == "AP" else "Erect"
-            height, width = image.shape
-            rows.append([image.image_id, job.subject_id, job.study_id, procedure, view, height, width, date,
-                         f"{int(rng.integers(60_000, 235_959))}.875", procedure, code, erect])  # fmt: skip
-    # no name and no time in the gzip header: same seed, same bytes
-    write_bytes(folder / "mimic-cxr-2.0.0-metadata.csv.gz", gzip.compress(csv_text(rows).encode(), 6, mtime=0))
+    write_metadata(folder, jobs)
 
 
 OWN = ("files", "cxr-lt-2023", "cxr-lt-2024", "mimic-cxr-2.0.0-metadata.csv.gz")
-CXRLT = Layout(_jobs, _tables, source="cxrlt", own=OWN)
-CXRLT_OF_2023 = Layout(_jobs, _tables_of_2023, source="cxrlt", own=OWN)
+CXRLT = Layout(mimic_jobs, _tables, source="cxrlt", own=OWN)
+CXRLT_OF_2023 = Layout(mimic_jobs, _tables_of_2023, source="cxrlt", own=OWN)
