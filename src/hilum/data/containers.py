@@ -17,12 +17,18 @@ MAX_PIXELS = 64 * 2**20
 """Larger images are refused from their header, before any pixel is decoded."""
 MAX_SCANS = 100
 """Scans of one JPEG; a progressive file has about ten, a file made to exhaust a decoder has thousands."""
+_NOISE = bytes((37 * number + 11) % 255 for number in range(96))
+_RESTARTS = b"".join(bytes([0xFF, 0xD0 + number]) + _NOISE for number in range(8))
+"""Coded data that means nothing in particular (no byte is 0xFF, so none can pass for a marker): alone, and behind each
+restart marker."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 _TABLE_MARKERS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xDA, 0xF8, 0xFE})
 _APPLICATION_MARKERS = frozenset(range(0xE0, 0xF0))
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
+_COSINE_MARKERS = frozenset({0xC0, 0xC1, 0xC2})
+_PROGRESSIVE_MARKERS = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _ORIENTATION_TAG = 274
 
 
@@ -36,6 +42,10 @@ class JpegFrame:
     precision: int
     simple: bool = True
     """Baseline and in one scan: the kind that decoders cannot disagree about."""
+    scan_ends: tuple[int, ...] = ()
+    """Position behind the data of each scan, where the next marker is."""
+    restarts: bool = False
+    """Baseline or progressive, and in restart intervals."""
 
 
 def check_pixels(rows: int, cols: int) -> None:
@@ -121,7 +131,8 @@ def check_png(content: bytes) -> tuple[int, bytes]:
 def check_jpeg(content: bytes) -> tuple[JpegFrame, bytes]:
     """Walk the markers of a JPEG or JPEG-LS stream from start to end of image.
 
-    Decoders fill what is missing at the end with grey; here a stream without its end is truncated.
+    Decoders fill what is missing at the end with grey; here a stream without its end is truncated, and so is one whose
+    scans do not reach every component at full precision (a progressive file that was cut and closed).
     Returns the frame header and the Exif block (empty where there is none).
 
     Raises:
@@ -129,22 +140,28 @@ def check_jpeg(content: bytes) -> tuple[JpegFrame, bytes]:
         UnsupportedImageError: too_large (more scans than any real image has).
     """
     short = UnreadableImageError("truncated", f"the JPEG ends before its end marker ({len(content)} bytes).")
-    position, scans, exif = 2, 0, b""
+    position, ends, exif = 2, list[int](), b""
     frame: JpegFrame | None = None
-    lossless = baseline = in_data = False
+    missing: dict[int, np.ndarray] = {}
+    lossless = baseline = progressive = cosine = restarts = in_data = False
     candidates = _after_ff(content)
     while True:
         found = _next_marker(content, candidates, position, lossless)
         if found is None:
             raise short
-        if not in_data and content[position:found].strip(b"\xff"):
+        if in_data:
+            ends.append(found - 1)
+        elif content[position:found].strip(b"\xff"):
             raise UnreadableImageError("damaged", "a JPEG segment is not followed by a marker.")
         marker, position = content[found], found + 1
         if marker == 0xD9:
-            if frame is None or scans == 0:
+            if frame is None or not ends:
                 raise UnreadableImageError("damaged", "the JPEG has no image.")
-            return replace(frame, simple=baseline and scans == 1), exif
-        known = _TABLE_MARKERS if scans else _TABLE_MARKERS | _APPLICATION_MARKERS | _FRAME_MARKERS
+            if any(bits.any() for bits in missing.values()):
+                raise UnreadableImageError("truncated", "the JPEG ends before its last scan.")
+            frame = replace(frame, simple=baseline and len(ends) == 1, scan_ends=tuple(ends))
+            return replace(frame, restarts=cosine and restarts), exif
+        known = _TABLE_MARKERS if ends else _TABLE_MARKERS | _APPLICATION_MARKERS | _FRAME_MARKERS
         if marker not in known:
             raise UnreadableImageError("damaged", f"an unexpected JPEG marker, 0x{marker:02x}.")
         if position + 2 > len(content):
@@ -152,20 +169,49 @@ def check_jpeg(content: bytes) -> tuple[JpegFrame, bytes]:
         length = struct.unpack_from(">H", content, position)[0]
         if position + length > len(content):
             raise short
+        segment = content[position + 2 : position + length]
         if marker in _FRAME_MARKERS:
-            lossless, baseline = marker == 0xF7, marker == 0xC0
-            if length < 8:
+            lossless, baseline, progressive = marker == 0xF7, marker == 0xC0, marker in _PROGRESSIVE_MARKERS
+            cosine = marker in _COSINE_MARKERS
+            if len(segment) < 6 or len(segment) < 6 + 3 * segment[5]:
                 raise UnreadableImageError("damaged", "a JPEG frame header is too short.")
-            precision, height, width, components = struct.unpack_from(">BHHB", content, position + 2)
+            precision, height, width, components = struct.unpack_from(">BHHB", segment)
             frame = JpegFrame(height, width, components, precision)
-        if marker == 0xE1 and content.startswith(b"Exif\x00\x00", position + 2):
-            exif = exif or content[position + 2 : position + length]
+            missing = {segment[6 + 3 * number]: np.ones(64, np.uint8) for number in range(components)}
+        restarts = restarts or (marker == 0xDD and any(segment))
+        if marker == 0xE1 and segment.startswith(b"Exif\x00\x00"):
+            exif = exif or segment
         in_data = marker == 0xDA
         if in_data:
-            scans += 1
-            if scans > MAX_SCANS:
+            if len(ends) == MAX_SCANS:
                 raise UnsupportedImageError("too_large", f"a JPEG of more than {MAX_SCANS} scans.")
+            _note_scan(segment, missing, progressive)
         position += max(length, 2)
+
+
+def _note_scan(segment: bytes, missing: dict[int, np.ndarray], progressive: bool) -> None:
+    """Write down how many low bits of each coefficient of each component are still to come after a scan."""
+    count = segment[0] if segment else 0
+    if len(segment) < 4 + 2 * count:
+        raise UnreadableImageError("damaged", "a JPEG scan header is too short.")
+    first, last, bits = segment[1 + 2 * count : 4 + 2 * count]
+    for component in segment[1 : 1 + 2 * count : 2]:
+        if component in missing:
+            covered = slice(first, last + 1) if progressive else slice(None)
+            missing[component][covered] = bits & 15 if progressive else 0
+
+
+def with_filler(content: bytes, frame: JpegFrame) -> bytes:
+    """The JPEG with meaningless data behind each scan: it decodes to the same pixels, unless a scan ends early.
+
+    A decoder takes a scan that stops in mid-picture for complete, and fills the rest: libjpeg only counts a warning,
+    which neither OpenCV nor Pillow passes on. Behind a scan that is whole, the filler is never looked at.
+    """
+    parts, start = [], 0
+    for end in frame.scan_ends:
+        parts += [content[start:end].rstrip(b"\xff"), _NOISE, _RESTARTS if frame.restarts else b""]
+        start = end
+    return b"".join([*parts, content[start:]])
 
 
 def _after_ff(content: bytes) -> np.ndarray:

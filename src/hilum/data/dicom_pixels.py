@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom import uid
-from pydicom.encaps import generate_frames
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder
 
 from hilum.core.errors import UnreadableImageError, UnsupportedImageError
-from hilum.data.containers import check_jpeg, check_pixels
+from hilum.data.containers import JpegFrame, check_jpeg, check_pixels, with_filler
 
 NATIVE = frozenset(
     {
@@ -84,6 +84,7 @@ def decode(dataset: pydicom.FileDataset, rows: int, cols: int, flags: list[str])
     syntax = dataset.file_meta.TransferSyntaxUID
     element = dataset.get_item("PixelData")
     value = dataset.PixelData
+    stream, jpeg = b"", None
     if not value:
         raise UnreadableImageError("no_pixel_data", "the pixel data element is empty.")
     if syntax in NATIVE:
@@ -99,7 +100,8 @@ def decode(dataset: pydicom.FileDataset, rows: int, cols: int, flags: list[str])
             )
         plugin = ""
     elif syntax in DECODERS:
-        _check_stream(next(generate_frames(value, number_of_frames=1)), dataset, flags)
+        stream = next(generate_frames(value, number_of_frames=1))
+        jpeg = _check_stream(stream, dataset, flags)
         plugin = _plugin(syntax)
     else:
         raise UnsupportedImageError("unsupported_transfer_syntax", f"transfer syntax {syntax.name}.")
@@ -110,7 +112,22 @@ def decode(dataset: pydicom.FileDataset, rows: int, cols: int, flags: list[str])
         raise UnsupportedImageError("unsupported_transfer_syntax", f"{syntax.name}: this variant.") from error
     if pixels.shape[:2] != (rows, cols) or pixels.ndim not in (2, 3):
         raise UnreadableImageError("size_mismatch", f"declared {rows} x {cols}, decoded {pixels.shape}.")
+    if jpeg is not None and _may_be_filled(pixels, syntax):
+        dataset.PixelData = encapsulate([with_filler(stream, jpeg)])
+        try:
+            whole = np.array_equal(pixels, get_decoder(syntax).as_array(dataset, **options)[0])
+        except RuntimeError:  # GDCM on the filler, which it does not see behind a stream that is whole
+            whole = False
+        if not whole:
+            raise UnreadableImageError("truncated", "the coded data of the JPEG end before its picture does.")
     return pixels
+
+
+def _may_be_filled(pixels: np.ndarray, syntax: uid.UID) -> bool:
+    """Whether the last pixel is what decoders put where coded data are missing, see `containers.with_filler`."""
+    if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
+        return bool((pixels[-1, -1] == 128).all())
+    return syntax != uid.JPEGLosslessSV1 or bool((pixels[-1, -1] == pixels[-1, max(pixels.shape[1] - 2, 0)]).all())
 
 
 def meaningful_bits(dataset: pydicom.FileDataset, stored: np.ndarray) -> np.ndarray:
@@ -144,10 +161,14 @@ def _plugin(syntax: uid.UID) -> str:
     raise UnsupportedImageError("missing_decoder", f"{syntax.name} needs a decoder: pip install {install}.")
 
 
-def _check_stream(stream: bytes, dataset: pydicom.FileDataset, flags: list[str]) -> None:
-    """The compressed stream must be whole and of the declared kind and size, before a decoder sees it."""
+def _check_stream(stream: bytes, dataset: pydicom.FileDataset, flags: list[str]) -> JpegFrame | None:
+    """The compressed stream must be whole and of the declared kind and size, before a decoder sees it.
+
+    Returns the frame of a JPEG whose decoder would fill what is missing.
+    """
     syntax = dataset.file_meta.TransferSyntaxUID
     declared, samples = (int(dataset.Rows), int(dataset.Columns)), int(dataset.get("SamplesPerPixel") or 1)
+    frame: JpegFrame | None = None
     if syntax in _JPEG_FAMILY:
         if not stream.startswith(b"\xff\xd8"):
             raise UnreadableImageError("damaged", "the compressed pixels are not a JPEG stream.")
@@ -167,8 +188,9 @@ def _check_stream(stream: bytes, dataset: pydicom.FileDataset, flags: list[str])
         if signed != int(dataset.get("PixelRepresentation") or 0):
             flags.append("sign_mismatch")  # the header is followed
     else:
-        return
+        return None
     if not 2 <= precision <= int(dataset.BitsAllocated) or components != samples:
         raise UnreadableImageError("damaged", "the stream has other components or bits than declared.")
     if size != declared:
         raise UnreadableImageError("size_mismatch", f"declared {declared} rows and columns, the stream holds {size}.")
+    return frame if syntax in uid.JPEGTransferSyntaxes else None

@@ -31,7 +31,15 @@ from PIL.ImageFile import ImageFile
 
 from hilum.core.errors import ImageError, UnreadableImageError, UnsupportedImageError
 from hilum.data.area import apply_curve, resize_once, shrunk_size
-from hilum.data.containers import check_jpeg, check_pixels, check_png, exif_orientation, kind_of
+from hilum.data.containers import (
+    JpegFrame,
+    check_jpeg,
+    check_pixels,
+    check_png,
+    exif_orientation,
+    kind_of,
+    with_filler,
+)
 from hilum.data.hashing import sampled
 from hilum.data.intensity import PREPROCESS_ID, equaliser, histogram, luma, over_black, percentile_bounds, stretch
 from hilum.data.raw import RawFormat
@@ -181,13 +189,13 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _read_raster(content: bytes, kind: str, short_side: int | None, recipe: str) -> DecodedImage:
-    simple = True
+    frame: JpegFrame | None = None
     if kind == "png":
         bits, exif = check_png(content)
         opener: type[PngImagePlugin.PngImageFile | JpegImagePlugin.JpegImageFile] = PngImagePlugin.PngImageFile
     else:
         frame, exif = check_jpeg(content)
-        bits, opener, simple = frame.precision, JpegImagePlugin.JpegImageFile, frame.simple
+        bits, opener = frame.precision, JpegImagePlugin.JpegImageFile
         if frame.components not in (1, 3) or bits != 8:
             what = f"{frame.components} components of {bits} bits"
             raise UnsupportedImageError("unsupported_mode", f"a JPEG of {what}; expected 8-bit grey or colour.")
@@ -196,8 +204,7 @@ def _read_raster(content: bytes, kind: str, short_side: int | None, recipe: str)
             image = opener(BytesIO(content))
         (cols, rows), mode = image.size, image.mode
         check_pixels(rows, cols)
-        # Progressive and multi-scan JPEG: OpenCV reads on past scans that Pillow refuses.
-        pixels = _decode(content, kind, rows, cols) if simple else _decode_with_pillow(image)
+        pixels = _decode(content, kind, rows, cols) if frame is None else _decode_jpeg(content, frame, image)
     except _PILLOW_ERRORS as error:
         raise UnreadableImageError("damaged", f"not a valid {kind.upper()} ({type(error).__name__}).") from error
     quality: tuple[str, ...] = ()
@@ -217,6 +224,25 @@ def _read_raster(content: bytes, kind: str, short_side: int | None, recipe: str)
         quality=(*quality, *quality_flags(grey)),
         sample=sampled(pixels),
     )
+
+
+def _decode_jpeg(content: bytes, frame: JpegFrame, image: ImageFile) -> np.ndarray:
+    """Grey pixels of a JPEG, refused where its coded data end before the picture does.
+
+    libjpeg fills what is missing with mid-grey, so that the last pixel tells whether to look twice; several scans are
+    always looked at twice.
+    """
+    if frame.simple:
+        pixels = _decode(content, "jpeg", *image.size[::-1])
+        if pixels[-1, -1] != 128:
+            return pixels
+        again = _decode(with_filler(content, frame), "jpeg", *image.size[::-1])
+    else:  # OpenCV reads on past scans that Pillow refuses
+        pixels = _decode_with_pillow(image)
+        again = _decode_with_pillow(JpegImagePlugin.JpegImageFile(BytesIO(with_filler(content, frame))))
+    if not np.array_equal(pixels, again):
+        raise UnreadableImageError("truncated", "the coded data of the JPEG end before its picture does.")
+    return pixels
 
 
 def _read_raw(content: bytes, raw: RawFormat, short_side: int | None, recipe: str) -> DecodedImage:
