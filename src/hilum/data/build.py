@@ -61,6 +61,10 @@ class BuildSummary:
     seconds: float
     finished: bool
     """False where other jobs of an array still have shards to write."""
+    greys: dict[str, Greys]
+    """By dataset; without shards that an older version wrote."""
+    intensity: str
+    """Recipe of the store."""
 
     @property
     def refused_share(self) -> float:
@@ -137,6 +141,8 @@ def build_store(
         bytes=sum(done.bytes for done in seen),
         seconds=time.monotonic() - started,
         finished=finished,
+        greys=_greys(planned.dataset for planned in plan) if finished else {},
+        intensity=settings.preprocess_id,
     )
 
 

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from hilum.core.errors import ImageError, StoreError
+from hilum.data.greys import grey_histogram
 from hilum.data.hashing import perceptual_hash, pixel_sha256, thumbnail
 from hilum.data.images import DecodedImage, read_file, read_image
 from hilum.data.intensity import PREPROCESS_ID
@@ -70,6 +71,8 @@ class Outcome:
     record: bytes = b""
     source: tuple[Any, ...] = ()
     """Stored height and width; the file's rows, cols, bits_stored, photometric, mode, intensity, quality and hashes."""
+    greys: np.ndarray | None = None
+    """Histogram of the stored pixels."""
     reason: str = ""
     message: str = ""
     found: list[int] | None = None
@@ -98,7 +101,7 @@ def decode_one(task: Task, settings: Settings) -> Outcome:
     source = (*image.pixels.shape, image.rows, image.cols, image.bits_stored, image.photometric, image.mode,
               image.intensity, list(image.quality), pixel_sha256(image.sample, image.rows),
               perceptual_hash(thumbnail(image.pixels)))  # fmt: skip
-    return Outcome(task.uid, _record(task, settings, content, image), source)
+    return Outcome(task.uid, _record(task, settings, content, image), source, grey_histogram(image.pixels))
 
 
 def _record(task: Task, settings: Settings, content: bytes, image: DecodedImage) -> bytes:

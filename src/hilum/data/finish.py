@@ -67,6 +67,8 @@ class Finished:
     """Columns `STORED`, but for the shard's number."""
     refused: pl.DataFrame
     """Columns `REFUSED`."""
+    greys: Greys | None
+    """None in a shard of an older version."""
 
     @classmethod
     def of(cls, marker: Mapping[str, Any]) -> "Finished":
@@ -74,7 +76,14 @@ class Finished:
         columns = {**dict.fromkeys(HASHES, [None] * marker["images"]), **marker["stored"]}  # older stores lack them
         stored = pl.DataFrame(columns, schema={k: v for k, v in STORED.items() if k != "store_shard"})
         facts = {name: marker[name] for name in ("digest", "images", "bytes", "sha256")}
-        return cls(**facts, stored=stored, refused=pl.DataFrame(marker["refused"], schema=REFUSED))
+        refused = pl.DataFrame(marker["refused"], schema=REFUSED)
+        return cls(**facts, stored=stored, refused=refused, greys=_greys(marker))
+
+
+def _greys(marker: Mapping[str, Any]) -> Greys | None:
+    if "greys" not in marker:
+        return None
+    return Greys(np.asarray(marker["greys"]["histogram"], np.int64), marker["images"], int(marker["greys"]["even"]))
 
 
 def finish_store(
