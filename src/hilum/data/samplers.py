@@ -156,6 +156,29 @@ class EndlessSampler:
         following = position.offset + 1
         return Position(position.epoch + following // len(self.indices), following % len(self.indices))
 
+    def opens(self, step: int) -> Int64[np.ndarray, " m"]:
+        """The samples to fetch meanwhile, as they are stored: those of the next window, where `step` enters one.
+
+        Empty at all other steps, and without `window`.
+        """
+        if self.window is None or step == 0:
+            return self.indices[:0]
+        count, together = len(self.indices), self.batch_size * self.world_size
+        before, here = (self._window_at(place * together) for place in (step - 1, step))
+        if before == here:
+            return self.indices[:0]
+        (epoch, number), windows = here, len(_blocks(self.seed, here[0], count, self.window)[2])
+        epoch, number = (epoch, number + 1) if number + 1 < windows else (epoch + 1, 0)
+        places = np.sort(_opened(self.seed, epoch, count, self.window, number))
+        return self.indices[places if self.draw is None else np.unique(_places(self.draw, epoch)[places])]
+
+    def _window_at(self, place: int) -> tuple[int, int]:
+        """Epoch and number of the window that holds a place of the endless order."""
+        assert self.window is not None
+        epoch, offset = divmod(place, len(self.indices))
+        ends = _blocks(self.seed, epoch, len(self.indices), self.window)[2]
+        return epoch, int(np.searchsorted(ends, offset, side="right"))
+
     def fingerprint(self) -> str:
         """Hex SHA-256 of all that the order depends on besides the batch size and the processes."""
         content = hashlib.sha256(f"{self.seed}\x1f{self.window}\x1f".encode())

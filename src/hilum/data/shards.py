@@ -8,7 +8,6 @@ in memory) and build.py (source files); reading is in store.py.
 import fcntl
 import hashlib
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import cv2
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from hilum.core.checksum import crc32
 from hilum.core.errors import StoreError, UnknownNameError
 from hilum.core.files import atomic_path, flush_to_disk, sha256_file, write_json
 
@@ -102,7 +102,7 @@ class ShardWriter:
         self.file.write(record)
         self.digest.update(record)
         start, self.offset = self.offset, self.offset + len(record)
-        return start, len(record), zlib.crc32(record)
+        return start, len(record), crc32(record)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import hashlib
 import os
 import threading
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from hilum.core.checksum import crc32
 from hilum.core.errors import ConfigError, ImageError, StoreError, UnknownNameError
 from hilum.core.files import read_json
 from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN, image_uid
@@ -236,7 +236,7 @@ class Store:
             raise self._damage(index, error.strerror or str(error)) from error
         if found != length:
             raise self._damage(index, f"expected {length} bytes, found {found}")
-        if zlib.crc32(buffer.data) != int(columns["checksum"][index]):
+        if crc32(buffer.data) != int(columns["checksum"][index]):
             raise self._damage(index, "its checksum does not match")
         return buffer
 

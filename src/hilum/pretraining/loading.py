@@ -40,6 +40,9 @@ class Images(Protocol):
     def read(self, index: int) -> np.ndarray:
         """Pixels of one image, uint8 (H, W)."""
 
+    def expect(self, indices: np.ndarray) -> None:
+        """Images that will be read soon."""
+
 
 @dataclass
 class PretrainBatch:
@@ -107,6 +110,7 @@ class PretrainSource(Dataset[PretrainBatch]):
         global_views = np.empty((crops.global_crops, batch, crops.global_size, crops.global_size), np.uint8)
         local_views = np.empty((crops.local_crops, batch, crops.local_size, crops.local_size), np.uint8)
         indices, replaced = np.empty(batch, np.int64), []
+        self.images.expect(sampler.opens(step))
         for place, position in enumerate(sampler.positions(step)):
             pixels, indices[place], damaged = self._read(position)
             replaced += damaged

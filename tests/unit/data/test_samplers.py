@@ -124,6 +124,23 @@ def test_a_window_position_is_found_without_an_order_of_the_epoch() -> None:
     assert np.array_equal(EndlessSampler(np.arange(5_000_000), 4, 0, window=Window(512, 16)).batch(10**9), batch)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_step_that_enters_a_window_says_what_the_next_one_holds(weighted: bool) -> None:
+    """Told once a window, before it is read."""
+    draw = WeightedDraw(np.arange(1.0, 101.0), 3) if weighted else None
+    sampler = EndlessSampler(np.arange(100) * 2, 5, 7, window=Window(6, 3), draw=draw)
+    told: list[set[int]] = []
+    for step in range(100):
+        if opened := sampler.opens(step).tolist():
+            assert opened == sorted(set(opened))
+            told.append(set(opened))
+        if len(told) > 1:  # a batch may lie across two windows, the next of which was told when this one was entered
+            assert set(sampler.batch(step).tolist()) <= set().union(*told[-3:])
+    calls = len(told)
+    assert calls == pytest.approx(5 * 6, abs=2)  # five epochs of about six windows
+    assert not len(EndlessSampler(np.arange(100), 5, 7).opens(9))
+
+
 # Weights
 
 

@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 
 from hilum.core.errors import ConfigError, StoreError
 from hilum.core.seeding import stream
-from hilum.data.samplers import EndlessSampler
+from hilum.data.samplers import EndlessSampler, Window
 from hilum.data.store import Store, write_arrays
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.loading import REPLACEMENT_TRIES, PretrainBatch, PretrainLoader, PretrainSource
@@ -49,6 +50,9 @@ def test_crops_of_an_image_are_a_batch_apart(store: Store) -> None:
 
         def read(self, index: int) -> np.ndarray:
             return np.full((40, 40), 10 * index, np.uint8)
+
+        def expect(self, indices: np.ndarray) -> None:
+            pass
 
     plain = PretrainSource(
         Flat(), EndlessSampler(np.arange(10), 4, 7), CropConfig(32, 16, local_crops=3, augmentation="none"), 8
@@ -104,6 +108,9 @@ class Damaged:
 
     def __init__(self, store: Store, bad: set[int]) -> None:
         self.store, self.bad, self.uids = store, bad, store.uids
+
+    def expect(self, indices: np.ndarray) -> None:
+        self.store.expect(indices)
 
     def read(self, index: int) -> np.ndarray:
         if index in self.bad:
@@ -165,3 +172,24 @@ def test_sizes_that_do_not_fit_the_patches_are_refused(store: Store) -> None:
         PretrainSource(store, EndlessSampler(np.arange(10), 2, 0), CROPS, patch_size=32)
     with pytest.raises(ConfigError, match="workers"):
         PretrainLoader(source(store), workers=-1)
+
+
+def test_the_next_window_is_fetched_once_and_in_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system is asked for are the bytes of the next window's records, neighbours in one request."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, start, length, _how: asked.append((start, length)))
+    sampler = EndlessSampler(store.in_storage_order(range(10)), 2, 7, window=Window(3, 2))
+    windowed = PretrainSource(store, sampler, CROPS, patch_size=8)
+    sizes = [store.record(index).nbytes for index in range(10)]
+    starts = np.cumsum([0, *sizes]).tolist()
+    for step in range(20):
+        asked.clear()
+        windowed[step]
+        expected = sampler.opens(step)
+        covered = {byte for start, length in asked for byte in range(start, start + length, 7)}
+        assert covered <= {byte for index in expected for byte in range(starts[index], starts[index + 1])}
+        assert sum(length for _, length in asked) == sum(sizes[index] for index in expected)
+        assert len(asked) == (1 + (np.diff(expected) > 1).sum() if len(expected) else 0)
+    asked.clear()
+    source(store)[3]
+    assert not asked
