@@ -7,9 +7,12 @@ from hilum.core.config import parse_shard
 from hilum.core.errors import ConfigError, StoreError
 from hilum.core.tracking import duration, next_step, say
 from hilum.data.build import BuildSummary, build_store
-from hilum.data.intensity import PREPROCESS_ID
+from hilum.data.greys import Greys, apart
+from hilum.data.intensity import EQUALISED, PREPROCESS_ID
 from hilum.data.shards import IN_PLACE
 
+SHOWN = 10
+"""Pairs of datasets whose greys are compared in print."""
 BUDGET = 0.01
 """Share of refused images that is an error: more than that is seldom chance."""
 
@@ -83,6 +86,29 @@ def describe(summary: BuildSummary) -> list[str]:
     ]
     lines += [f"  refused, {reason}: {count}" for reason, count in sorted(summary.quarantined.items())]
     lines += [f"  stored, flagged {flag}: {count}" for flag, count in sorted(summary.flagged.items())]
+    return lines + describe_greys(summary.greys, summary.intensity)
+
+
+def describe_greys(datasets: Mapping[str, Greys], recipe: str) -> list[str]:
+    """How far apart the datasets of a store are by their greys, and whether some are histogram-equalised."""
+    pairs = apart(datasets)
+    lines = [f"  greys, {one} and {other}: {levels:.1f} of 255 levels apart" for levels, one, other in pairs[:SHOWN]]
+    if len(pairs) > SHOWN:
+        lines.append(f"  greys: {len(pairs) - SHOWN} other pairs are nearer")
+    even = sorted(name for name, greys in datasets.items() if greys.images and greys.equalised)
+    plain = sorted(name for name, greys in datasets.items() if greys.images and not greys.equalised)
+    if even and plain:
+        lines.append(
+            f"Histogram-equalised: {', '.join(even)}; not: {', '.join(plain)}. A network can tell them apart by their "
+            "greys alone. Files of 8 bits are kept as they were published; docs/reference/images.md says what can be "
+            "done."
+        )
+    if even and recipe == PREPROCESS_ID:
+        lines.append(
+            f"{', '.join(even)}: histogram-equalised before publication. A model trained on this store will be shown "
+            f"DICOM by {recipe}, which does not equalise. Where it is to read DICOM, build with --intensity "
+            f"{' or '.join(EQUALISED)}."
+        )
     return lines
 
 

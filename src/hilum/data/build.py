@@ -17,11 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hilum.core.errors import ConfigError, StoreError, UnknownNameError
 from hilum.core.files import read_json, write_text
 from hilum.core.tracking import Bar, progress
 from hilum.data.decoding import Decoders, Settings, Task, decoders, fingerprint
 from hilum.data.finish import REFUSED, STORED, Finished, finish_store
+from hilum.data.greys import LEVELS, Greys, is_even, total
 from hilum.data.intensity import PREPROCESS_ID, equaliser
 from hilum.data.schema import Manifest, read_manifest
 from hilum.data.shards import ENCODINGS, IN_PLACE, Shard, new_shard
@@ -62,7 +65,7 @@ class BuildSummary:
     finished: bool
     """False where other jobs of an array still have shards to write."""
     greys: dict[str, Greys]
-    """By dataset; without shards that an older version wrote."""
+    """By dataset, of a finished store; without those of which an older version of Hilum wrote shards."""
     intensity: str
     """Recipe of the store."""
 
@@ -141,9 +144,17 @@ def build_store(
         bytes=sum(done.bytes for done in seen),
         seconds=time.monotonic() - started,
         finished=finished,
-        greys=_greys(planned.dataset for planned in plan) if finished else {},
+        greys=_greys(plan, seen) if finished else {},
         intensity=settings.preprocess_id,
     )
+
+
+def _greys(plan: Sequence[PlannedShard], done: Sequence[Finished]) -> dict[str, Greys]:
+    parts: dict[str, list[Greys | None]] = {}
+    for planned, part in zip(plan, done, strict=True):
+        parts.setdefault(planned.dataset, []).append(part.greys)
+    counted = {dataset: [part for part in found if part is not None] for dataset, found in parts.items()}
+    return {dataset: total(found) for dataset, found in counted.items() if len(found) == len(parts[dataset])}
 
 
 def _settings(size: int, encoding: str, refuse: Sequence[str], shard: tuple[int, int], intensity: str) -> Settings:
@@ -244,6 +255,7 @@ def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -
     """Write one shard in the plan's order, then its marker."""
     stored: dict[str, list[Any]] = {name: [] for name in STORED if name != "store_shard"}
     refused: dict[str, list[Any]] = {name: [] for name in REFUSED}
+    greys, even = np.zeros(LEVELS, np.int64), 0
     _marker(out, planned).unlink(missing_ok=True)
     with new_shard(out / "shards" / planned.name) as writer:
         for outcome in decode.in_order(planned.tasks):
@@ -251,6 +263,7 @@ def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -
                 row: tuple[Any, ...] = (outcome.uid, outcome.reason, outcome.message, outcome.found)
             else:
                 row = (outcome.uid, *writer.append(outcome.record), *outcome.source)
+                greys, even = greys + outcome.greys, even + is_even(outcome.greys)
             for column, value in zip((refused if outcome.reason else stored).values(), row, strict=True):
                 column.append(value)
             bar.advance()
@@ -263,5 +276,6 @@ def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -
         "sha256": writer.digest.hexdigest(),
         "stored": stored,
         "refused": refused,
+        "greys": {"histogram": greys.tolist(), "even": even},
     }
     write_text(_marker(out, planned), json.dumps(done, separators=(",", ":")))

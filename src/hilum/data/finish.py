@@ -14,11 +14,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from hilum.core.files import write_text
 from hilum.core.types import image_uid
 from hilum.data.decoding import Settings
+from hilum.data.greys import Greys
 from hilum.data.raw import PREFIX
 from hilum.data.schema import Manifest, complete, write_manifest
 from hilum.data.shards import IN_PLACE, PICTURE_COLUMN, Shard, write_index
@@ -76,14 +78,9 @@ class Finished:
         columns = {**dict.fromkeys(HASHES, [None] * marker["images"]), **marker["stored"]}  # older stores lack them
         stored = pl.DataFrame(columns, schema={k: v for k, v in STORED.items() if k != "store_shard"})
         facts = {name: marker[name] for name in ("digest", "images", "bytes", "sha256")}
-        refused = pl.DataFrame(marker["refused"], schema=REFUSED)
-        return cls(**facts, stored=stored, refused=refused, greys=_greys(marker))
-
-
-def _greys(marker: Mapping[str, Any]) -> Greys | None:
-    if "greys" not in marker:
-        return None
-    return Greys(np.asarray(marker["greys"]["histogram"], np.int64), marker["images"], int(marker["greys"]["even"]))
+        refused, counted = pl.DataFrame(marker["refused"], schema=REFUSED), marker.get("greys")
+        greys = counted and Greys(np.asarray(counted["histogram"], np.int64), marker["images"], counted["even"])
+        return cls(**facts, stored=stored, refused=refused, greys=greys)
 
 
 def finish_store(
