@@ -263,6 +263,7 @@ def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -
                 row: tuple[Any, ...] = (outcome.uid, outcome.reason, outcome.message, outcome.found)
             else:
                 row = (outcome.uid, *writer.append(outcome.record), *outcome.source)
+                assert outcome.greys is not None, "of every stored image"
                 greys, even = greys + outcome.greys, even + is_even(outcome.greys)
             for column, value in zip((refused if outcome.reason else stored).values(), row, strict=True):
                 column.append(value)
