@@ -126,13 +126,23 @@ def manifest(
 
 @app.command(epilog=example("hilum audit manifest.parquet"))
 def audit(
-    manifest: Annotated[Path, typer.Argument(help="A table made by hilum manifest.")],
-    hash_files: Annotated[bool, typer.Option(help="Also compare the files' bytes.")] = False,
+    manifest: Annotated[Path, typer.Argument(help="A table made by hilum manifest, or STORE/manifest.parquet.")],
+    hash_files: Annotated[bool, typer.Option("--hash-files", help="Also compare the files' bytes.")] = False,
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Also decode images whose pixels have no hashes yet, and compare them.")
+    ] = False,
+    within: Annotated[bool, typer.Option("--within", help="Look for near duplicates inside the splits too.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="A RUN, a MODEL or the name of public weights: have they seen val or test?")
+    ] = None,
+    root: Annotated[list[str] | None, typer.Option(help="SOURCE=ROOT, if the images have moved.")] = None,
+    workers: Workers = None,
+    evidence: Annotated[Path | None, typer.Option(help="CSV to write every pair of near duplicates to.")] = None,
 ) -> None:
     """Look for leaks, duplicates and conflicts; exit status 1 when evaluation material is on the training side."""
     from hilum.commands import audit as program
 
-    program.run(manifest, hash_files)
+    program.run(manifest, hash_files, pixels, within, weights, root or [], workers, evidence)
 
 
 @app.command(epilog=example("hilum build manifest.parquet --out store"))

@@ -1,40 +1,121 @@
 """`hilum audit`: leaks, duplicates, conflicts, counts and positives by split. A leak is exit status 1."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
-from hilum.core.errors import LeakageError
+from hilum.commands.build import parse_roots
+from hilum.core.errors import CheckpointError, LeakageError, UnknownNameError
+from hilum.core.files import read_json, write_text
 from hilum.core.tracking import next_step, say
-from hilum.data.audit import AuditReport, Problem, audit
+from hilum.data.audit import AuditReport, audit
+from hilum.data.audit_pixels import Pixels
+from hilum.data.leaks import Problem, exposed_to_known_weights, known_exposures, seen_by_weights
 from hilum.data.schema import check_rows, read_manifest
+from hilum.data.store import Store
+
+Exposed = Callable[[pl.DataFrame], list[Problem]]
 
 
-def run(manifest: Path, hash_files: bool = False) -> None:
+def run(
+    manifest: Path,
+    hash_files: bool = False,
+    hash_pixels: bool = False,
+    within: bool = False,
+    weights: str | None = None,
+    roots: Sequence[str] = (),
+    workers: int | None = None,
+    evidence: Path | None = None,
+) -> None:
     """Check a manifest and print the evidence.
 
     Args:
-        manifest: file made by `hilum manifest`.
+        manifest: file made by `hilum manifest`, or the copy in a store, which has the hashes of all pixels.
         hash_files: also compare the files' bytes.
+        hash_pixels: also decode images that have no hashes of their pixels, and compare these.
+        within: look for near duplicates inside the splits too.
+        weights: a RUN or MODEL folder or a weights file in one, or the name of public weights.
+        roots: KEY=FOLDER, where the originals of a root are now.
+        workers: decoding processes.
+        evidence: CSV to write every pair of near duplicates to.
 
     Raises:
-        LeakageError: evaluation material is on the training side.
+        LeakageError: evaluation material is on the training side, or was seen by the weights.
         ManifestError: the table is inconsistent in another way.
+        UnknownNameError: weights that are neither a folder nor known.
+        CheckpointError: a folder that does not record what its weights have seen.
     """
     table = read_manifest(manifest, check=False)
-    report = audit(table, hash_files)
+    exposed = exposure_of(weights) if weights else None
+    store = Store.open(manifest.parent) if (manifest.parent / "store.json").is_file() else None
+    pixels = Pixels(table, parse_roots(roots), store, workers)
+    report = audit(table, hash_files, pixels, hash_pixels, within, exposed)
     print_counts(report.counts)
     _print_views(report)
     _print_positives(report)
     _print_problems("Leaks", report.leaks)
     _print_problems("Warnings", report.warnings)
+    if evidence is not None:
+        pairs = report.pairs if report.pairs is not None else pl.DataFrame()
+        write_text(evidence, pairs.write_csv())
+        say(f"{pairs.height:,} pairs of near duplicates in {evidence}")
     if report.leaks:
-        kinds = ", ".join(problem.kind for problem in report.leaks)
+        kinds = ", ".join(dict.fromkeys(problem.kind for problem in report.leaks))
         raise LeakageError(f"{manifest} leaks ({kinds}). Nothing measured with it would hold; make it again.")
-    check_rows(table.frame, str(manifest))
-    say("No leak between train, val and test.")
-    next_step(f"hilum build {manifest} --out STORE")
+    check_rows(table.frame, str(manifest), table.accepted_leak)
+    say("No leak between train, val and test" + (f", nor into {weights}." if weights else "."))
+    say(_compared(report))
+    next_step(f"hilum build {manifest} --out STORE" if store is None else f"hilum pretrain RECIPE --data {store.path}")
+
+
+def _compared(report: AuditReport) -> str:
+    if report.compared == report.sided:
+        return f"All {report.sided:,} images were compared by their pixels too."
+    if report.compared:
+        return f"{report.compared:,} of {report.sided:,} images were compared by their pixels too."
+    return "Ids, paths and hashes were compared, pixels were not: add --pixels, or audit the manifest of a store."
+
+
+def exposure_of(weights: str) -> Exposed:
+    """What tells, for a manifest's table, which of its evaluation images weights have met.
+
+    Args:
+        weights: a RUN or MODEL folder, a file in one, or the name of public weights.
+
+    Raises:
+        UnknownNameError: neither.
+        CheckpointError: a folder without a record, or a damaged one.
+    """
+    from hilum.deploy.model_files import CONFIG_NAME, EXPOSURE_NAME, read_exposure  # torch, only where it is asked for
+    from hilum.pretraining.exposure import SEEN_NAME, read_seen
+
+    path = Path(weights)
+    if not path.exists():
+        known = {fact.weights for fact in known_exposures()}
+        if weights.casefold() not in {name.casefold() for name in known}:
+            raise UnknownNameError("weights", weights, known)
+        return partial(exposed_to_known_weights, weights=weights)
+    folder = path if path.is_dir() else path.parent
+    if (folder / EXPOSURE_NAME).is_file():
+        met = read_exposure(folder, read_json(folder / CONFIG_NAME, CheckpointError))
+        used = np.concatenate([met.train, met.val, met.pictures])
+        return partial(_of_model, weights=folder.name, pretraining=met.pretraining, used=used)
+    if not (folder / SEEN_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has neither {SEEN_NAME} nor {EXPOSURE_NAME}, so nothing tells what its weights have seen. Copy "
+            "that file from where they were trained; for public weights give their name."
+        )
+    seen = read_seen(folder)
+    return partial(seen_by_weights, weights=folder.name, seen=np.concatenate([seen.uids, seen.pictures]))
+
+
+def _of_model(frame: pl.DataFrame, weights: str, pretraining: np.ndarray, used: np.ndarray) -> list[Problem]:
+    """A model has met the images of val, which chose it: for these only pretraining counts."""
+    found = seen_by_weights(frame, weights, np.concatenate([pretraining, used]), ("test",))
+    return found + seen_by_weights(frame, weights, pretraining, ("val",))
 
 
 def print_counts(counts: pl.DataFrame) -> None:
@@ -82,3 +163,5 @@ def _print_problems(title: str, problems: Sequence[Problem]) -> None:
             f" (image_uid {', '.join(problem.examples)}{', ...' if problem.count > len(problem.examples) else ''})"
         )
         say(f"  {number}{problem.message}{examples if problem.examples else ''}")
+        for line in problem.evidence:
+            say(f"    {line}")

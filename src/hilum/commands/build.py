@@ -52,7 +52,9 @@ def run(
     if in_place and encoding is not None:
         raise ConfigError(f"--in-place stores no pixels, so there is nothing to encode as {encoding!r}. Choose one.")
     chosen = IN_PLACE if in_place else encoding or "jpeg95"
-    summary = build_store(manifest, out, size, chosen, workers, parse_shard(shard), _roots(roots), intensity=intensity)
+    summary = build_store(
+        manifest, out, size, chosen, workers, parse_shard(shard), parse_roots(roots), intensity=intensity
+    )
     for line in describe(summary):
         say(line)
     check_budget(summary, out, budget)
@@ -112,7 +114,12 @@ def describe_greys(datasets: Mapping[str, Greys], recipe: str) -> list[str]:
     return lines
 
 
-def _roots(assignments: Sequence[str]) -> Mapping[str, Path]:
+def parse_roots(assignments: Sequence[str]) -> Mapping[str, Path]:
+    """Folders by root key, from KEY=FOLDER.
+
+    Raises:
+        ConfigError: another form.
+    """
     roots = {}
     for text in assignments:
         key, separator, folder = text.partition("=")

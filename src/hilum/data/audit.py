@@ -1,13 +1,14 @@
 """What is wrong, or thin, in a manifest: leaks between splits, duplicates, conflicts, rare findings.
 
-Reads the table only; with `hash_files` also the bytes of files that could be copies of each other. Images are named
+Leaks are leaks.py's and copies.py's; this module puts the report together. It reads the table only; with `hash_files`
+also the bytes of files that could be copies of each other, with `pixels` what perceptual hashes need. Images are named
 by image_uid: patient ids never leave the table.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,40 +18,15 @@ from hilum.core.files import sha256_file
 from hilum.core.intervals import wilson_interval
 from hilum.core.tracking import progress
 from hilum.core.types import NEGATIVE, POSITIVE
+from hilum.data.audit_pixels import Pixels
+from hilum.data.copies import copies_across_splits, copies_within_splits, find_copies
 from hilum.data.labels import COMPATIBLE_WITH_NORMAL, IMPLIES, NORMAL_NAMES
-from hilum.data.schema import STUDY, Manifest, evaluation_in_pretraining, label_column
+from hilum.data.leaks import IDENTITIES, Problem, leaks, problem, side
+from hilum.data.schema import STUDY, Manifest, label_column
 
 FEW_POSITIVES = 30
 """Below this many positives an average precision says little (its interval is wide)."""
-EXAMPLES = 3
 SHOWN_FINDINGS = 8
-
-IDENTITIES: dict[str, tuple[str, ...]] = {
-    "patient": ("dataset", "patient_id"),
-    "study": ("dataset", "study_id"),
-    "image": ("dataset", "image_id"),
-    "path": ("source_root_key", "source_relpath"),
-    "file": ("source_sha256",),
-    "pixels": ("pixel_sha256",),
-}
-"""What may be on one side only: anything shared between train (or pretraining), val and test is a leak."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One kind of fault.
-
-    Args:
-        kind: short name ("patient across splits").
-        message: the sentence for a person.
-        count: images concerned.
-        examples: some of their image_uids.
-    """
-
-    kind: str
-    message: str
-    count: int
-    examples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +39,9 @@ class AuditReport:
         counts: images, studies, patients by dataset and split.
         positives: finding, split, known, positives, prevalence, and its 95 % interval (low, high) in [0, 1].
         views: images by split and view.
+        pairs: near duplicates, as `copies.find_copies`; None where no image has a perceptual hash.
+        compared: images that were compared by their pixels, of those that belong to a side.
+        sided: images that belong to train (or pretraining), val or test.
     """
 
     leaks: tuple[Problem, ...]
@@ -70,6 +49,9 @@ class AuditReport:
     counts: pl.DataFrame
     positives: pl.DataFrame
     views: pl.DataFrame
+    pairs: pl.DataFrame | None
+    compared: int
+    sided: int
 
     @property
     def clean(self) -> bool:
@@ -77,66 +59,86 @@ class AuditReport:
         return not self.leaks
 
 
-def audit(manifest: Manifest, hash_files: bool = False) -> AuditReport:
+def audit(
+    manifest: Manifest,
+    hash_files: bool = False,
+    pixels: Pixels | None = None,
+    hash_pixels: bool = False,
+    within: bool = False,
+    exposed: Callable[[pl.DataFrame], list[Problem]] | None = None,
+) -> AuditReport:
     """Check a manifest.
 
     Args:
         manifest: read with `read_manifest(path, check=False)`, so that all faults are reported at once.
         hash_files: also compare the files themselves. Only files of equal size are read.
+        pixels: where pixels are read from; default the manifest's own roots.
+        hash_pixels: hash the pixels of images that have no hashes yet.
+        within: look for near duplicates inside the splits too.
+        exposed: further leaks, of the table with its hashes: what starting weights have seen.
+
+    Raises:
+        ConfigError: pixels are needed, and the folder of the originals is not there.
     """
-    frame, unread = _with_hashes(manifest) if hash_files else (manifest.frame, [])
+    pixels, unread = pixels or Pixels(manifest), []
+    if hash_files:
+        manifest, missing = _with_hashes(manifest, pixels.roots)
+        unread += missing
+    if hash_pixels:
+        manifest, missing = replace(pixels, manifest=manifest).hashed()
+        unread += missing
+    frame = manifest.frame
+    sided = frame.filter(side().is_not_null())
+    hashed = sided.filter(_hashed(sided))
+    pairs = find_copies(frame, pixels, within) if hashed.height else None
     positives = positives_table(manifest)
     warnings = [
         *unread,
+        *_unhashed(sided),
         *_duplicates(frame),
+        *(copies_within_splits(frame, pairs) if pairs is not None else ()),
         *_conflicts(frame, manifest.findings),
         *_hierarchy(frame, manifest.findings),
         *_official(frame),
         *_thin(frame, positives),
     ]
     return AuditReport(
-        leaks=tuple(_leaks(frame)),
+        leaks=(
+            *leaks(frame),
+            *(copies_across_splits(frame, pairs) if pairs is not None else ()),
+            *(exposed(frame) if exposed is not None else ()),
+        ),
         warnings=tuple(warnings),
         counts=count_images(frame),
         positives=positives,
         views=frame.group_by("split_project", "view").agg(images=pl.len()).sort("split_project", "view"),
+        pairs=pairs,
+        compared=hashed.height,
+        sided=sided.height,
     )
 
 
-def _problem(kind: str, message: str, rows: pl.DataFrame) -> Problem:
-    return Problem(kind, message, rows.height, tuple(rows["image_uid"].sort().head(EXAMPLES)))
+def _hashed(frame: pl.DataFrame) -> pl.Expr:
+    """Whether an image has a perceptual hash, or pixels without any structure, which have none."""
+    known = [pl.col(name).is_not_null() for name in ("pixel_sha256", "phash256") if name in frame.columns]
+    return pl.any_horizontal(known) if known else pl.lit(value=False)
 
 
-def _side() -> pl.Expr:
-    """The split; an image of no split that may be pretrained on is on the training side."""
-    outside = pl.when(pl.col("ssl_ok")).then(pl.lit("train")).otherwise(pl.lit(None, dtype=pl.String))
-    return pl.when(pl.col("split_project") != "").then("split_project").otherwise(outside)
-
-
-def _leaks(frame: pl.DataFrame) -> list[Problem]:
-    found = []
-    sided = frame.with_columns(_side().alias("_side")).filter(pl.col("_side").is_not_null())
-    for identity, keys in IDENTITIES.items():
-        if any(key not in frame.columns for key in keys):
-            continue
-        named = sided.filter(pl.all_horizontal(pl.col(key).is_not_null() for key in keys))
-        crossing = named.filter(pl.col("_side").n_unique().over(keys) > 1)
-        if crossing.height:
-            sides = crossing.group_by(keys).agg(pl.col("_side").unique().sort())["_side"]
-            pairs = Counter(" and ".join(names) for names in sides.to_list())
-            shown = "; ".join(f"{count:,} in {pair}" for pair, count in sorted(pairs.items()))
-            message = f"the same {identity} is in more than one split: {shown}"
-            found.append(_problem(f"{identity} across splits", message, crossing))
-    exposed = evaluation_in_pretraining(frame)
-    if exposed.height:
-        message = "open to self-supervised pretraining (ssl_ok) although the patient is in val or test"
-        found.append(_problem("evaluation in pretraining", message, exposed))
-    return found
+def _unhashed(sided: pl.DataFrame) -> list[Problem]:
+    """Images without hashes where others have them. Those that a build refused are in no store, and leak nowhere."""
+    stored = sided
+    if "store_shard" in sided.columns and sided["store_shard"].is_not_null().any():
+        stored = sided.filter(pl.col("store_shard").is_not_null())
+    rows = stored.filter(~_hashed(stored))
+    if rows.height in (0, stored.height):
+        return []
+    return [problem("pixels not compared", "images without hashes of their pixels, not compared (--pixels)", rows)]
 
 
 def _duplicates(frame: pl.DataFrame) -> list[Problem]:
     found = []
-    keys = {"image_uid": ("image_uid",), **{name: IDENTITIES[name] for name in ("image", "path", "file", "pixels")}}
+    names = ("image", "path", "file", "pixels")
+    keys = {"image_uid": ("image_uid",), **{name: IDENTITIES[name] for name in names}, "origin": ("origin_image",)}
     for name, columns in keys.items():
         if any(column not in frame.columns for column in columns):
             continue
@@ -145,7 +147,7 @@ def _duplicates(frame: pl.DataFrame) -> list[Problem]:
         if repeated.height:
             patients = repeated.filter(pl.struct("dataset", "patient_id").n_unique().over(columns) > 1).height
             under = f", {patients:,} of them under several patients" if patients else ""
-            found.append(_problem(f"duplicate {name}", f"images that share their {name}{under}", repeated))
+            found.append(problem(f"duplicate {name}", f"images that share their {name}{under}", repeated))
     return found
 
 
@@ -163,7 +165,7 @@ def _conflicts(frame: pl.DataFrame, findings: Sequence[str]) -> list[Problem]:
     if not rows.height:
         return []
     shown = ", ".join(f"{name} {count:,}" for name, count in _largest(totals))
-    return [_problem("conflicting labels", f"images of a study whose labels differ within it ({shown})", rows)]
+    return [problem("conflicting labels", f"images of a study whose labels differ within it ({shown})", rows)]
 
 
 def _hierarchy(frame: pl.DataFrame, findings: Sequence[str]) -> list[Problem]:
@@ -174,14 +176,14 @@ def _hierarchy(frame: pl.DataFrame, findings: Sequence[str]) -> list[Problem]:
                 both = (pl.col(label_column(child)) == POSITIVE) & (pl.col(label_column(parent)) == NEGATIVE)
                 rows = frame.filter(both)
                 if rows.height:
-                    found.append(_problem("hierarchy", f"{child} is positive and {parent} negative", rows))
+                    found.append(problem("hierarchy", f"{child} is positive and {parent} negative", rows))
     for normal in NORMAL_NAMES:
         others = [name for name in findings if name not in COMPATIBLE_WITH_NORMAL]
         if normal in findings and others:
             abnormal = pl.any_horizontal(pl.col(label_column(name)) == POSITIVE for name in others)
             rows = frame.filter((pl.col(label_column(normal)) == POSITIVE) & abnormal)
             if rows.height:
-                found.append(_problem("hierarchy", f"{normal} is positive beside another finding", rows))
+                found.append(problem("hierarchy", f"{normal} is positive beside another finding", rows))
     return found
 
 
@@ -193,7 +195,7 @@ def _official(frame: pl.DataFrame) -> list[Problem]:
     if not rows.height:
         return []
     message = "in train although the source lists the patient for evaluation: compare no result with that list"
-    return [_problem("official evaluation images in train", message, rows)]
+    return [problem("official evaluation images in train", message, rows)]
 
 
 def _thin(frame: pl.DataFrame, positives: pl.DataFrame) -> list[Problem]:
@@ -248,15 +250,21 @@ def _largest(totals: dict[str, int], count: int = 5) -> list[tuple[str, int]]:
     return [(name, total) for name, total in Counter(totals).most_common(count) if total]
 
 
-def _with_hashes(manifest: Manifest) -> tuple[pl.DataFrame, list[Problem]]:
-    """Fill `source_sha256` for files whose size is that of another file; only those can be equal."""
-    frame, roots = manifest.frame, manifest.roots()
+def _with_hashes(manifest: Manifest, overrides: Mapping[str, Path]) -> tuple[Manifest, list[Problem]]:
+    """Fill `source_sha256` for files whose size is that of another file; only those can be equal.
+
+    Members of tars have no file of their own, and are left out.
+    """
+    frame, roots = manifest.frame, {**manifest.roots(), **overrides}
     pairs = frame.select("source_root_key", "source_relpath").iter_rows()
     paths = [roots.get(key, Path(key)) / relpath for key, relpath in pairs]
+    own = np.ones(len(paths), bool)
+    if "member_offset" in frame.columns:
+        own = frame["member_offset"].is_null().to_numpy()
     with ThreadPoolExecutor() as pool:
         sizes = np.array(list(pool.map(_size, paths)), dtype=np.int64)
-        values, counts = np.unique(sizes, return_counts=True)
-        twins = np.flatnonzero(np.isin(sizes, values[(counts > 1) & (values >= 0)]))
+        values, counts = np.unique(sizes[own], return_counts=True)
+        twins = np.flatnonzero(own & np.isin(sizes, values[(counts > 1) & (values >= 0)]))
         hashes: list[str | None] = [None] * len(paths)
         with progress("Comparing files of equal size", len(twins), "files") as bar:
             for index, digest in zip(twins, pool.map(_digest, [paths[index] for index in twins]), strict=True):
@@ -267,8 +275,9 @@ def _with_hashes(manifest: Manifest) -> tuple[pl.DataFrame, list[Problem]]:
     )
     computed = pl.Series("source_sha256", hashes, dtype=pl.String)
     unread = frame.filter(pl.Series(sizes < 0))
-    problems = [_problem("unreadable file", "images whose file could not be read", unread)] if unread.height else []
-    return frame.with_columns(computed.fill_null(known).alias("source_sha256")), problems
+    problems = [problem("unreadable file", "images whose file could not be read", unread)] if unread.height else []
+    filled = frame.with_columns(computed.fill_null(known).alias("source_sha256"))
+    return Manifest(filled, manifest.findings, manifest.metadata), problems
 
 
 def _size(path: Path) -> int:
