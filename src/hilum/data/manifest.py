@@ -19,11 +19,12 @@ from hilum.data.labels import FINDING_SETS, canonical, ordered
 from hilum.data.pools import mark_ssl_by_pool, open_pool, split_by_part
 from hilum.data.rows import SourceOptions, SourceRows, check_dataset_name
 from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, label_column
-from hilum.data.sources import cxrlt, folder, mimic, nih, padchest
+from hilum.data.sources import chexpert, cxrlt, folder, mimic, nih, padchest
 from hilum.data.splits import assign, check_fractions, mark_ssl, settle_across_datasets
 from hilum.data.views import is_frontal, view_of
 
 SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
+    "chexpert": chexpert.read,
     "cxrlt": cxrlt.read,
     "folder": folder.read,
     "mimic": mimic.read,

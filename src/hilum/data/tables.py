@@ -86,9 +86,14 @@ def read_csv(path: Path, required: Sequence[str] = (), key: str | None = None) -
     return Table(path, frame, digest)
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file (with or without BOM); errors as `read_csv`."""
+    return _as_utf8(_bytes(path), path).decode()
+
+
 def read_list(path: Path) -> list[str]:
     """Read one name per line (NIH's split lists), ignoring blank lines and surrounding spaces."""
-    text = _as_utf8(_bytes(path), path).decode()
+    text = read_text(path)
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if len(set(names)) != len(names):
         raise ManifestError(f"{path} lists {len(names) - len(set(names))} names twice.")

@@ -1,6 +1,6 @@
 """Phantoms on disk, in the folder and CSV layouts of the real sources, lesion masks beside them.
 
-`OUT/masks/<image stem>/<finding>.png` (0 / 255), `OUT/masks.csv` and `OUT/phantom.json` are the same in all layouts.
+`OUT/masks/<image id>/<finding>.png` (0 / 255), `OUT/masks.csv` and `OUT/phantom.json` are the same in all layouts.
 A run is written to a folder beside OUT and takes its place at the end, so OUT is whole or untouched.
 """
 
@@ -156,10 +156,11 @@ def render_job(folder: Path, job: StudyJob) -> list[MaskRow]:
         path.parent.mkdir(parents=True, exist_ok=True)
         form = image.form or BY_SUFFIX[path.suffix]
         path.write_bytes(encode(form, rendered.pixels, image.image_id, dict(image.elements)))
+        own = f"masks/{image.image_id.removesuffix(path.suffix)}"  # CheXpert has many a view1_frontal.jpg
         if rendered.masks:
-            (folder / "masks" / path.stem).mkdir(parents=True, exist_ok=True)
+            (folder / own).mkdir(parents=True, exist_ok=True)
         for finding, mask in sorted(rendered.masks.items()):
-            name = f"masks/{path.stem}/{mask_name(finding)}"
+            name = f"{own}/{mask_name(finding)}"
             pixels = mask.astype(np.uint8) * np.uint8(255)
             (folder / name).write_bytes(_mask_png(pixels))
             x, y, width, height = cv2.boundingRect(pixels)
