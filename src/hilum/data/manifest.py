@@ -19,7 +19,20 @@ from hilum.data.labels import FINDING_SETS, canonical, ordered
 from hilum.data.pools import mark_ssl_by_pool, open_pool, split_by_part
 from hilum.data.rows import SourceOptions, SourceRows, check_dataset_name
 from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, label_column
-from hilum.data.sources import chexpert, cxrlt, folder, mimic, nih, padchest
+from hilum.data.sources import (
+    chexpert,
+    cxrlt,
+    folder,
+    jsrt,
+    mimic,
+    montgomery,
+    nih,
+    openi,
+    padchest,
+    rsna,
+    shenzhen,
+    siim,
+)
 from hilum.data.splits import assign, check_fractions, mark_ssl, settle_across_datasets
 from hilum.data.views import is_frontal, view_of
 
@@ -27,9 +40,15 @@ SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
     "chexpert": chexpert.read,
     "cxrlt": cxrlt.read,
     "folder": folder.read,
+    "jsrt": jsrt.read,
     "mimic": mimic.read,
+    "montgomery": montgomery.read,
     "nih": nih.read,
+    "openi": openi.read,
     "padchest": padchest.read,
+    "rsna": rsna.read,
+    "shenzhen": shenzhen.read,
+    "siim": siim.read,
 }
 
 SplitRule = Literal["auto", "official", "project"]
