@@ -53,7 +53,7 @@ class Greys:
 def total(parts: Iterable[Greys]) -> Greys:
     """Of all parts together."""
     listed = list(parts)
-    histogram = np.sum([part.histogram for part in listed], axis=0, dtype=np.int64)
+    histogram = np.asarray(sum(part.histogram for part in listed), np.int64)
     return Greys(histogram, sum(part.images for part in listed), sum(part.even for part in listed))
 
 

@@ -4,24 +4,23 @@ import io
 import struct
 import subprocess
 import sys
-import warnings
 import zlib
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+import cv2
+import gdcm
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image
 from pydicom import uid
-from pydicom.data import get_testdata_files
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 
-from hilum.core.errors import ImageError, UnsupportedImageError
+from hilum.core.errors import ImageError, UnknownNameError, UnsupportedImageError
 from hilum.data import dicom, dicom_pixels
 from hilum.data.images import read_dicom_header, read_image
 
@@ -263,6 +262,45 @@ def test_colour_is_luma_and_equal_channels_keep_their_value():
     assert image.intensity == "as_is"
 
 
+@pytest.mark.parametrize("photometric", ["YBR_PARTIAL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT", "HSV", "ARGB",
+                                         "CMYK", "MONOCHROME2", "PALETTE COLOR"])  # fmt: skip
+def test_colour_of_an_unknown_kind_is_refused(photometric):
+    colour = np.stack([(VALUES // 16).astype(np.uint8)] * 3, -1)
+    data = dataset(colour, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0)
+    assert read_image(written(data)).photometric == "RGB"
+    data.PhotometricInterpretation = photometric
+    assert reason(written(data)) == "unsupported_pixels"
+
+
+@pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL", "HSV", "SOMETHING"])
+def test_one_sample_a_pixel_is_grey_or_a_palette(photometric):
+    assert reason(written(dataset(PhotometricInterpretation=photometric))) == "unsupported_pixels"
+
+
+def test_uncompressed_ybr_is_converted():
+    rng = np.random.default_rng(1)
+    colour = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    data = dataset(colour, SamplesPerPixel=3, PhotometricInterpretation="YBR_FULL", PlanarConfiguration=0)
+    # The luma of what Y, Cb, Cr mean is Y, as long as no channel is cut off (PS3.3 C.7.6.3.1.2).
+    luma, blue, red = (colour[..., channel].astype(np.float64) for channel in range(3))
+    channels = [luma + 1.402 * (red - 128), luma + 1.772 * (blue - 128)]
+    channels.append((luma - 0.299 * channels[0] - 0.114 * channels[1]) / 0.587)
+    inside = np.all([(channel > 1) & (channel < 254) for channel in channels], axis=0)
+    assert inside.sum() > 50
+    assert np.abs(pixels_of(data)[inside] - luma[inside]).max() <= 1.5
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, np.uint8), (16, np.uint16)])
+def test_a_palette_is_looked_up(bits, dtype):
+    index = (VALUES // 16).astype(np.uint8)
+    data = dataset(index, PhotometricInterpretation="PALETTE COLOR")
+    grey = (np.arange(256) ** 2 // 256).astype(np.uint16) * (257 if bits == 16 else 1)
+    for channel in ("Red", "Green", "Blue"):
+        setattr(data, f"{channel}PaletteColorLookupTableDescriptor", [256, 0, bits])
+        setattr(data, f"{channel}PaletteColorLookupTableData", grey.astype(dtype).tobytes())
+    assert np.abs(pixels_of(data).astype(int) - (index.astype(int) ** 2 // 256)).max() <= 1
+
+
 def test_short_side_from_full_precision():
     data = dataset(WindowCenter=2000, WindowWidth=4000, VOILUTFunction="LINEAR_EXACT")
     exact = np.clip((VALUES.astype(np.float64) - 2000) / 4000 + 0.5, 0, 1) * 255
@@ -277,10 +315,76 @@ def test_pixels_that_are_not_square_are_made_square():
     assert (image.rows, image.cols) == (48, 40)
     assert "aspect_corrected" in image.quality
     assert read_image(written(dataset(ImagerPixelSpacing=[0.14, 0.14]))).pixels.shape == (48, 40)
+    exact = by_percentiles(VALUES).reshape(48, 20, 2).mean(2)
+    assert np.abs(image.pixels - exact).max() <= 1
+
+
+@pytest.mark.parametrize("ratio", [[10, 1], [0, 1], [1, 0]])
+def test_an_aspect_ratio_that_cannot_be_meant_is_ignored_with_a_flag(ratio):
+    image = read_image(written(dataset(PixelAspectRatio=ratio)))
+    assert image.quality.count("aspect_ignored") == 1
+    np.testing.assert_array_equal(image.pixels, by_percentiles(VALUES))
+    assert read_image(written(dataset(PixelAspectRatio=ratio, ImagerPixelSpacing=[0.2, 0.1]))).pixels.shape == (48, 20)
 
 
 def test_presentation_intent_is_flagged():
     assert "for_processing" in read_image(written(dataset(PresentationIntentType="FOR PROCESSING"))).quality
+    assert "for_processing" not in read_image(written(dataset(PresentationIntentType="FOR PRESENTATION"))).quality
+
+
+def test_burnt_in_text_is_flagged_and_stays():
+    for said, flagged in {"YES": True, "NO": False, None: False}.items():
+        image = read_image(written(dataset(BurnedInAnnotation=said)))
+        assert ("burned_in_annotation" in image.quality) == flagged
+        np.testing.assert_array_equal(image.pixels, by_percentiles(VALUES))
+
+
+def film(inverted: bool) -> np.ndarray:
+    """A chest in four strokes: dark air and lungs, bright body and mediastinum."""
+    grey = np.full((64, 64), 2000.0)
+    grey[:, :6], grey[:, -6:], grey[:10] = 100, 100, 100
+    grey[16:40, 12:26], grey[16:40, 38:52] = 900, 900
+    grey[16:50, 27:37] = 3500
+    return (4095 - grey if inverted else grey).astype(np.uint16)
+
+
+def test_polarity_is_checked_on_what_is_shown():
+    """A film that is stored inverted is right when its header says so, and suspect when the header is silent."""
+    for inverted, photometric, suspect in [
+        (False, "MONOCHROME2", False), (True, "MONOCHROME1", False),
+        (True, "MONOCHROME2", True), (False, "MONOCHROME1", True),
+    ]:  # fmt: skip
+        image = read_image(written(dataset(film(inverted), PhotometricInterpretation=photometric)))
+        assert ("polarity_suspect" in image.quality) == suspect
+
+
+@pytest.mark.parametrize("recipe", ["mimic-cxr-jpg-1", "chexpert-1"])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("short_side", [None, 20, 17])
+def test_published_presets_on_the_stored_values(recipe, photometric, short_side):
+    """No window, no modality LUT, no padding: pixel values as they are, then what the authors did, then shrunk."""
+    data = dataset(PhotometricInterpretation=photometric, WindowCenter=900, WindowWidth=100, RescaleSlope=-1,
+                   RescaleIntercept=4095, PresentationLUTShape="INVERSE")  # fmt: skip
+    data.add_new("PixelPaddingValue", "US", int(VALUES.max()))
+    if recipe == "mimic-cxr-jpg-1":
+        from_zero = VALUES.astype(np.float64) - VALUES.min()
+        grey = (from_zero / from_zero.max() * 255).astype(np.uint8)
+    else:
+        grey = cv2.convertScaleAbs(VALUES, alpha=255.0 / VALUES.max())
+    equalised = cv2.equalizeHist(255 - grey if photometric == "MONOCHROME1" else grey)
+    buffer = io.BytesIO()
+    Image.fromarray(equalised).save(buffer, "PNG")
+    image = read_image(written(data), short_side=short_side, recipe=recipe)
+    # The 8-bit file that the authors would have written is read to the same pixels, under any recipe.
+    for own in (recipe, "hilum-grey-1"):
+        published = read_image(buffer.getvalue(), short_side=short_side, recipe=own)
+        np.testing.assert_array_equal(image.pixels, published.pixels)
+        assert (image.intensity, published.intensity) == ("equalised", "as_is")
+
+
+def test_an_unknown_recipe_is_no_fault_of_the_file():
+    with pytest.raises(UnknownNameError):
+        read_image(written(dataset()), recipe="mimic")
 
 
 @pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.RLELossless,
@@ -293,6 +397,64 @@ def test_every_lossless_syntax_gives_the_same_pixels(syntax):
         data = dataset(syntax=syntax, WindowCenter=2000, WindowWidth=1500)
     image = read_image(written(data))
     np.testing.assert_array_equal(image.pixels, pixels_of(dataset(WindowCenter=2000, WindowWidth=1500)))
+
+
+@pytest.mark.parametrize("name", ["JPEGLosslessProcess14", "JPEGLosslessProcess14_1", "JPEGLSLossless"])
+@pytest.mark.parametrize(("bits", "signed"), [(8, False), (12, False), (16, False), (16, True)])
+def test_lossless_jpeg_that_gdcm_wrote(tmp_path, name, bits, signed):
+    values = (VALUES.astype(np.int64) << 4 >> (16 - bits)).astype(np.uint8 if bits == 8 else np.uint16)
+    if signed:
+        values = (values.astype(np.int64) - 2**15).astype(np.int16)
+    data = dataset(values, BitsStored=bits, HighBit=bits - 1)
+    (tmp_path / "plain.dcm").write_bytes(written(data))
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(tmp_path / "plain.dcm"))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, name)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(tmp_path / "packed.dcm"))
+    assert writer.Write()
+    image = read_image(tmp_path / "packed.dcm")
+    assert uid.UID(image.mode.removeprefix("dicom:")).is_compressed
+    np.testing.assert_array_equal(image.pixels, by_percentiles(values))
+
+
+def packed(pixels: np.ndarray, **elements: Any) -> bytes:
+    """JPEG 2000 of 12 bits; `elements` change what the header says of it afterwards."""
+    data = dataset(pixels, BitsStored=12, HighBit=11)
+    data.compress(uid.JPEG2000Lossless)
+    for keyword, value in elements.items():
+        setattr(data, keyword, value)
+    return written(data)
+
+
+@pytest.mark.parametrize("bits", [10, 11, 12, 14, 16])
+@pytest.mark.parametrize("values", [VALUES, VALUES.astype(np.int16) - 2000])
+def test_jpeg_2000_of_other_bits_than_declared(values, bits):
+    """The stream is trusted; the header is flagged where the values do not fit in it."""
+    image = read_image(packed(values, BitsStored=bits, HighBit=bits - 1))
+    np.testing.assert_array_equal(image.pixels, by_percentiles(values))
+    assert ("bits_stored_mismatch" in image.quality) == (bits < 12)
+
+
+def test_jpeg_2000_of_another_sign_than_declared_follows_the_header_with_a_flag():
+    signed = VALUES.astype(np.int16) - 2000
+    for values, declared, meant in [
+        (VALUES, 1, np.where(VALUES < 2048, VALUES, VALUES.astype(int) - 4096)),
+        (signed, 0, signed.astype(int) & 0x0FFF),
+    ]:
+        image = read_image(packed(values, PixelRepresentation=declared))
+        assert "sign_mismatch" in image.quality
+        np.testing.assert_array_equal(image.pixels, by_percentiles(meant))
+    assert "sign_mismatch" not in read_image(packed(signed)).quality
+
+
+def test_jpeg_2000_that_does_not_fit_the_declared_words_is_refused():
+    assert reason(packed(VALUES, BitsAllocated=8, BitsStored=8, HighBit=7)) == "damaged"
+    assert reason(packed(VALUES, SamplesPerPixel=3, PhotometricInterpretation="RGB")) == "damaged"
 
 
 def jpeg_dicom(grey: np.ndarray, **elements: Any) -> bytes:
