@@ -20,6 +20,7 @@ from hilum.data.pools import mark_ssl_by_pool, open_pool, split_by_part
 from hilum.data.rows import SourceOptions, SourceRows, check_dataset_name
 from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, label_column
 from hilum.data.sources import (
+    brax,
     chexpert,
     cxrlt,
     folder,
@@ -37,6 +38,7 @@ from hilum.data.splits import assign, check_fractions, mark_ssl, settle_across_d
 from hilum.data.views import is_frontal, view_of
 
 SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
+    "brax": brax.read,
     "chexpert": chexpert.read,
     "cxrlt": cxrlt.read,
     "folder": folder.read,

@@ -3,6 +3,7 @@
 A layout names every image of a cohort (`jobs`) and writes the tables once they are made (`tables`).
 """
 
+from hilum.data.phantoms.layouts.brax import BRAX
 from hilum.data.phantoms.layouts.chexpert import CHEXPERT, CHEXPERT_PLUS, CHEXPERT_SMALL
 from hilum.data.phantoms.layouts.cxrlt import CXRLT, CXRLT_OF_2023
 from hilum.data.phantoms.layouts.jobs import Layout
@@ -11,6 +12,7 @@ from hilum.data.phantoms.layouts.nih import NIH
 from hilum.data.phantoms.layouts.padchest import PADCHEST
 
 LAYOUTS: dict[str, Layout] = {
+    "brax": BRAX,
     "chexpert": CHEXPERT,
     "chexpert-plus": CHEXPERT_PLUS,
     "chexpert-small": CHEXPERT_SMALL,
