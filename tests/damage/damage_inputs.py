@@ -175,3 +175,98 @@ def mutate(content: bytes, rng: np.random.Generator) -> tuple[bytes, bool]:
         else:
             changed[at:at] = rng.integers(0, 256, int(rng.integers(1, 50)), dtype=np.uint8).tobytes()
     return bytes(changed), False
+
+
+def twelve_bit_jpeg() -> bytes:
+    """A JPEG whose header says 12 bits."""
+    content = bytearray(saved(Image.fromarray(phantom()), "JPEG"))
+    at = content.index(b"\xff\xc0")
+    content[at + 1], content[at + 4] = 0xC1, 12
+    return bytes(content)
+
+
+def resized(content: bytes, rows: int, cols: int) -> bytes:
+    """A JPEG whose header claims another size."""
+    changed = bytearray(content)
+    at = changed.index(b"\xff\xc0")
+    changed[at + 5 : at + 9] = struct.pack(">HH", rows, cols)
+    return bytes(changed)
+
+
+def deflated_zeros(count: int) -> bytes:
+    """At least so many zero bytes as a raw deflate stream: one piece, made once and repeated."""
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    piece = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return piece * -(-count // 2**20) + packer.flush()
+
+
+def zeros(count: int) -> bytes:
+    """The same with a zlib header; the checksum at its end is left out, since nothing should read so far."""
+    return b"\x78\x9c" + deflated_zeros(count)
+
+
+def packed_png(width: int, height: int, bits: int, colour: int, data: bytes, extra: bytes = b"") -> bytes:
+    """A PNG of pixel data that are compressed already."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def nested(depth: int) -> Dataset:
+    """Sequences within sequences."""
+    data = Dataset()
+    data.PatientID = "MRN-77"
+    for _ in range(depth):
+        outer = Dataset()
+        outer.ReferencedImageSequence = [data]
+        data = outer
+    return data
+
+
+def deep(depth: int) -> bytes:
+    """A radiograph with sequences nested so deep that a writer that recurses would not get there; written by hand."""
+    start, end = (
+        b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff",
+        (b"\xfe\xff\x0d\xe0\0\0\0\0\xfe\xff\xdd\xe0\0\0\0\0"),
+    )
+    content = written(radiograph(phantom()))
+    at = content.index(b"\x10\x00\x10\x00PN")
+    return content[:at] + start * depth + end * depth + content[at:]
+
+
+def bombs() -> dict[str, tuple[bytes, str]]:
+    """Small files that ask for much: content and the reason with which each is refused."""
+    grey = phantom()
+    jpeg = saved(Image.fromarray(grey), "JPEG")
+    scan = jpeg.index(b"\xff\xda")
+    scan_header = jpeg[scan : scan + 2 + int.from_bytes(jpeg[scan + 2 : scan + 4], "big")]
+    row = zeros(20000 * 2501)
+    text = b"Comment\0\0" + zeros(2**27)
+    profile = b"icc\0\0" + zeros(2**27)
+    return {
+        "png_of_400_million_pixels": (packed_png(20000, 20000, 1, 0, row), "too_large"),
+        "png_of_declared_50000_square": (png(50000, 50000, 1, 0, bytes(100)), "too_large"),
+        "png_of_declared_2_31": (png(2**31 - 1, 2**31 - 1, 16, 6, bytes(100)), "too_large"),
+        "png_of_8000_square_and_no_data": (png(8000, 8000, 8, 0, bytes(100)), "damaged"),
+        "png_of_8000_square_in_16_bit_colour": (packed_png(8000, 8000, 16, 6, zeros(8000 * 64001)), "too_large"),
+        "png_text": (png(8, 8, 8, 0, bytes(72), chunk(b"zTXt", text)), "damaged"),
+        "png_profile": (png(8, 8, 8, 0, bytes(72), chunk(b"iCCP", profile)), "damaged"),
+        "png_animation": (png(8, 8, 8, 0, bytes(72), chunk(b"acTL", struct.pack(">II", 10000, 0))), "multi_frame"),
+        "jpeg_of_declared_65500_square": (resized(jpeg, 65500, 65500), "too_large"),
+        "jpeg_of_8000_square_and_no_data": (resized(jpeg, 8000, 8000), "truncated"),
+        "jpeg_of_500_scans": (jpeg[:scan] + scan_header * 500 + jpeg[scan:], "too_large"),
+        "dicom_of_declared_65535_square": (written(radiograph(grey, Rows=65535, Columns=65535)), "too_large"),
+        "dicom_rle_of_declared_32000_square": (
+            compressed(grey, uid.RLELossless, bytes(64) + bytes(2000), Rows=32000, Columns=32000), "too_large"),
+        "dicom_rle_of_8000_square_and_no_data": (
+            compressed(grey, uid.RLELossless, struct.pack("<16I", 1, 64, *[0] * 14) + bytes(2000), Rows=8000,
+                       Columns=8000), "damaged"),
+        "dicom_of_10000_frames": (written(radiograph(grey, NumberOfFrames=10000)), "multi_frame"),
+        "dicom_deflated": (deflated_bomb(), "too_large"),
+        "dicom_nested_1000_deep": (deep(1000), "damaged"),
+    }  # fmt: skip
+
+
+def deflated_bomb() -> bytes:
+    """A deflated data set of 1 GB of zeros."""
+    content = written(radiograph(phantom(), uid.DeflatedExplicitVRLittleEndian))
+    return content[: 144 + int.from_bytes(content[140:144], "little")] + deflated_zeros(2**30)

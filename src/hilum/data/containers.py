@@ -15,6 +15,8 @@ from hilum.core.errors import UnreadableImageError, UnsupportedImageError
 
 MAX_PIXELS = 64 * 2**20
 """Larger images are refused from their header, before any pixel is decoded."""
+MAX_DECODED = 4 * MAX_PIXELS
+"""Bytes that pixels may take once they are decoded, with all their channels."""
 MAX_SCANS = 100
 """Scans of one JPEG; a progressive file has about ten, a file made to exhaust a decoder has thousands."""
 _NOISE = bytes((37 * number + 11) % 255 for number in range(96))
@@ -27,6 +29,7 @@ JPEG_SIGNATURE = b"\xff\xd8\xff"
 _TABLE_MARKERS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xDA, 0xF8, 0xFE})
 _APPLICATION_MARKERS = frozenset(range(0xE0, 0xF0))
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of the colour types of PNG
 _COSINE_MARKERS = frozenset({0xC0, 0xC1, 0xC2})
 _PROGRESSIVE_MARKERS = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _ORIENTATION_TAG = 274
@@ -105,7 +108,7 @@ def check_png(content: bytes) -> tuple[int, bytes]:
 
     Raises:
         UnreadableImageError: truncated, damaged.
-        UnsupportedImageError: multi_frame (an animation).
+        UnsupportedImageError: multi_frame (an animation), too_large.
     """
     position, view = len(PNG_SIGNATURE), memoryview(content)
     bits, exif = 0, b""
@@ -117,7 +120,11 @@ def check_png(content: bytes) -> tuple[int, bytes]:
         if zlib.crc32(view[position + 4 : end - 4]) != struct.unpack_from(">I", content, end - 4)[0]:
             raise UnreadableImageError("damaged", f"a PNG chunk ({name!r}) does not match its checksum.")
         if name == b"IHDR":
-            bits = content[position + 16]
+            if length != 13:
+                raise UnreadableImageError("damaged", f"a PNG header of {length} bytes; expected 13.")
+            cols, rows, bits, colour = struct.unpack_from(">IIBB", content, position + 8)
+            if rows * cols * _CHANNELS.get(colour, 1) * bits > 8 * MAX_DECODED:
+                raise UnsupportedImageError("too_large", f"{rows} x {cols} pixels of type {colour} and {bits} bits.")
         if name == b"eXIf":
             exif = content[position + 8 : end - 4]
         if name == b"acTL":

@@ -25,7 +25,7 @@ from hilum.data.dicom_pixels import check_header, decode, meaningful_bits
 from hilum.data.hashing import sampled
 from hilum.data.images import DecodedImage, quality_flags, quiet
 
-MAX_INFLATED = 4 * MAX_PIXELS + 2**24
+MAX_INFLATED = 2 * MAX_PIXELS + 2**24
 """Bytes that a deflated data set may grow to."""
 HEADER_START = 8192  # bytes in which the file meta information must be
 DEFLATED = str(uid.DeflatedExplicitVRLittleEndian)
@@ -113,14 +113,22 @@ def _inflated(content: bytes) -> bytes:
         raise UnreadableImageError("damaged_header", "the file meta information cannot be read.")
     if syntax != DEFLATED.encode():  # the name is somewhere else in the header
         return content
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    body = inflater.decompress(content[position:], MAX_INFLATED)
-    if inflater.unconsumed_tail:
-        raise UnsupportedImageError("too_large", f"a deflated data set of more than {MAX_INFLATED} bytes.")
-    if not inflater.eof:
-        raise UnreadableImageError("truncated", "the deflated data set ends early.")
+    body = zlib.decompress(content[position : position + _measured(content[position:])], -zlib.MAX_WBITS)
     name = str(uid.ExplicitVRLittleEndian).encode() + b"\0"
     return content[:132] + struct.pack("<HH2sH", 0x0002, 0x0010, b"UI", len(name)) + name + body
+
+
+def _measured(packed: bytes) -> int:
+    """Length of a deflated stream, inflated once piece by piece before it is held in memory as a whole."""
+    inflater, rest, size = zlib.decompressobj(-zlib.MAX_WBITS), packed, 0
+    while rest and not inflater.eof:
+        size += len(inflater.decompress(rest, 2**20))
+        rest = inflater.unconsumed_tail
+        if size > MAX_INFLATED:
+            raise UnsupportedImageError("too_large", f"a deflated data set of more than {MAX_INFLATED} bytes.")
+    if not inflater.eof:
+        raise UnreadableImageError("truncated", "the deflated data set ends early.")
+    return len(packed) - len(inflater.unused_data)
 
 
 def _render(dataset: pydicom.FileDataset, short_side: int | None, preset: intensity.Equalise | None) -> DecodedImage:
