@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hilum.commands.build import BUDGET, check_budget, describe
-from hilum.core.errors import ConfigError, UnknownNameError
+from hilum.core.errors import ConfigError, ManifestError, UnknownNameError
 from hilum.core.tracking import next_step, progress, say
 from hilum.core.types import SPLITS
 from hilum.data.build import build_store
+from hilum.data.intensity import PREPROCESS_ID
 from hilum.data.store import Store
 from hilum.data.webdataset import ExportOptions, chosen, export
 from hilum.data.webdataset_reading import Reading, read_tars, tars_of
@@ -60,7 +61,7 @@ def to_store(inputs: Sequence[Path], out: Path, options: ImportOptions) -> None:
 
     Raises:
         StoreError: no tars there; a store of other data at `out`; or more than the budget was refused.
-        ManifestError: what the samples say does not fit together.
+        ManifestError: what the samples say does not fit together, such as two intensity recipes.
     """
     if not 0 <= options.budget <= 1:
         raise ConfigError(f"--budget: expected a share between 0 and 1, found {options.budget}.")
@@ -69,7 +70,15 @@ def to_store(inputs: Sequence[Path], out: Path, options: ImportOptions) -> None:
     reading = read_tars(tars_of(inputs), options.dataset, options.split, options.licence)
     for line in _describe(reading):
         say(line)
-    summary = build_store(reading.manifest, out, options.size, options.encoding, options.workers)
+    if len(reading.recipes) > 1:
+        raise ManifestError(
+            f"The tars come from stores of {' and '.join(reading.recipes)}: images of two intensity recipes. Read those "
+            "of each recipe into a store of their own."
+        )
+    recipe = reading.recipes[0] if reading.recipes else PREPROCESS_ID
+    summary = build_store(
+        reading.manifest, out, options.size, options.encoding, options.workers, intensity=recipe
+    )
     for line in describe(summary):
         say(line)
     check_budget(summary, out, options.budget)

@@ -169,6 +169,7 @@ def _sample(store: Store, index: int, licence: str, with_ids: bool) -> Sample:
         "view": str(store.views[index]),
         "split": str(store.splits[index]),
         "ssl_ok": bool(store.ssl_ok[index]),
+        "preprocess_id": store.preprocess_id,
         "labels": {name: VALUES[int(code)] for name, code in zip(store.findings, store.labels[index], strict=True)},
     }
     if with_ids:

@@ -25,6 +25,7 @@ from hilum.data.rows import check_dataset_name
 from hilum.data.schema import Manifest, check_rows, complete, label_column
 from hilum.data.tar import End, Member, read_span, scan
 from hilum.data.views import view_of
+from hilum.data.intensity import PREPROCESS_ID
 from hilum.data.webdataset import FORMAT, SUMMARY, VALUES, is_export, listed
 
 IMAGES = ("jpg", "jpeg", "png", "dcm")
@@ -48,6 +49,8 @@ class Reading:
     """Members that belong to no sample with an image, or are of no kind that is read."""
     unlabelled: int
     """Samples without labels."""
+    recipes: tuple[str, ...]
+    """Intensity recipes that samples of ours were made with."""
 
     @property
     def samples(self) -> int:
@@ -65,6 +68,7 @@ class _Rows:
     duplicates: int = 0
     others: int = 0
     ours: bool = True
+    recipes: set[str] = field(default_factory=set)
 
     def add(self, row: Mapping[str, Any], labels: Mapping[str, int]) -> None:
         for name, values in self.columns.items():
@@ -143,6 +147,7 @@ def read_tars(tars: Sequence[Path], dataset: str, split: str, licence: str = "")
         duplicates=rows.duplicates,
         others=rows.others,
         unlabelled=used - sum(bool(labels) for labels in rows.labels),
+        recipes=tuple(sorted(rows.recipes)),
     )
 
 
@@ -171,6 +176,8 @@ def _read_tar(path: Path, relative: str, defaults: tuple[str, str, str], rows: _
             row |= identity
             rows.first[row["image_uid"]] = (path, image)
             rows.ours &= bool(row["member_exact"])
+            if row["member_exact"]:
+                rows.recipes.add(said.get("preprocess_id", PREPROCESS_ID))
         except ImageError as error:
             row["member_refused"], labels = error.reason, {}
         rows.add(row, labels)
@@ -296,7 +303,8 @@ def _labels(said: Mapping[str, Any]) -> dict[str, int]:
 
 def _identity(said: Mapping[str, Any], key: str, defaults: tuple[str, str, str]) -> dict[str, Any]:
     """Whose image it is. What an export of ours says is taken as it is; ids of others get their dataset in front."""
-    for name in ("dataset", "licence", "uid", "image_id", "patient_id", "study_id", "view", "split"):
+    texts = ("dataset", "licence", "uid", "image_id", "patient_id", "study_id", "view", "split", "preprocess_id")
+    for name in texts:
         if not isinstance(said.get(name, ""), str):
             raise ImageError("damaged_labels", f"{name}: expected text.")
     dataset, split, licence = (said.get(name) or default for name, default in zip(

@@ -36,6 +36,7 @@ def combine_models(paths: Sequence[Path], out: Path, study: str = "mean") -> Pat
     Raises:
         ConfigError: fewer than two members, one of them twice, or `out` is taken.
         CheckpointError: not a model, damaged, or itself an ensemble.
+        PreprocessingMismatchError: members that read images by different recipes.
         PredictionError: members validated on other images, with other labels or findings.
         StageError: validation predictions that are not out of sample.
     """
@@ -46,6 +47,12 @@ def combine_models(paths: Sequence[Path], out: Path, study: str = "mean") -> Pat
     for path, content in zip(paths, contents, strict=True):
         if content["format"] != files.MODEL_FORMAT:
             raise ConfigError(f"{path} is itself an ensemble; name its members instead.")
+    recipes = sorted({str(content["preprocessing"]["id"]) for content in contents})
+    if len(recipes) > 1:
+        raise PreprocessingMismatchError(
+            f"An ensemble reads each image once, and these models were trained with {' and '.join(recipes)}. Predict "
+            "with each of them, and combine the prediction files."
+        )
     digests = [files.digest_of(path) for path in paths]
     if len(set(digests)) < 2 or len(set(digests)) < len(digests):
         raise ConfigError(f"An ensemble needs two or more different models, found {', '.join(map(str, paths))}.")
