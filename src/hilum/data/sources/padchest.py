@@ -45,6 +45,7 @@ TRUST = {"Physician": "physician", "RNN_model": "rnn", "": None}
 EMPTY_CELLS = ("", "nan", "NaN", "None")
 LONGEST_CELL = 10_000
 """Characters of a cell of labels; the longest real ones have a few hundred."""
+BETWEEN = "\x1f"
 LABELS = load_map("padchest")
 
 
@@ -168,14 +169,19 @@ def label_lists(cells: pl.Series, path: Path) -> pl.Series:
     Raises:
         UnknownLabelError: a cell is not a list of texts; names its row.
     """
-    read_cells = {cell: _label_list(cell) for cell in cells.unique()}
-    bad = cells.is_in([cell for cell, labels in read_cells.items() if labels is None])
+    texts = cells.unique()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an unknown escape in a text
+        lists = [_label_list(text) for text in texts]
+    bad = cells.is_in(texts.filter(pl.Series([labels is None for labels in lists])).implode())
     if bad.any():
         raise UnknownLabelError(
             f"{path}, row {row_of(bad)}: {cells.name!r} is not a list of labels such as \"['cardiomegaly', 'nodule']\" "
             f"({bad.sum()} such rows)."
         )
-    return pl.Series(cells.name, [read_cells[cell] or None for cell in cells], dtype=pl.List(pl.String))
+    joined = [BETWEEN.join(labels) if labels else None for labels in lists if labels is not None]
+    by_text = pl.DataFrame({cells.name: texts, "lists": pl.Series(joined, dtype=pl.String).str.split(BETWEEN)})
+    return cells.to_frame().join(by_text, on=cells.name, how="left", maintain_order="left")["lists"].alias(cells.name)
 
 
 def _label_list(cell: str) -> list[str] | None:
@@ -184,9 +190,7 @@ def _label_list(cell: str) -> list[str] | None:
     if len(cell) > LONGEST_CELL:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # an unknown escape in a text
-            labels = ast.literal_eval(cell.strip())
+        labels = ast.literal_eval(cell.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError, Warning):
         return None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
