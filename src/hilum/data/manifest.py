@@ -33,6 +33,7 @@ from hilum.data.sources import (
     rsna,
     shenzhen,
     siim,
+    vindr,
 )
 from hilum.data.splits import assign, check_fractions, mark_ssl, settle_across_datasets
 from hilum.data.views import is_frontal, view_of
@@ -51,6 +52,7 @@ SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
     "rsna": rsna.read,
     "shenzhen": shenzhen.read,
     "siim": siim.read,
+    "vindr": vindr.read,
 }
 
 SplitRule = Literal["auto", "official", "project"]
