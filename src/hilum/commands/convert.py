@@ -72,13 +72,11 @@ def to_store(inputs: Sequence[Path], out: Path, options: ImportOptions) -> None:
         say(line)
     if len(reading.recipes) > 1:
         raise ManifestError(
-            f"The tars come from stores of {' and '.join(reading.recipes)}: images of two intensity recipes. Read those "
-            "of each recipe into a store of their own."
+            f"The tars come from stores of {' and '.join(reading.recipes)}, which are different intensity recipes. "
+            "Read those of each recipe into a store of their own."
         )
     recipe = reading.recipes[0] if reading.recipes else PREPROCESS_ID
-    summary = build_store(
-        reading.manifest, out, options.size, options.encoding, options.workers, intensity=recipe
-    )
+    summary = build_store(reading.manifest, out, options.size, options.encoding, options.workers, intensity=recipe)
     for line in describe(summary):
         say(line)
     check_budget(summary, out, options.budget)

@@ -1,15 +1,14 @@
 """From tars of images to a manifest whose images are members of them: WebDataset shards of ours and of other tools.
 
 A sample is the members with the same name up to the first dot of its last part: one image (jpg, jpeg, png, dcm) and
-perhaps `json`, `cls` or `txt`. Only the `json` is read: `labels` (finding -> 1, 0, null or "uncertain"), `patient_id`,
-`study_id`, `view`, `split`, `dataset`. Nothing is extracted. What cannot be used gets a row with its reason, so that
-every sample is stored, in quarantine, or a copy of another. Images are decoded later, by build.py.
+perhaps `json`, `cls` or `txt`, of which only the `json` is read (webdataset_json.py). Nothing is extracted. What cannot
+be used gets a row with its reason, so that every sample is stored, in quarantine, or a copy of another. Images are
+decoded later, by build.py.
 """
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,23 +16,21 @@ from typing import Any
 
 import polars as pl
 
-from hilum.core.errors import ImageError, ManifestError, StoreError
-from hilum.core.types import SPLIT_NAMES, SPLITS, UNKNOWN, image_uid
+from hilum.core.errors import ImageError, StoreError
+from hilum.core.types import UNKNOWN, image_uid
 from hilum.data.images import MAX_FILE_BYTES
-from hilum.data.labels import canonical, ordered
+from hilum.data.intensity import PREPROCESS_ID
+from hilum.data.labels import ordered
 from hilum.data.rows import check_dataset_name
 from hilum.data.schema import Manifest, check_rows, complete, label_column
 from hilum.data.tar import End, Member, read_span, scan
 from hilum.data.views import view_of
-from hilum.data.intensity import PREPROCESS_ID
-from hilum.data.webdataset import FORMAT, SUMMARY, VALUES, is_export, listed
+from hilum.data.webdataset import SUMMARY, is_export, listed
+from hilum.data.webdataset_json import identity_of, json_of, labels_of
 
 IMAGES = ("jpg", "jpeg", "png", "dcm")
 TEXTS = ("json", "cls", "txt")
-MAX_JSON_BYTES = 2**20
 ROOT_KEY = "tars"
-_CODES = {value: code for code, value in VALUES.items()}
-_UID = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Reading:
     """A row for each sample, those that are refused too (`member_refused`); and one for the rest of a cut tar."""
     tars: int
     duplicates: int
-    """Samples that are there already, with the same key and the same bytes."""
+    """Samples that are there already: the same key, the same bytes of the image, the same JSON."""
     others: int
     """Members that belong to no sample with an image, or are of no kind that is read."""
     unlabelled: int
@@ -58,13 +55,17 @@ class Reading:
         return len(self.manifest) + self.duplicates
 
 
+_Sample = tuple[Path, Member, Member | None]
+"""A tar, and in it an image and the JSON beside it."""
+
+
 @dataclass
 class _Rows:
     """Rows under way: columns, the labels of each row, and where each uid was first seen."""
 
     columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
     labels: list[Mapping[str, int]] = field(default_factory=list)
-    first: dict[str, tuple[Path, Member]] = field(default_factory=dict)
+    first: dict[str, _Sample] = field(default_factory=dict)
     duplicates: int = 0
     others: int = 0
     ours: bool = True
@@ -159,22 +160,23 @@ def _read_tar(path: Path, relative: str, defaults: tuple[str, str, str], rows: _
             "reached by itself: unpack them with gunzip first."
         )
     for key, members in groups:
-        row = _blank(defaults, relative, members[0])
+        row = _blank(defaults, relative, members[0], str(members[0].offset))
         labels: Mapping[str, int] = {}
         try:
             image = _image_of(members)
             row |= {"member_offset": image.offset, "member_length": image.length}
-            said = _json_of(path, members)
-            labels = _labels(said)
-            identity = _identity(said, key, defaults)
-            first = rows.first.get(identity["image_uid"])
-            if first is not None and _same(first, (path, image)):
+            text = next((member for member in members if _split(member.name)[1] == "json"), None)
+            said = json_of(path, text)
+            labels = labels_of(said)
+            identity = identity_of(said, key, defaults)
+            sample = (path, image, text)
+            first = rows.first.setdefault(identity["image_uid"], sample)
+            if first is not sample and _same(first, sample):
                 rows.duplicates += 1
                 continue
-            if first is not None:
+            if first is not sample:
                 raise ImageError("duplicate_key", "another image has the same key.")
             row |= identity
-            rows.first[row["image_uid"]] = (path, image)
             rows.ours &= bool(row["member_exact"])
             if row["member_exact"]:
                 rows.recipes.add(said.get("preprocess_id", PREPROCESS_ID))
@@ -183,7 +185,7 @@ def _read_tar(path: Path, relative: str, defaults: tuple[str, str, str], rows: _
         rows.add(row, labels)
     if end.fault:
         rest = Member("", end.offset, 0)
-        rows.add(_blank(defaults, relative, rest) | {"member_refused": end.fault}, {})
+        rows.add(_blank(defaults, relative, rest, "end") | {"member_refused": end.fault}, {})
 
 
 def _grouped(path: Path, rows: _Rows) -> tuple[Iterator[tuple[str, list[Member]]], End]:
@@ -219,10 +221,10 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
 
-def _blank(defaults: tuple[str, str, str], relative: str, member: Member) -> dict[str, Any]:
+def _blank(defaults: tuple[str, str, str], relative: str, member: Member, name: str) -> dict[str, Any]:
     """The row of a sample that is refused: an identity of its own, that no other sample can have."""
     dataset, _, licence = defaults
-    place = f"{relative}@{member.offset}"
+    place = f"{relative}@{name}"
     return {
         "image_uid": image_uid(dataset, f"refused:{place}"),
         "dataset": dataset,
@@ -255,91 +257,12 @@ def _image_of(members: Sequence[Member]) -> Member:
     return images[0]
 
 
-def _json_of(path: Path, members: Sequence[Member]) -> dict[str, Any]:
-    """What the sample says of itself; empty where it says nothing.
-
-    A sample whose JSON is damaged is refused whole: an image with the wrong labels, or without those that it had, is
-    worse than none.
-    """
-    texts = [member for member in members if _split(member.name)[1] == "json"]
-    if not texts:
-        return {}
-    if texts[0].length > MAX_JSON_BYTES:
-        raise ImageError("damaged_labels", f"a JSON of more than {MAX_JSON_BYTES} bytes.")
-    try:
-        content = read_span(path, texts[0].offset, texts[0].length).decode()
-        said = json.loads(content, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ImageError("damaged_labels", "not valid JSON.") from error
-    if not isinstance(said, dict):
-        raise ImageError("damaged_labels", "expected a JSON object.")
-    return said
+def _same(first: _Sample, second: _Sample) -> bool:
+    """Whether two samples have the same bytes. One picture with two sets of labels is a conflict, not a copy."""
+    return len({_digests(sample) for sample in (first, second)}) == 1
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _labels(said: Mapping[str, Any]) -> dict[str, int]:
-    stated = said.get("labels", {})
-    if not isinstance(stated, dict):
-        raise ImageError("damaged_labels", "expected labels as finding: value.")
-    exact = said.get("format") == FORMAT
-    labels = {}
-    for name, value in stated.items():
-        if isinstance(value, list | dict) or value not in _CODES:
-            raise ImageError("damaged_labels", "expected 1, 0, null or 'uncertain'.")
-        labels[name if exact else canonical(name)] = _CODES[value]
-    if len(labels) != len(stated):
-        raise ImageError("damaged_labels", "two labels are the same finding.")
-    return labels
-
-
-def _identity(said: Mapping[str, Any], key: str, defaults: tuple[str, str, str]) -> dict[str, Any]:
-    """Whose image it is. What an export of ours says is taken as it is; ids of others get their dataset in front."""
-    texts = ("dataset", "licence", "uid", "image_id", "patient_id", "study_id", "view", "split", "preprocess_id")
-    for name in texts:
-        if not isinstance(said.get(name, ""), str):
-            raise ImageError("damaged_labels", f"{name}: expected text.")
-    dataset, split, licence = (said.get(name) or default for name, default in zip(
-        ("dataset", "split", "licence"), defaults, strict=True))  # fmt: skip
-    ours = said.get("format") == FORMAT
-    if ours:
-        split = said.get("split", "")
-    split = SPLIT_NAMES.get(split.strip().lower(), split)
-    uid = said.get("uid", "") if ours else image_uid(dataset, key)
-    image_id = said.get("image_id") or (uid if ours else key)
-    patient, study = said.get("patient_id") or image_id, said.get("study_id") or image_id
-    prefix = "" if ours and said.get("patient_id") else f"{dataset}/"
-    if split not in SPLITS or not _UID.fullmatch(uid) or not isinstance(said.get("ssl_ok", True), bool):
-        raise ImageError("damaged_labels", "a split or a uid that is none.")
-    try:
-        check_dataset_name(dataset)
-    except ManifestError as error:
-        raise ImageError("damaged_labels", "a dataset that cannot be one.") from error
-    return {
-        "image_uid": uid,
-        "dataset": dataset,
-        "licence_tag": licence,
-        "patient_id": prefix + patient,
-        "study_id": prefix + study,
-        "image_id": image_id,
-        "view": said.get("view", ""),
-        "split_project": split,
-        "ssl_ok": said.get("ssl_ok", True),
-        "member_exact": ours,
-    }
-
-
-def _same(first: tuple[Path, Member], second: tuple[Path, Member]) -> bool:
-    """Whether two members have the same bytes."""
-    digests = {
-        hashlib.sha256(read_span(path, member.offset, member.length)).digest() for path, member in (first, second)
-    }
-    return len(digests) == 1
+def _digests(sample: _Sample) -> tuple[bytes, ...]:
+    path, image, text = sample
+    members = [image] if text is None else [image, text]
+    return tuple(hashlib.sha256(read_span(path, member.offset, member.length)).digest() for member in members)
