@@ -16,7 +16,7 @@ from hilum.data.phantoms.encoding import FORMS, dicom, encode, raw12_inverted, s
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(2, axis=1)  # every value, 16 x 32
 
 
-@pytest.mark.parametrize("form", ["png", "png_rgba", "dicom", "dicom_monochrome1", "dicom_no_syntax"])
+@pytest.mark.parametrize("form", ["png", "png_rgb", "png_rgba", "dicom", "dicom_monochrome1", "dicom_no_syntax"])
 def test_what_is_read_back_is_the_picture(form):
     np.testing.assert_array_equal(read_image(encode(form, GREY, "a")).pixels, GREY)
 

@@ -47,6 +47,11 @@ def png12(pixels: Grey, image_id: str = "") -> bytes:
     return png(spread(pixels, 12))
 
 
+def png_rgb(pixels: Grey, image_id: str = "") -> bytes:
+    """PNG with three equal colours, as the films of Shenzhen."""
+    return png(np.dstack([pixels, pixels, pixels]))
+
+
 def png_rgba(pixels: Grey, image_id: str = "") -> bytes:
     """PNG with three equal colours and opaque alpha, as a few files of NIH ChestX-ray14."""
     return png(np.dstack([pixels, pixels, pixels, np.full_like(pixels, 255)]))
@@ -125,6 +130,7 @@ FORMS: dict[str, Callable[..., bytes]] = {
     "png": png,
     "png16": png16,
     "png12": png12,
+    "png_rgb": png_rgb,
     "png_rgba": png_rgba,
     "jpeg": jpeg,
     "raw12_inverted": raw12_inverted,

@@ -146,7 +146,7 @@ def _ancestry(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, dict[str, 
     if path is None:
         return own, {}, [
             f"no map to NIH ({MAP}): these are NIH images of patients that are not known, 73 % of them in NIH's train "
-            "list. Get the map, or compare the pictures with `hilum audit` before both are used"
+            "list. Get the map, or compare the pictures (`hilum audit --pixels`) before both are used"
         ]  # fmt: skip
     names = _map(path)
     known = pl.col("image_id").replace_strict(names, default=None, return_dtype=pl.String).alias("nih")

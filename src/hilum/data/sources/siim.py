@@ -78,8 +78,8 @@ def read(options: SourceOptions) -> SourceRows:
         official=False,
         tables={path.name: table.sha256},
         notes=(
-            "these are NIH images, and no public map says which: compare the pictures with `hilum audit` before both "
-            "are used",
+            "these are NIH images, and no public map says which: compare the pictures (`hilum audit --pixels`) before "
+            "both are used",
             *notes,
             *missing,
             *unread,
@@ -107,10 +107,10 @@ def _images(table: Table) -> pl.DataFrame:
         raise UnknownLabelError(
             f"{path}, row {row_of(bad)}: 'EncodedPixels' is neither -1 nor pairs of numbers ({bad.sum()} such rows)."
         )
-    mixed = frame.select(pl.lit(none).n_unique().over("ImageId") > 1).to_series()
+    cells = pl.DataFrame([frame["ImageId"].alias("image_id"), frame["EncodedPixels"].alias("cell"), none.alias("none")])
+    mixed = cells.select(pl.col("none").n_unique().over("image_id") > 1).to_series()
     if mixed.any():
         raise ManifestError(f"{path}, row {row_of(mixed)}: one image has a region in one row and none in another.")
-    cells = pl.DataFrame([frame["ImageId"].alias("image_id"), frame["EncodedPixels"].alias("cell"), none.alias("none")])
     grouped = cells.group_by("image_id", maintain_order=True).agg("cell", pl.col("none").first())
     tokens = [[] if absent else ["mask"] for absent in grouped["none"]]
     raw = [json.dumps([cell[:SHOWN_RUNS] for cell in found]) for found in grouped["cell"]]

@@ -6,10 +6,15 @@ A layout names every image of a cohort (`jobs`) and writes the tables once they 
 from hilum.data.phantoms.layouts.brax import BRAX
 from hilum.data.phantoms.layouts.chexpert import CHEXPERT, CHEXPERT_PLUS, CHEXPERT_SMALL
 from hilum.data.phantoms.layouts.cxrlt import CXRLT, CXRLT_OF_2023
+from hilum.data.phantoms.layouts.films import MONTGOMERY, SHENZHEN
 from hilum.data.phantoms.layouts.jobs import Layout
+from hilum.data.phantoms.layouts.jsrt import JSRT
 from hilum.data.phantoms.layouts.mimic import MIMIC, MIMIC_DICOM
 from hilum.data.phantoms.layouts.nih import NIH
+from hilum.data.phantoms.layouts.openi import OPENI
 from hilum.data.phantoms.layouts.padchest import PADCHEST
+from hilum.data.phantoms.layouts.rsna import RSNA
+from hilum.data.phantoms.layouts.siim import SIIM
 
 LAYOUTS: dict[str, Layout] = {
     "brax": BRAX,
@@ -18,8 +23,14 @@ LAYOUTS: dict[str, Layout] = {
     "chexpert-small": CHEXPERT_SMALL,
     "cxrlt": CXRLT,
     "cxrlt2023": CXRLT_OF_2023,
+    "jsrt": JSRT,
     "mimic": MIMIC,
     "mimic-dicom": MIMIC_DICOM,
+    "montgomery": MONTGOMERY,
     "nih": NIH,
+    "openi": OPENI,
     "padchest": PADCHEST,
+    "rsna": RSNA,
+    "shenzhen": SHENZHEN,
+    "siim": SIIM,
 }

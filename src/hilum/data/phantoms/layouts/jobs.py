@@ -2,12 +2,14 @@
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hilum.core.errors import ConfigError
 from hilum.core.seeding import derive
+from hilum.data.label_maps import LabelMap
 from hilum.data.phantoms.cohort import ImagePlan, PatientPlan, StudyPlan
 
 
@@ -82,3 +84,37 @@ def csv_text(rows: list[list[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+def frontal_images(study: StudyPlan) -> list[ImagePlan]:
+    """The PA and AP images of a study, for sources that have no others."""
+    return [plan for plan in study.images if plan.position in ("PA", "AP")]
+
+
+def one_frontal(patient: PatientPlan) -> tuple[StudyPlan, ImagePlan] | None:
+    """A patient's first frontal image, for sources with one image each; None where there is none."""
+    return next(((study, plan) for study in patient.studies for plan in frontal_images(study)), None)
+
+
+def check_room(cohort: Collection[PatientPlan], most: int, layout: str) -> None:
+    """Raise `ConfigError` where a source's names have no room for so many patients."""
+    if len(cohort) > most:
+        raise ConfigError(f"Layout {layout} names at most {most:,} patients; found patients={len(cohort):,}.")
+
+
+def names_of(findings: Collection[str], table: LabelMap, turn: int) -> list[str]:
+    """Labels of a source that say neither more nor less than the findings, as far as it can; `turn` chooses one."""
+    closed = {row.finding for row in table.rows if row.present == "1" and row.tier == "strict"}
+    chosen = []
+    for finding in findings:
+        names = [
+            label
+            for label in table.labels
+            if any((row.label, row.finding, row.present) == (label, finding, "1") for row in table.rows)
+            and not any(row.label == label and row.finding in closed - set(findings) for row in table.rows)
+        ]
+        strict = [row.label for row in table.rows if row.finding == finding and row.tier == "strict"]
+        names = [name for name in names if name in strict] or ([] if finding in closed else names)
+        if names:
+            chosen.append(names[turn % len(names)])
+    return list(dict.fromkeys(chosen))

@@ -4,13 +4,12 @@ Of the quirks: ids of 38 digits, "15" beside "15.0", spaces and empty texts in t
 labels ("[]" and nothing), "normal" for a sentence of a report about a diseased chest, views told by a classifier.
 """
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from hilum.core.files import write_text
 from hilum.core.seeding import derive, stream
-from hilum.data.label_maps import LabelMap, load_map
+from hilum.data.label_maps import load_map
 from hilum.data.phantoms.cohort import PatientPlan
 from hilum.data.phantoms.layouts.jobs import (
     ImageJob,
@@ -19,6 +18,7 @@ from hilum.data.phantoms.layouts.jobs import (
     StudyJob,
     csv_text,
     image_shape,
+    names_of,
 )
 from hilum.data.phantoms.render import patient_anatomy
 
@@ -67,7 +67,7 @@ def _tables(folder: Path, jobs: list[StudyJob], masks: list[MaskRow]) -> None:
         year, anatomy = 2009 + int(rng.integers(8)), patient_anatomy(job.seed, job.patient.number)
         date = f"{year}{1 + job.study.number:02d}{int(rng.integers(1, 28)):02d}"
         method = "Physician" if derive(job.seed, "method", job.patient.number) % 100 < 27 else "RNN_model"
-        labels = names_of(job.study.findings, load_map("padchest"), number)
+        labels = names_of(job.study.findings, load_map("padchest"), number) or [SAYS_NOTHING]
         for image in job.images:
             bedside = image.plan.position == "AP" and image.plan.blank_code
             projection = {"LATERAL": "L", "LL": "L", "AP": "AP_horizontal" if bedside else "AP"}
@@ -91,24 +91,6 @@ def _cell(labels: list[str], number: int) -> str:
     if number % 40 in EMPTY_CELLS:
         return EMPTY_CELLS[number % 40]
     return str([*(f"{label} " if number % 3 == 0 else label for label in labels), *([""] if number % 4 == 0 else [])])
-
-
-def names_of(findings: Collection[str], table: LabelMap, turn: int) -> list[str]:
-    """Labels of the source that say neither more nor less than the findings; `turn` chooses among several."""
-    closed = {row.finding for row in table.rows if row.present == "1" and row.tier == "strict"}
-    chosen = []
-    for finding in findings:
-        names = [
-            label
-            for label in table.labels
-            if any((row.label, row.finding, row.present) == (label, finding, "1") for row in table.rows)
-            and not any(row.label == label and row.finding in closed - set(findings) for row in table.rows)
-        ]
-        strict = [row.label for row in table.rows if row.finding == finding and row.tier == "strict"]
-        names = [name for name in names if name in strict] or ([] if finding in closed else names)
-        if names:
-            chosen.append(names[turn % len(names)])
-    return list(dict.fromkeys(chosen)) or [SAYS_NOTHING]
 
 
 PADCHEST = Layout(_jobs, _tables, source="padchest", own=(*map(str, range(FOLDERS)), TABLE))
