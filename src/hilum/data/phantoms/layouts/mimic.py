@@ -39,7 +39,7 @@ TEST_COLUMNS = (
 )  # fmt: skip
 PATIENT_COLUMNS = ("subject_id", "gender", "anchor_age", "anchor_year", "anchor_year_group", "dod")
 SPLIT_WORDS = {"train": "train", "val": "validate", "test": "test"}
-UNLABELLED = 20
+UNLABELLED = 10
 """Every so many-th study has no labels."""
 DICOM_FORMS = ("dicom", "dicom_monochrome1", "dicom", "dicom_no_window", "dicom_no_syntax")
 
