@@ -161,11 +161,14 @@ def build(
     intensity: Annotated[
         str, typer.Option(help="DICOM and 16 bits to grey: hilum-grey-1, mimic-cxr-jpg-1 or chexpert-1.")
     ] = "hilum-grey-1",
+    checksums: Annotated[
+        bool, typer.Option(help="Compare files with the SHA256SUMS.txt of their root, where there is one.")
+    ] = True,
 ) -> None:
     """Decode every image once into a store; what cannot be read is listed with its reason."""
     from hilum.commands import build as program
 
-    program.run(manifest, out, size, encoding, shard, workers, root or [], budget, in_place, intensity)
+    program.run(manifest, out, size, encoding, shard, workers, root or [], budget, in_place, intensity, checksums)
 
 
 @app.command(epilog=example("hilum verify store"))

@@ -28,6 +28,7 @@ def run(
     budget: float = BUDGET,
     in_place: bool = False,
     intensity: str = PREPROCESS_ID,
+    checksums: bool = True,
 ) -> None:
     """Build, print what happened, and fail when too much was refused (after everything is written).
 
@@ -42,6 +43,7 @@ def run(
         budget: share of refused images above which the command fails.
         in_place: store no pixels; check every file once, and read it where it is from then on.
         intensity: recipe for DICOM and more than 8 bits; models trained on the store keep to it.
+        checksums: compare files with the SHA256SUMS.txt of their root, where there is one.
 
     Raises:
         StoreError: more than `budget` was refused, or the store cannot be written.
@@ -53,8 +55,9 @@ def run(
         raise ConfigError(f"--in-place stores no pixels, so there is nothing to encode as {encoding!r}. Choose one.")
     chosen = IN_PLACE if in_place else encoding or "jpeg95"
     summary = build_store(
-        manifest, out, size, chosen, workers, parse_shard(shard), parse_roots(roots), intensity=intensity
-    )
+        manifest, out, size, chosen, workers, parse_shard(shard), parse_roots(roots), intensity=intensity,
+        checksums=checksums,
+    )  # fmt: skip
     for line in describe(summary):
         say(line)
     check_budget(summary, out, budget)
@@ -85,6 +88,10 @@ def describe(summary: BuildSummary) -> list[str]:
         f"{images}: {summary.stored} stored, {refused} in quarantine.",
         f"{summary.shards} shards ({summary.shards_kept} already there), {summary.bytes / 1e6:.1f} MB, "
         f"{duration(summary.seconds)}.",
+    ]
+    lines += [
+        f"  published checksums of {key}: {listed} images compared, {unlisted} not listed"
+        for key, (listed, unlisted) in sorted(summary.checksums.items())
     ]
     lines += [f"  refused, {reason}: {count}" for reason, count in sorted(summary.quarantined.items())]
     lines += [f"  stored, flagged {flag}: {count}" for flag, count in sorted(summary.flagged.items())]

@@ -22,13 +22,14 @@ import numpy as np
 from hilum.core.errors import ConfigError, StoreError, UnknownNameError
 from hilum.core.files import read_json, write_text
 from hilum.core.tracking import Bar, progress
+from hilum.data.checksums import Published, published_checksums
 from hilum.data.decoding import Decoders, Settings, Task, decoders, fingerprint
 from hilum.data.finish import REFUSED, STORED, Finished, finish_store
 from hilum.data.greys import LEVELS, Greys, is_even, total
 from hilum.data.intensity import PREPROCESS_ID, equaliser
 from hilum.data.schema import Manifest, read_manifest
 from hilum.data.shards import ENCODINGS, IN_PLACE, Shard, new_shard
-from hilum.data.tasks import source_roots, tasks
+from hilum.data.tasks import listed, source_roots, tasks
 
 SHARD_BYTES = 128 * 2**20
 BYTES_PER_PIXEL = {"jpeg95": 0.35, "png": 0.6, "raw": 1.0, IN_PLACE: 1.0}
@@ -68,6 +69,8 @@ class BuildSummary:
     """By dataset, of a finished store; without those of which an older version of Hilum wrote shards."""
     intensity: str
     """Recipe of the store."""
+    checksums: dict[str, tuple[int, int]]
+    """Root key of folders with published checksums -> images that are listed there, and images that are not."""
 
     @property
     def refused_share(self) -> float:
@@ -86,6 +89,7 @@ def build_store(
     refuse: Sequence[str] = (),
     shard_bytes: int = SHARD_BYTES,
     intensity: str = PREPROCESS_ID,
+    checksums: bool = True,
 ) -> BuildSummary:
     """Decode, shrink and encode every image of a manifest into a store. Run again, it goes on where it stopped.
 
@@ -102,6 +106,7 @@ def build_store(
         refuse: flags of `DecodedImage.quality` that send an image to quarantine.
         shard_bytes: aimed size of a shard.
         intensity: recipe for DICOM and more than 8 bits, one of `intensity.RECIPES`; the store's `preprocess_id`.
+        checksums: send files to quarantine that differ from the SHA256SUMS.txt in their root, where there is one.
 
     Raises:
         ManifestError: the manifest is wrong.
@@ -113,8 +118,11 @@ def build_store(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: expected at least 1 process, found {workers}.")
     manifest = source if isinstance(source, Manifest) else read_manifest(Path(source))
+    if encoding == IN_PLACE and "member_offset" in manifest.frame.columns:
+        raise ConfigError("Images inside tars cannot be read in place. Store their pixels: leave --in-place out.")
     folders = source_roots(manifest, roots or {})
-    plan = _plan(manifest, folders, settings, shard_bytes)
+    published = published_checksums(folders) if checksums else {}
+    plan = _plan(manifest, folders, settings, shard_bytes, published)
     _check_folder(out, settings, {planned.dataset for planned in plan})
     mine = [number for number in range(len(plan)) if number % shard[1] == shard[0]]
     waiting = [number for number in mine if not _is_done(out, plan[number])]
@@ -146,6 +154,7 @@ def build_store(
         finished=finished,
         greys=_greys(plan, seen) if finished else {},
         intensity=settings.preprocess_id,
+        checksums=listed((task for planned in plan for task in planned.tasks), folders, published),
     )
 
 
@@ -168,12 +177,15 @@ def _settings(size: int, encoding: str, refuse: Sequence[str], shard: tuple[int,
     return Settings(size, encoding, tuple(sorted(refuse)), intensity)
 
 
-def _plan(manifest: Manifest, roots: Mapping[str, Path], settings: Settings, shard_bytes: int) -> list[PlannedShard]:
+def _plan(
+    manifest: Manifest, roots: Mapping[str, Path], settings: Settings, shard_bytes: int, published: Published
+) -> list[PlannedShard]:
     expected = settings.size**2 * ASPECT * BYTES_PER_PIXEL[settings.encoding]
     capacity = max(1, int(shard_bytes / expected))
     licences = _licences(manifest)
     groups: dict[tuple[str, str], list[Task]] = {}
-    for task, dataset, licence in zip(tasks(manifest.frame, roots), manifest.frame["dataset"], licences, strict=True):
+    every = tasks(manifest.frame, roots, published)
+    for task, dataset, licence in zip(every, manifest.frame["dataset"], licences, strict=True):
         groups.setdefault((dataset, licence), []).append(task)
     plan: list[PlannedShard] = []
     for (dataset, licence), group in groups.items():
@@ -188,10 +200,11 @@ def _plan(manifest: Manifest, roots: Mapping[str, Path], settings: Settings, sha
 
 def _identity(task: Task) -> tuple[Any, ...]:
     """What decides a task's record, apart from the folder that its root is at the moment."""
+    published = (task.sha256.hex(),) if task.sha256 else ()
     if task.raw is not None:
-        return (task.uid, task.path, str(task.raw))
+        return (task.uid, task.path, str(task.raw), *published)
     if task.span is None:
-        return (task.uid, task.path)
+        return (task.uid, task.path, *published)
     return (task.uid, task.path, task.span, task.exact, task.refused)
 
 

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from hilum.core.errors import ImageError, StoreError
+from hilum.data.checksums import check_content
 from hilum.data.greys import grey_histogram
 from hilum.data.hashing import perceptual_hash, pixel_sha256, thumbnail
 from hilum.data.images import DecodedImage, read_file, read_image
@@ -51,6 +52,8 @@ class Task:
     """A reason that was found before decoding (a member of a tar that is a link, ...)."""
     raw: RawFormat | None = None
     """What a file without a header holds; None for files that say so themselves."""
+    sha256: bytes = b""
+    """What its publisher says that the file's SHA-256 is; empty where nobody says."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,10 @@ def _content(task: Task) -> bytes:
         if task.refused:
             raise ImageError(task.refused, "refused before it was decoded.")
         path = _inside(task)
-        return read_file(path) if task.span is None else read_span(path, *task.span)
+        content = read_file(path) if task.span is None else read_span(path, *task.span)
+        if task.sha256:
+            check_content(content, task.sha256)
+        return content
     except ImageError as error:
         raise type(error)(error.reason, f"{task.uid}: {error}") from error.__cause__
 

@@ -4,12 +4,14 @@ Shared by those who decode originals: `build` all of them, `audit` some.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import polars as pl
 
 from hilum.core.errors import ConfigError, UnknownNameError
+from hilum.data.checksums import Published
 from hilum.data.decoding import Task
 from hilum.data.raw import RawFormat, raw_format
 from hilum.data.schema import Manifest
@@ -37,13 +39,27 @@ def source_roots(manifest: Manifest, overrides: Mapping[str, Path]) -> dict[str,
     return {key: roots[key].resolve() for key in needed}
 
 
-def tasks(frame: pl.DataFrame, roots: Mapping[str, Path]) -> Iterator[Task]:
-    """One task for each row of a manifest's table, in its order."""
+def tasks(frame: pl.DataFrame, roots: Mapping[str, Path], published: Published | None = None) -> Iterator[Task]:
+    """One task for each row of a manifest's table, in its order.
+
+    Args:
+        frame: the table.
+        roots: folder of each root key.
+        published: SHA-256 of files by root key and path (`published_checksums`); members of tars are not looked up.
+    """
+    published = published or {}
     folders = {key: str(folder) for key, folder in roots.items()}
     rows = frame.select("image_uid", "source_relpath", "source_root_key").iter_rows()
     for (uid, path, key), member, raw in zip(rows, _members(frame), _raw_formats(frame), strict=True):
         span, exact, refused = member
-        yield Task(uid, path, folders[key], span, exact, refused, raw)
+        sha256 = published.get(key, {}).get(path, b"") if span is None else b""
+        yield Task(uid, path, folders[key], span, exact, refused, raw, sha256)
+
+
+def listed(every: Iterable[Task], roots: Mapping[str, Path], published: Published) -> dict[str, tuple[int, int]]:
+    """Root key of folders with published checksums -> how many tasks have one, and how many have none."""
+    counted = Counter((task.root, bool(task.sha256)) for task in every)
+    return {key: (counted[str(roots[key]), True], counted[str(roots[key]), False]) for key in published}
 
 
 def _members(frame: pl.DataFrame) -> Iterator[tuple[tuple[int, int] | None, bool, str]]:
