@@ -80,6 +80,7 @@ def test_a_picture_is_known_under_another_datasets_name(make_store, tmp_path):
         origin_patient=pl.format("nih/{}", "image_id"),
     )
     assert (big.pictures == big.uids).all()  # ids of the release itself
+    assert set(big.view_sources) == {"stated"}
     assert (small.pictures != small.uids).all()
     assert sorted(small.pictures) == sorted(big.uids)
     train(big.path, tmp_path)

@@ -23,7 +23,7 @@ from hilum.data.decoding import Settings
 from hilum.data.greys import Greys
 from hilum.data.raw import PREFIX
 from hilum.data.schema import Manifest, complete, write_manifest
-from hilum.data.shards import IN_PLACE, PICTURE_COLUMN, Shard, write_index
+from hilum.data.shards import IN_PLACE, PICTURE_COLUMN, VIEW_SOURCE_COLUMN, Shard, write_index
 
 STORED: dict[str, Any] = {
     "image_uid": pl.String,
@@ -157,6 +157,9 @@ def _write_index(
     frame = manifest.frame.with_columns(picture=pictures(manifest.frame))
     if (frame["picture"] != frame["image_uid"]).any():
         columns |= {PICTURE_COLUMN: "picture"}
+    if "view_source" in frame.columns and frame["view_source"].count():
+        frame = frame.with_columns(pl.col("view_source").fill_null("unknown"))
+        columns |= {VIEW_SOURCE_COLUMN: "view_source"}
     rows = frame.with_row_index("row").select("row", *columns.values(), "ssl_ok")
     if in_place and stored["mode"].str.starts_with(PREFIX).any():
         columns |= {"mode": "mode"}

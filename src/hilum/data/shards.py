@@ -33,6 +33,8 @@ PICTURE_COLUMN = "picture"
 """Kept likewise where an image is known under another dataset's name too: the identity of the picture itself."""
 CODED_COLUMNS: tuple[str, ...] = ("view", "split", "dataset")
 """Kept in the index as one small code per image and a vocabulary."""
+VIEW_SOURCE_COLUMN = "view_source"
+"""Kept likewise where the manifest says it: whether the view was stated, derived, or told by a classifier."""
 SOURCE_COLUMNS: tuple[str, ...] = ("root", "mode", "path")
 """Besides, in a store that reads its images in place: a key of `roots` in store.json (coded), the mode of files without
 a header (raw.py; coded, and only where there are such files), and the path under the root."""
@@ -166,7 +168,7 @@ def write_index(
         path: the store folder, its shards already in place.
         records: shard, offset, length, height, width, checksum: one number per image.
         columns: `TEXT_COLUMNS` and `CODED_COLUMNS`, `SOURCE_COLUMNS` where there are files, and
-            `PICTURE_COLUMN` where it differs; one text per image.
+            `PICTURE_COLUMN` and `VIEW_SOURCE_COLUMN` where there is something to say; one text per image.
         labels: int8 (N, C).
         ssl_ok: bool (N,).
         shards: in the order of their numbers.
@@ -176,7 +178,7 @@ def write_index(
     arrays: dict[str, np.ndarray] = {name: np.asarray(records[name], kind) for name, kind in types.items()}
     arrays["checksum"] = np.asarray(records["checksum"], np.uint32)
     arrays["labels"], arrays["ssl_ok"] = np.asarray(labels, np.int8), np.asarray(ssl_ok, bool)
-    coded = [*CODED_COLUMNS, *(name for name in SOURCE_COLUMNS[:2] if name in columns)]
+    coded = [*CODED_COLUMNS, *(name for name in (VIEW_SOURCE_COLUMN, *SOURCE_COLUMNS[:2]) if name in columns)]
     for name in (*TEXT_COLUMNS, *(name for name in (PICTURE_COLUMN, *SOURCE_COLUMNS[2:]) if name in columns)):
         arrays[name] = np.asarray([text.encode() for text in columns[name]], dtype=np.bytes_)
     for name in coded:

@@ -32,6 +32,7 @@ from hilum.data.shards import (
     FORMAT,
     IN_PLACE,
     PICTURE_COLUMN,
+    VIEW_SOURCE_COLUMN,
     Shard,
     decode,
     encode,
@@ -160,6 +161,13 @@ class Store:
     def views(self) -> np.ndarray:
         """Text (N,): one of `core.types.VIEWS`."""
         return self._decoded("view")
+
+    @cached_property
+    def view_sources(self) -> np.ndarray:
+        """Text (N,): who says the view: "stated", "derived" from another field, "classifier", or "unknown"."""
+        if VIEW_SOURCE_COLUMN not in self._columns:
+            return np.full(len(self), "unknown")
+        return self._decoded(VIEW_SOURCE_COLUMN)
 
     @cached_property
     def splits(self) -> np.ndarray:
