@@ -15,6 +15,7 @@ from hilum.data.phantoms.layouts.openi import OPENI
 from hilum.data.phantoms.layouts.padchest import PADCHEST
 from hilum.data.phantoms.layouts.rsna import RSNA
 from hilum.data.phantoms.layouts.siim import SIIM
+from hilum.data.phantoms.layouts.vindr import VINBIGDATA, VINDR
 
 LAYOUTS: dict[str, Layout] = {
     "brax": BRAX,
@@ -33,4 +34,6 @@ LAYOUTS: dict[str, Layout] = {
     "rsna": RSNA,
     "shenzhen": SHENZHEN,
     "siim": SIIM,
+    "vinbigdata": VINBIGDATA,
+    "vindr": VINDR,
 }
