@@ -1,6 +1,8 @@
 """From the cells of a source's tables to label values, and from those to label columns."""
 
+import ast
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +21,11 @@ CELLS: dict[str, int] = {
     "1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE, "-1": UNCERTAIN, "-1.0": UNCERTAIN, "": UNKNOWN,
 }  # fmt: skip
 """How CheXpert's labeller, and most tables after it, write a label; blank is "not mentioned"."""
+
+EMPTY_LISTS = ("", "nan", "NaN", "None")
+LONGEST_LIST = 10_000
+"""Characters of a cell that lists labels; the longest real ones have a few hundred."""
+BETWEEN = "\x1f"
 
 
 def cell_values(
@@ -58,6 +65,45 @@ def raw_cells(frame: pl.DataFrame, labels: Sequence[str]) -> pl.Series:
 def _quoted(cells: pl.Series) -> pl.Series:
     texts = cells.unique()
     return cells.replace_strict(texts, [json.dumps(text, ensure_ascii=False) for text in texts])
+
+
+def label_lists(cells: pl.Series, path: Path) -> pl.Series:
+    """Lists of labels from their texts, spaces stripped and empty labels dropped; null where there is none.
+
+    Args:
+        cells: "['pleural effusion', 'cardiomegaly']", "[]", "" ...
+        path: for messages.
+
+    Raises:
+        UnknownLabelError: a cell is not a list of texts; names its row.
+    """
+    texts = cells.unique()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an unknown escape in a text
+        lists = [_label_list(text) for text in texts]
+    bad = cells.is_in(texts.filter(pl.Series([labels is None for labels in lists])).implode())
+    if bad.any():
+        raise UnknownLabelError(
+            f"{path}, row {row_of(bad)}: {cells.name!r} is not a list of labels such as \"['cardiomegaly', 'nodule']\" "
+            f"({bad.sum()} such rows)."
+        )
+    joined = [BETWEEN.join(labels) if labels else None for labels in lists if labels is not None]
+    by_text = pl.DataFrame({cells.name: texts, "lists": pl.Series(joined, dtype=pl.String).str.split(BETWEEN)})
+    return cells.to_frame().join(by_text, on=cells.name, how="left", maintain_order="left")["lists"].alias(cells.name)
+
+
+def _label_list(cell: str) -> list[str] | None:
+    if cell.strip() in EMPTY_LISTS:
+        return []
+    if len(cell) > LONGEST_LIST:
+        return None
+    try:
+        labels = ast.literal_eval(cell.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError, Warning):
+        return None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        return None
+    return [label.strip() for label in labels if label.strip()]
 
 
 def token_values(tokens: pl.Series, labels: LabelMap, table: Path) -> Int8[np.ndarray, "N L"]:

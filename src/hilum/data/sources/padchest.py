@@ -9,17 +9,15 @@ spell some differently); the first one has no name. Ids are numbers of up to 39 
 Source: Bustos et al., PadChest, Medical Image Analysis 2020.
 """
 
-import ast
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
-from hilum.core.errors import ManifestError, PathError, UnknownLabelError
-from hilum.data.label_cells import finding_columns, token_values
+from hilum.core.errors import ManifestError, PathError
+from hilum.data.label_cells import finding_columns, label_lists, token_values
 from hilum.data.label_maps import LabelPolicy, load_map
 from hilum.data.rows import (
     SourceOptions,
@@ -42,10 +40,6 @@ USED = (
 )  # fmt: skip
 VIEW_SOURCES = {"Manual review of DICOM fields": "stated", "resnet-50.t7": "classifier", "": "unknown"}
 TRUST = {"Physician": "physician", "RNN_model": "rnn", "": None}
-EMPTY_CELLS = ("", "nan", "NaN", "None")
-LONGEST_CELL = 10_000
-"""Characters of a cell of labels; the longest real ones have a few hundred."""
-BETWEEN = "\x1f"
 LABELS = load_map("padchest")
 
 
@@ -157,42 +151,3 @@ def _check_digits(ids: pl.Series, path: Path) -> None:
         lost = ids.filter(bad).str.contains(r"^\d(\.\d+)?[eE]\+?\d+$").any()
         why = " A spreadsheet has rounded these long numbers; take the table as it was released." if lost else ""
         raise ManifestError(f"{path}, row {row_of(bad)}: {ids.name!r} is not digits ({bad.sum()} such rows).{why}")
-
-
-def label_lists(cells: pl.Series, path: Path) -> pl.Series:
-    """Lists of labels from their texts, spaces stripped and empty labels dropped; null where there is none.
-
-    Args:
-        cells: "['pleural effusion', 'cardiomegaly']", "[]", "" ...
-        path: for messages.
-
-    Raises:
-        UnknownLabelError: a cell is not a list of texts; names its row.
-    """
-    texts = cells.unique()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # an unknown escape in a text
-        lists = [_label_list(text) for text in texts]
-    bad = cells.is_in(texts.filter(pl.Series([labels is None for labels in lists])).implode())
-    if bad.any():
-        raise UnknownLabelError(
-            f"{path}, row {row_of(bad)}: {cells.name!r} is not a list of labels such as \"['cardiomegaly', 'nodule']\" "
-            f"({bad.sum()} such rows)."
-        )
-    joined = [BETWEEN.join(labels) if labels else None for labels in lists if labels is not None]
-    by_text = pl.DataFrame({cells.name: texts, "lists": pl.Series(joined, dtype=pl.String).str.split(BETWEEN)})
-    return cells.to_frame().join(by_text, on=cells.name, how="left", maintain_order="left")["lists"].alias(cells.name)
-
-
-def _label_list(cell: str) -> list[str] | None:
-    if cell.strip() in EMPTY_CELLS:
-        return []
-    if len(cell) > LONGEST_CELL:
-        return None
-    try:
-        labels = ast.literal_eval(cell.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError, Warning):
-        return None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        return None
-    return [label.strip() for label in labels if label.strip()]
