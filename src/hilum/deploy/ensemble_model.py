@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import hilum
-from hilum.core.errors import ConfigError, PredictionError
+from hilum.core.errors import ConfigError, PredictionError, PreprocessingMismatchError
 from hilum.core.files import write_text
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy import model_files as files
