@@ -74,7 +74,7 @@ class Finished:
 
     @classmethod
     def of(cls, marker: Mapping[str, Any]) -> "Finished":
-        """From the marker's JSON. As a table it takes a tenth of the memory, which counts where there are thousands."""
+        """From the marker's JSON. As a table it takes less than half the memory."""
         columns = {**dict.fromkeys(HASHES, [None] * marker["images"]), **marker["stored"]}  # older stores lack them
         stored = pl.DataFrame(columns, schema={k: v for k, v in STORED.items() if k != "store_shard"})
         facts = {name: marker[name] for name in ("digest", "images", "bytes", "sha256")}
