@@ -82,7 +82,8 @@ def dicom(
         pixel_data: False leaves the pixels out.
         elements: further elements by keyword (PatientID, StudyInstanceUID, ViewPosition, ...); None leaves one out.
     """
-    from pydicom.dataset import FileDataset, FileMetaDataset  # loaded only where there is DICOM
+    from pydicom.config import disable_value_validation  # loaded only where there is DICOM
+    from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import UID, ExplicitVRLittleEndian
 
     stored = spread(pixels, BITS)
@@ -113,11 +114,12 @@ def dicom(
         **elements,
     }
     dataset = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
-    for keyword, value in wanted.items():
-        if value is not None:
-            setattr(dataset, keyword, value)
     buffer = BytesIO()
-    dataset.save_as(buffer, implicit_vr=not syntax, little_endian=True, enforce_file_format=syntax)
+    with disable_value_validation():  # real files have "58" for an age, and worse
+        for keyword, value in wanted.items():
+            if value is not None:
+                setattr(dataset, keyword, value)
+        dataset.save_as(buffer, implicit_vr=not syntax, little_endian=True, enforce_file_format=syntax)
     return buffer.getvalue()
 
 
