@@ -169,6 +169,8 @@ def _read_tar(path: Path, relative: str, defaults: tuple[str, str, str], rows: _
             said = json_of(path, text)
             labels = labels_of(said)
             identity = identity_of(said, key, defaults)
+            if identity["member_exact"]:
+                rows.recipes.add(said.get("preprocess_id", PREPROCESS_ID))
             sample = (path, image, text)
             first = rows.first.setdefault(identity["image_uid"], sample)
             if first is not sample and _same(first, sample):
@@ -178,8 +180,6 @@ def _read_tar(path: Path, relative: str, defaults: tuple[str, str, str], rows: _
                 raise ImageError("duplicate_key", "another image has the same key.")
             row |= identity
             rows.ours &= bool(row["member_exact"])
-            if row["member_exact"]:
-                rows.recipes.add(said.get("preprocess_id", PREPROCESS_ID))
         except ImageError as error:
             row["member_refused"], labels = error.reason, {}
         rows.add(row, labels)
