@@ -23,6 +23,7 @@ from hilum.data.sources import (
     brax,
     chexpert,
     cxrlt,
+    cxrlt2026,
     folder,
     jsrt,
     mimic,
@@ -33,6 +34,7 @@ from hilum.data.sources import (
     rsna,
     shenzhen,
     siim,
+    taix,
     vindr,
 )
 from hilum.data.splits import assign, check_fractions, mark_ssl, settle_across_datasets
@@ -42,6 +44,7 @@ SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
     "brax": brax.read,
     "chexpert": chexpert.read,
     "cxrlt": cxrlt.read,
+    "cxrlt2026": cxrlt2026.read,
     "folder": folder.read,
     "jsrt": jsrt.read,
     "mimic": mimic.read,
@@ -52,6 +55,7 @@ SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
     "rsna": rsna.read,
     "shenzhen": shenzhen.read,
     "siim": siim.read,
+    "taix": taix.read,
     "vindr": vindr.read,
 }
 
