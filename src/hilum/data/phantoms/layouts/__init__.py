@@ -6,6 +6,7 @@ A layout names every image of a cohort (`jobs`) and writes the tables once they 
 from hilum.data.phantoms.layouts.brax import BRAX
 from hilum.data.phantoms.layouts.chexpert import CHEXPERT, CHEXPERT_PLUS, CHEXPERT_SMALL
 from hilum.data.phantoms.layouts.cxrlt import CXRLT, CXRLT_OF_2023
+from hilum.data.phantoms.layouts.cxrlt2026 import CXRLT_OF_2026
 from hilum.data.phantoms.layouts.films import MONTGOMERY, SHENZHEN
 from hilum.data.phantoms.layouts.jobs import Layout
 from hilum.data.phantoms.layouts.jsrt import JSRT
@@ -15,6 +16,7 @@ from hilum.data.phantoms.layouts.openi import OPENI
 from hilum.data.phantoms.layouts.padchest import PADCHEST
 from hilum.data.phantoms.layouts.rsna import RSNA
 from hilum.data.phantoms.layouts.siim import SIIM
+from hilum.data.phantoms.layouts.taix import TAIX
 from hilum.data.phantoms.layouts.vindr import VINBIGDATA, VINDR
 
 LAYOUTS: dict[str, Layout] = {
@@ -24,6 +26,7 @@ LAYOUTS: dict[str, Layout] = {
     "chexpert-small": CHEXPERT_SMALL,
     "cxrlt": CXRLT,
     "cxrlt2023": CXRLT_OF_2023,
+    "cxrlt2026": CXRLT_OF_2026,
     "jsrt": JSRT,
     "mimic": MIMIC,
     "mimic-dicom": MIMIC_DICOM,
@@ -34,6 +37,7 @@ LAYOUTS: dict[str, Layout] = {
     "rsna": RSNA,
     "shenzhen": SHENZHEN,
     "siim": SIIM,
+    "taix": TAIX,
     "vinbigdata": VINBIGDATA,
     "vindr": VINDR,
 }
