@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from hilum import cli
 from hilum.commands import build, manifest, verify
 from hilum.core.errors import ConfigError, StoreError
 from hilum.data.store import Store
@@ -44,10 +45,13 @@ def test_more_refused_than_the_budget_is_an_error_after_everything_is_written(tm
     (tmp_path / "raw" / "films" / "3.png").write_bytes(b"")
     with pytest.raises(StoreError, match=r"1 of 8 images \(12\.5%\)"):
         build.run(path, tmp_path / "store", 32, workers=1)
-    assert "refused, zero_bytes: 1" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "refused, zero_bytes: 1" in printed.out
+    assert printed.err.endswith("1 refused\n")
     assert len(Store.open(tmp_path / "store")) == 7
     assert pl.read_csv(tmp_path / "store" / "quarantine.csv").height == 1
     build.run(path, tmp_path / "store", 32, workers=1, budget=0.2)
+    assert f"each with its reason: {tmp_path / 'store' / 'quarantine.csv'}" in capsys.readouterr().out
 
 
 def test_shares_of_an_array_job(tmp_path, capsys):
@@ -88,3 +92,27 @@ def test_verify_lists_what_is_damaged(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "7 of 8 images" in out
     assert out.count(store.shards[0].name) == 2  # the record, and the shard's SHA-256
+
+
+def test_a_store_goes_out_as_tars_and_comes_back_on_the_command_line(tmp_path, capsys, monkeypatch):
+    build.run(pool(tmp_path / "raw"), tmp_path / "store", 32, workers=1)
+
+    def hilum(*words: str | Path) -> str:
+        monkeypatch.setattr("sys.argv", ["hilum", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    out = hilum("convert", tmp_path / "store", "--out", tmp_path / "tars", "--split", "val", "--accept-licence")
+    assert "4 images in 1 tars" in out
+    assert f"Next: hilum verify {tmp_path / 'tars'}" in out
+    assert "4 images in 1 tars, 0 faults." in hilum("verify", tmp_path / "tars")
+    out = hilum("convert", tmp_path / "tars" / "folder-000000.tar", "--out", tmp_path / "back", "--workers", "1")
+    assert "4 samples in 1 tars: 4 to read, 0 copies of another left out." in out
+    back, store = Store.open(tmp_path / "back"), Store.open(tmp_path / "store")
+    chosen = store.indices("val")
+    assert back.fingerprint(range(4)) == store.fingerprint(chosen)
+    for index, other in enumerate(chosen):
+        np.testing.assert_array_equal(back.read(index), store.read(int(other)))

@@ -61,6 +61,8 @@ def run(
     for line in describe(summary):
         say(line)
     check_budget(summary, out, budget)
+    if summary.finished and summary.quarantined:
+        say(f"  each with its reason: {out / 'quarantine.csv'}")
     if summary.finished:
         next_step(f"hilum pretrain RECIPE --data {out} --out RUN")
     else:

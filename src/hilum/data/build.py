@@ -130,8 +130,10 @@ def build_store(
         (out / "store.json").unlink(missing_ok=True)
         images = sum(len(plan[number].tasks) for number in waiting)
         with progress("build", images, "images") as bar, decoders(settings, workers, images) as decode:
+            refused = 0
             for number in waiting:
-                _write_shard(out, plan[number], decode, bar)
+                refused += _write_shard(out, plan[number], decode, bar)
+                bar.note(f"{refused} refused" if refused else "")
     everything = [_done(out, planned) for planned in plan]
     seen = [done for done in (everything[number] for number in mine) if done is not None]
     finished = all(done is not None for done in everything)
@@ -264,8 +266,8 @@ def _is_done(out: Path, planned: PlannedShard) -> bool:
     return all(fingerprint(tasks[uid]) == found for uid, found in refused)
 
 
-def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -> None:
-    """Write one shard in the plan's order, then its marker."""
+def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -> int:
+    """Write one shard in the plan's order, then its marker; returns how many images were refused."""
     stored: dict[str, list[Any]] = {name: [] for name in STORED if name != "store_shard"}
     refused: dict[str, list[Any]] = {name: [] for name in REFUSED}
     greys, even = np.zeros(LEVELS, np.int64), 0
@@ -293,3 +295,4 @@ def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -
         "greys": {"histogram": greys.tolist(), "even": even},
     }
     write_text(_marker(out, planned), json.dumps(done, separators=(",", ":")))
+    return len(refused["image_uid"])
