@@ -4,8 +4,8 @@ The search is exact: no pair within the distance is missed, mirrored, inverted, 
 bits of the two halves of a hash (128 that mirroring leaves alone, 128 that it flips), the four distances are a + b,
 a + 128 - b, and 256 minus each; the smallest is 128 - |a - 64| - |b - 64|. So one count of each half answers all four.
 
-Both thresholds were chosen on the 780 images of the NIH sample (542 patients, 303,339 pairs of different patients, copies
-of 195 images of each kind) and on 300 phantoms of different patients:
+Both thresholds were chosen on the 780 images of the NIH sample (542 patients, 303,339 pairs of different patients,
+copies of each kind of 195 images) and on 300 phantoms of different patients:
 
 - distance: of different patients at least 68, one pair in 10,000 under 78; two films of one patient at least 57.
   Copies at most: JPEG of quality 60: 11, resized to 224: 7, +-2 grey: 12, histogram equalised: 18, gamma 0.7 to 1.5:
@@ -98,7 +98,7 @@ def _nearest_of(
     within: bool,
     max_distance: int,
     nearest: int,
-) -> Int64[np.ndarray, "n 4"]:
+) -> Int64[np.ndarray, "pairs 4"]:
     """The pairs of a few queries, the first of which is number `first`: query, other, distance, way."""
     kept = np.zeros((0, 4), np.int64)
     begin = first // _COLUMNS * _COLUMNS if within else 0
