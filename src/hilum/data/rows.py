@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
@@ -82,12 +83,14 @@ class Scan:
         outside: links whose target lies outside the folder.
         links: links whose target lies inside it.
         unnamed: entries whose names are not UTF-8, which no table can list.
+        others: pipes, sockets, devices, and links that lead nowhere.
     """
 
     files: list[str]
     outside: frozenset[str]
     links: frozenset[str]
     unnamed: int = 0
+    others: int = 0
 
 
 def scan(root: Path, under: Sequence[str] = ("",)) -> Scan:
@@ -99,7 +102,7 @@ def scan(root: Path, under: Sequence[str] = ("",)) -> Scan:
     files: list[str] = []
     outside: set[str] = set()
     links: set[str] = set()
-    unnamed = 0
+    unnamed = others = 0
     waiting: list[tuple[str, tuple[str, ...]]] = []
     for folder in under:
         target = os.path.realpath(Path(root) / folder)
@@ -125,16 +128,30 @@ def scan(root: Path, under: Sequence[str] = ("",)) -> Scan:
                 if os.path.commonpath([home, target]) != home:
                     outside.add(name)
                     continue
+                kind = _kind_behind(entry)
+                if not kind:
+                    others += 1
+                    continue
                 links.add(name)
-                if entry.is_dir() and target not in trail:  # a loop comes back to a target already followed
-                    waiting.append((name, (*trail, target)))
-                elif entry.is_file():
+                if kind == "file":
                     files.append(name)
+                elif target not in trail:  # a loop comes back to a target already followed
+                    waiting.append((name, (*trail, target)))
             elif entry.is_dir():
                 waiting.append((name, trail))
             elif entry.is_file():
                 files.append(name)
-    return Scan(sorted(files), frozenset(outside), frozenset(links), unnamed)
+            else:
+                others += 1
+    return Scan(sorted(files), frozenset(outside), frozenset(links), unnamed, others)
+
+
+def _kind_behind(link: "os.DirEntry[str]") -> Literal["folder", "file", ""]:
+    """What a link leads to; nothing where it is broken or goes in a circle."""
+    try:
+        return "folder" if link.is_dir() else "file" if link.is_file() else ""
+    except OSError:
+        return ""
 
 
 def _is_text(name: str) -> bool:

@@ -154,6 +154,8 @@ def check_filled(values: pl.Series, path: Path, error: type[Exception] = Manifes
 
 def _bytes(path: Path) -> bytes:
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise PathError(f"{path} is a folder, pipe or device; expected a file.")
         content = Path(path).read_bytes()
     except FileNotFoundError:
         raise PathError(f"{path} does not exist.") from None

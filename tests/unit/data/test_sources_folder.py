@@ -59,7 +59,10 @@ def test_table(make):
     assert frame["age_years"].to_list() == [61.0, 61.0, None]
     assert frame["sex"].to_list() == ["F", "F", None]
     assert json.loads(frame["raw_labels"][1]) == {"edema": "1", "Odd Finding": ""}
-    assert rows.notes == ("1 images in the folder are not in labels.csv: left out",)
+    assert rows.notes == (
+        "1 images in the folder are not in labels.csv: left out",
+        "1 other files, hidden or no images by their names: left out",
+    )
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def read(options: SourceOptions) -> SourceRows:
         tables = {path.name: digest}
         unlisted = len(set(_images(found.files, image_root)) - set(frame["source_relpath"]))
         notes += [f"{unlisted} images in the folder are not in {path.name}: left out"] if unlisted else []
+    notes += _not_pictures(found, image_root, path, frame["source_relpath"])
     notes += [f"{found.unnamed} entries whose names are not UTF-8: left out"] if found.unnamed else []
     frame, more = _identify(frame, image_root)
     frame = frame.with_columns(pl.col("sex", "age_raw").replace("", None), age_years=ages(pl.col("age_raw")))
@@ -90,6 +91,14 @@ def _files(found: Scan, root: Path) -> pl.DataFrame:
     if not names:
         raise PathError(f"{root} holds no image: {len(found.files)} files, none of them PNG, JPEG or DICOM.")
     return pl.DataFrame({"source_relpath": names})
+
+
+def _not_pictures(found: Scan, root: Path, table: Path | None, taken: pl.Series) -> list[str]:
+    """Notes on what else lies in the folder: nothing is passed over in silence."""
+    names = {name for name in found.files if table is None or root / name != table}
+    rest = len(names.difference(_images(found.files, root), taken))
+    notes = [f"{rest} other files, hidden or no images by their names: left out"] if rest else []
+    return notes + ([f"{found.others} pipes, devices or broken links: left out"] if found.others else [])
 
 
 def _behind(name: str, links: frozenset[str]) -> bool:
