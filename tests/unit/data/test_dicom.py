@@ -201,6 +201,31 @@ def test_padding_is_left_out_and_painted_black(photometric):
     assert np.abs(pixels[inside] - expected[inside]).max() <= 1
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("value", [0, 65535])
+def test_padding_is_black_whatever_the_window_makes_of_it(photometric, value):
+    padded = VALUES.copy()
+    padded[:10] = value
+    data = dataset(padded, PhotometricInterpretation=photometric, WindowCenter=2000, WindowWidth=1500)
+    plain = pixels_of(data)
+    data.add_new("PixelPaddingValue", "US", value)
+    image = read_image(written(data))
+    assert image.intensity == "window"
+    assert (image.pixels[:10] == 0).all()
+    np.testing.assert_array_equal(image.pixels[10:], plain[10:])
+    assert (plain[:10] == 255).all() == ((value == 65535) == (photometric == "MONOCHROME2"))
+
+
+def test_a_window_that_only_padding_lies_in_is_ignored():
+    padded = VALUES.copy()
+    padded[:10] = 65535
+    data = dataset(padded, WindowCenter=65000, WindowWidth=1000)
+    assert read_image(written(data)).intensity == "window"
+    data.add_new("PixelPaddingValue", "US", 65535)
+    image = read_image(written(data))
+    assert (image.intensity, "window_ignored" in image.quality) == ("percentile", True)
+
+
 def test_signed_padding_of_an_unsigned_element():
     padded = VALUES.astype(np.int16)
     padded[:10] = -2000
