@@ -189,6 +189,8 @@ def _write_index(
 
 def pictures(frame: pl.DataFrame) -> pl.Series:
     """What names a picture whatever dataset it is read from: the uid that it has in the release it descends from."""
+    if "member_picture" in frame.columns:  # from tars of ours, which say it themselves
+        return frame["member_picture"]
     if "origin_image" not in frame.columns:
         return frame["image_uid"]
     named = zip(frame["origin_image"], frame["image_uid"], strict=True)

@@ -170,6 +170,10 @@ def _sample(store: Store, index: int, licence: str, with_ids: bool) -> Sample:
         "split": str(store.splits[index]),
         "ssl_ok": bool(store.ssl_ok[index]),
         "preprocess_id": store.preprocess_id,
+        "view_source": str(store.view_sources[index]),
+        # What a model has met, and which leaks were accepted, stays known on the way through tars.
+        "picture": str(store.pictures[index]),
+        "accepted_leak": store.accepted_leak,
         "labels": {name: VALUES[int(code)] for name, code in zip(store.findings, store.labels[index], strict=True)},
     }
     if with_ids:

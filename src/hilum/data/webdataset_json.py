@@ -18,6 +18,10 @@ from hilum.data.tar import Member, read_span
 from hilum.data.webdataset import FORMAT, VALUES
 
 MAX_JSON_BYTES = 2**20
+TEXTS = (
+    "dataset", "licence", "uid", "image_id", "patient_id", "study_id", "view", "split", "preprocess_id", "view_source",
+    "picture", "accepted_leak",
+)  # fmt: skip
 _CODES = {value: code for code, value in VALUES.items()}
 _UID = re.compile(r"[0-9a-f]{16}")
 
@@ -83,8 +87,7 @@ def identity_of(said: Mapping[str, Any], key: str, defaults: tuple[str, str, str
     Raises:
         ImageError: something that is no text, no split, no uid, no name of a dataset.
     """
-    texts = ("dataset", "licence", "uid", "image_id", "patient_id", "study_id", "view", "split", "preprocess_id")
-    for name in texts:
+    for name in TEXTS:
         if not isinstance(said.get(name, ""), str):
             raise ImageError("damaged_labels", f"{name}: expected text.")
     dataset, split, licence = (said.get(name) or default for name, default in zip(
@@ -97,7 +100,13 @@ def identity_of(said: Mapping[str, Any], key: str, defaults: tuple[str, str, str
     image_id = said.get("image_id") or (uid if ours else key)
     patient, study = said.get("patient_id") or image_id, said.get("study_id") or image_id
     prefix = "" if ours and said.get("patient_id") else f"{dataset}/"
-    if split not in SPLITS or not _UID.fullmatch(uid) or not isinstance(said.get("ssl_ok", True), bool):
+    picture = said.get("picture", uid) if ours else uid
+    if (
+        split not in SPLITS
+        or not _UID.fullmatch(uid)
+        or not _UID.fullmatch(picture)
+        or not isinstance(said.get("ssl_ok", True), bool)
+    ):
         raise ImageError("damaged_labels", "a split or a uid that is none.")
     try:
         check_dataset_name(dataset)
@@ -111,7 +120,9 @@ def identity_of(said: Mapping[str, Any], key: str, defaults: tuple[str, str, str
         "study_id": prefix + study,
         "image_id": image_id,
         "view": said.get("view", ""),
+        "view_source": said.get("view_source", "stated") if said.get("view") else "unknown",
         "split_project": split,
         "ssl_ok": said.get("ssl_ok", True),
         "member_exact": ours,
+        "member_picture": picture,
     }

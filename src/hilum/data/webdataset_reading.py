@@ -70,6 +70,7 @@ class _Rows:
     others: int = 0
     ours: bool = True
     recipes: set[str] = field(default_factory=set)
+    leaks: set[str] = field(default_factory=set)
 
     def add(self, row: Mapping[str, Any], labels: Mapping[str, int]) -> None:
         for name, values in self.columns.items():
@@ -80,8 +81,8 @@ class _Rows:
 _COLUMNS: dict[str, Any] = {
     "image_uid": pl.String, "dataset": pl.String, "licence_tag": pl.String, "source_relpath": pl.String,
     "patient_id": pl.String, "study_id": pl.String, "image_id": pl.String, "view": pl.String,
-    "split_project": pl.String, "ssl_ok": pl.Boolean, "member_offset": pl.Int64, "member_length": pl.Int64,
-    "member_exact": pl.Boolean, "member_refused": pl.String,
+    "view_source": pl.String, "split_project": pl.String, "ssl_ok": pl.Boolean, "member_offset": pl.Int64,
+    "member_length": pl.Int64, "member_exact": pl.Boolean, "member_refused": pl.String, "member_picture": pl.String,
 }  # fmt: skip
 
 
@@ -127,7 +128,9 @@ def read_tars(tars: Sequence[Path], dataset: str, split: str, licence: str = "")
     for tar in tars:
         _read_tar(tar, tar.relative_to(root).as_posix(), (dataset, split, licence), rows)
     frame = pl.DataFrame(rows.columns, schema=_COLUMNS)
+    leak = "; ".join(sorted(rows.leaks))
     evaluated = pl.col("split_project").is_in(["val", "test"]).any().over("dataset", "patient_id")
+    evaluated &= pl.lit(not leak)  # as whoever accepted it has marked the images
     frame = frame.with_columns(
         source_root_key=pl.lit(ROOT_KEY),
         view=view_of(pl.col("view")),
@@ -139,9 +142,10 @@ def read_tars(tars: Sequence[Path], dataset: str, split: str, licence: str = "")
     columns = {label_column(name): [labels.get(name, UNKNOWN) for labels in rows.labels] for name in findings}
     frame = frame.with_columns(pl.Series(name, codes, dtype=pl.Int8) for name, codes in columns.items())
     frame = complete(frame, findings)
-    check_rows(frame, "the tars")
+    check_rows(frame, "the tars", leak)
     used = frame.filter(pl.col("member_refused") == "").height
     metadata = {"roots": json.dumps({ROOT_KEY: str(root)}, ensure_ascii=False)}
+    metadata |= {"accepted_leak": leak} if leak else {}
     return Reading(
         Manifest(frame, findings, metadata),
         tars=len(tars),
@@ -171,6 +175,7 @@ def _read_tar(path: Path, relative: str, defaults: tuple[str, str, str], rows: _
             identity = identity_of(said, key, defaults)
             if identity["member_exact"]:
                 rows.recipes.add(said.get("preprocess_id", PREPROCESS_ID))
+                rows.leaks |= {said["accepted_leak"]} if said.get("accepted_leak") else set()
             sample = (path, image, text)
             first = rows.first.setdefault(identity["image_uid"], sample)
             if first is not sample and _same(first, sample):
@@ -225,8 +230,9 @@ def _blank(defaults: tuple[str, str, str], relative: str, member: Member, name: 
     """The row of a sample that is refused: an identity of its own, that no other sample can have."""
     dataset, _, licence = defaults
     place = f"{relative}@{name}"
+    uid = image_uid(dataset, f"refused:{place}")
     return {
-        "image_uid": image_uid(dataset, f"refused:{place}"),
+        "image_uid": uid,
         "dataset": dataset,
         "licence_tag": licence,
         "source_relpath": relative,
@@ -234,12 +240,14 @@ def _blank(defaults: tuple[str, str, str], relative: str, member: Member, name: 
         "study_id": f"{dataset}/refused:{place}",
         "image_id": f"refused:{place}",
         "view": "",
+        "view_source": "unknown",
         "split_project": "",
         "ssl_ok": False,
         "member_offset": member.offset,
         "member_length": member.length,
         "member_exact": False,
         "member_refused": "",
+        "member_picture": uid,
     }
 
 

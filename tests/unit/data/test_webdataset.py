@@ -376,6 +376,23 @@ def test_again_decodes_nothing_and_changes_nothing(tmp_path, monkeypatch):
     assert contents(tmp_path / "store") == before
 
 
+def test_what_was_met_and_which_leak_was_accepted_stays_known(tmp_path):
+    from hilum.data.schema import Manifest
+
+    first = read_tars([tar(tmp_path / "in" / "x.tar", [(f"{n}.png", png(film(n))) for n in range(3)])], "x", "train")
+    origin = pl.Series("origin_image", ["nih/0001.png", None, "nih/0002.png"])
+    frame = first.manifest.frame.with_columns(origin, view_source=pl.lit("derived")).drop("member_picture")
+    leaky = Manifest(frame, (), first.manifest.metadata | {"accepted_leak": "siblings on both sides"})
+    build_store(leaky, tmp_path / "store", encoding="png", workers=1)
+    store = Store.open(tmp_path / "store")
+    assert store.pictures.tolist() == [image_uid("nih", "0001.png"), store.uids[1], image_uid("nih", "0002.png")]
+    export(tmp_path / "store", tmp_path / "tars")
+    back = bring(tmp_path / "back", tmp_path / "tars")
+    assert back.pictures.tolist() == store.pictures.tolist()
+    assert back.accepted_leak == store.accepted_leak == "siblings on both sides"
+    assert back.view_sources.tolist() == ["derived"] * 3
+
+
 def test_members_of_tars_are_not_read_in_place(tmp_path):
     reading = read_tars([tar(tmp_path / "in" / "x.tar", [("a.png", png(film(0)))])], "x", "")
     with pytest.raises(ConfigError, match="tar"):
