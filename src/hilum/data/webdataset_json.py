@@ -101,12 +101,8 @@ def identity_of(said: Mapping[str, Any], key: str, defaults: tuple[str, str, str
     patient, study = said.get("patient_id") or image_id, said.get("study_id") or image_id
     prefix = "" if ours and said.get("patient_id") else f"{dataset}/"
     picture = said.get("picture", uid) if ours else uid
-    if (
-        split not in SPLITS
-        or not _UID.fullmatch(uid)
-        or not _UID.fullmatch(picture)
-        or not isinstance(said.get("ssl_ok", True), bool)
-    ):
+    named = _UID.fullmatch(uid) and _UID.fullmatch(picture)
+    if split not in SPLITS or not named or not isinstance(said.get("ssl_ok", True), bool):
         raise ImageError("damaged_labels", "a split or a uid that is none.")
     try:
         check_dataset_name(dataset)
@@ -120,7 +116,7 @@ def identity_of(said: Mapping[str, Any], key: str, defaults: tuple[str, str, str
         "study_id": prefix + study,
         "image_id": image_id,
         "view": said.get("view", ""),
-        "view_source": said.get("view_source", "stated") if said.get("view") else "unknown",
+        "view_source": said.get("view_source") or ("stated" if said.get("view") and not ours else "unknown"),
         "split_project": split,
         "ssl_ok": said.get("ssl_ok", True),
         "member_exact": ours,
