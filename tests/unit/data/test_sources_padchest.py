@@ -89,12 +89,17 @@ def codes(rows, finding):
     return rows.frame[f"label.{finding}"].to_list()
 
 
-def of(labels, policy=None):
-    """Findings of one image with these labels: name -> code."""
+def findings_of(images, policy=None):
+    """Finding -> codes, of images with these labels."""
     path, table = Path(TABLE), load_map("padchest")
-    values = padchest.label_lists(pl.Series("Labels", [str(list(labels))]), path)
+    values = padchest.label_lists(pl.Series("Labels", [str(list(labels)) for labels in images]), path)
     columns, _ = finding_columns(token_values(values, table, path), table, policy or LabelPolicy())
-    return {column.name.removeprefix("label."): column[0] for column in columns}
+    return {column.name.removeprefix("label."): column.to_list() for column in columns}
+
+
+def of(labels, policy=None):
+    """The same of one image."""
+    return {name: codes[0] for name, codes in findings_of([labels], policy).items()}
 
 
 def test_ids_views_ages_and_sizes(make):
@@ -211,8 +216,9 @@ def test_the_vocabulary_is_the_release_s():
     assert len(set(table.labels) - in_tree_only) == 193
     assert {"pectum excavatum", "esophagic dilatation", "lipomatosis", "hypoexpansion basal"} <= set(table.labels)
     others = {"normal": 1, "unchanged": -1, "chronic changes": -1, "exclude": -1, "suboptimal study": -1}
-    for label in table.labels:  # every other label says that the chest is not normal
-        assert of([label])["Normal"] == others.get(label, 0)
+    normal = findings_of([[label] for label in table.labels])["Normal"]
+    # Every other label says that the chest is not normal.
+    assert dict(zip(table.labels, normal, strict=True)) == {label: others.get(label, 0) for label in table.labels}
 
 
 @pytest.mark.parametrize("place", ["15", "images", ".", "54"])
