@@ -109,7 +109,7 @@ def test_without_texts(tmp_path, make):
 
 def test_a_text_without_its_image_is_a_missing_image(make):
     options = make(SHENZHEN, images=list(SHENZHEN)[1:])
-    with pytest.raises(PathError, match="1 of the texts in ClinicalReadings have no image under .*--allow-missing"):
+    with pytest.raises(PathError, match=r"1 of the texts in ClinicalReadings have no image under .*--allow-missing"):
         shenzhen.read(options)
     rows = shenzhen.read(SourceOptions("shenzhen", options.root, allow_missing=True))
     assert rows.frame.height == 5
@@ -134,7 +134,7 @@ def test_names_that_are_none(make, tmp_path, extra, error, message):
 
 
 def test_nothing_there_a_link_away_and_a_text_that_is_too_long(make, tmp_path, tmp_path_factory):
-    with pytest.raises(PathError, match="no image called CHNCXR_0001_0.png"):
+    with pytest.raises(PathError, match=r"no image called CHNCXR_0001_0\.png"):
         shenzhen.read(SourceOptions("shenzhen", tmp_path))
     options = make(SHENZHEN)
     away = tmp_path_factory.mktemp("away") / "CHNCXR_0009_0.png"

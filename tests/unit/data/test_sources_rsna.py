@@ -152,7 +152,7 @@ def test_missing_images(make, tmp_path):
     notes = rsna.read(SourceOptions("rsna", tmp_path, allow_missing=True)).notes
     assert any("1 images in stage_2_test_images have no labels" in note for note in notes)
     (tmp_path / "stage_2_train_labels.csv").unlink()
-    with pytest.raises(PathError, match="stage_2_train_labels.csv does not exist"):
+    with pytest.raises(PathError, match=r"stage_2_train_labels\.csv does not exist"):
         rsna.read(options)
 
 

@@ -26,8 +26,12 @@ NAME = re.compile(r"(JPC[LN]N\d{3})\.IMG", re.IGNORECASE)
 TEXTS = {"CLNDAT_EN.TXT": "JPCLN", "CNNDAT_EN.TXT": "JPCNN"}
 LONGEST_TEXT = 2**20
 """Bytes; the real texts have some thousands."""
-PERSON = re.compile(r"(?:^|\s)(\d{1,3}|\?)\s+(male|female|\?)(?:\s|$)", re.IGNORECASE)
-"""Age, then sex, as both texts have them side by side."""
+_AGE_AND_SEX = r"(\d{1,3}|\?)\s+(male|female|\?)(?:\s|$)"
+PERSON = {
+    "JPCLN": re.compile(rf"(?i)\.IMG\s+\S+\s+\S+\s+{_AGE_AND_SEX}"),
+    "JPCNN": re.compile(rf"(?i)\.IMG\s+{_AGE_AND_SEX}"),
+}
+"""Where age and sex are: in the one text after subtlety and size, in the other first."""
 LABELS = load_map("jsrt")
 
 
@@ -51,7 +55,7 @@ def read(options: SourceOptions) -> SourceRows:
     tokens = [["nodule"] if name.startswith("JPCLN") else [] for name in names]
     values = token_values(pl.Series("label", tokens, dtype=pl.List(pl.String)), LABELS, home)
     columns, conflicts = finding_columns(values, LABELS, options.policy)
-    people = [PERSON.search(lines.get(name, "")) for name in names]
+    people = [PERSON[name[:5]].search(lines.get(name, "")) for name in names]
     frame = pl.DataFrame(
         {
             "image_id": names,

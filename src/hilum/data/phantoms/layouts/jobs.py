@@ -103,18 +103,24 @@ def check_room(cohort: Collection[PatientPlan], most: int, layout: str) -> None:
 
 
 def names_of(findings: Collection[str], table: LabelMap, turn: int) -> list[str]:
-    """Labels of a source that say neither more nor less than the findings, as far as it can; `turn` chooses one."""
+    """Labels of a source that say neither more nor less than the findings, as far as it can; `turn` chooses one.
+
+    A label that is also a hint of something that is not there is taken only where there is no other.
+    """
     closed = {row.finding for row in table.rows if row.present == "1" and row.tier == "strict"}
     chosen = []
     for finding in findings:
-        names = [
-            label
-            for label in table.labels
-            if any((row.label, row.finding, row.present) == (label, finding, "1") for row in table.rows)
-            and not any(row.label == label and row.finding in closed - set(findings) for row in table.rows)
-        ]
+        names = [row.label for row in table.rows if (row.finding, row.present) == (finding, "1")]
         strict = [row.label for row in table.rows if row.finding == finding and row.tier == "strict"]
         names = [name for name in names if name in strict] or ([] if finding in closed else names)
-        if names:
-            chosen.append(names[turn % len(names)])
+        absent = closed - set(findings)
+        exact = _without(names, table, absent, ("strict", "weak")) or _without(names, table, absent, ("strict",))
+        if exact:
+            chosen.append(exact[turn % len(exact)])
     return list(dict.fromkeys(chosen))
+
+
+def _without(names: list[str], table: LabelMap, absent: Collection[str], tiers: tuple[str, ...]) -> list[str]:
+    """Those of the labels that affirm, in rows of these tiers, nothing that is absent."""
+    affirm = {row.label for row in table.rows if row.present == "1" and row.finding in absent and row.tier in tiers}
+    return [name for name in names if name not in affirm]
