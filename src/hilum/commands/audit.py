@@ -67,6 +67,8 @@ def run(
         raise LeakageError(f"{manifest} leaks ({kinds}). Nothing measured with it would hold; make it again.")
     check_rows(table.frame, str(manifest), table.accepted_leak)
     say("No leak between train, val and test" + (f", nor into {weights}." if weights else "."))
+    if weights and not Path(weights).exists():
+        say("Of public weights only what is known can be checked: they may have seen more.")
     say(_compared(report))
     next_step(f"hilum build {manifest} --out STORE" if store is None else f"hilum pretrain RECIPE --data {store.path}")
 
