@@ -332,3 +332,19 @@ def test_a_phantom_becomes_a_store(phantom, tmp_path):
     summary = build_store(manifest, tmp_path / "store", size=32, workers=1)
     assert summary.stored == summary.inputs == manifest.frame.height > 0
     assert set(manifest.frame["view"]) == {"PA"}
+
+
+def test_the_same_pictures_under_two_names_enter_pretraining_once(make):
+    root = make().root
+    for name in ("one", "two"):
+        (root / name).mkdir(exist_ok=True)
+    (root / "one/image_labels_train.csv").write_text(text(TRAIN, READINGS))
+    (root / "one/image_labels_test.csv").write_text(text(TEST, AGREED))
+    (root / "two/train.csv").write_text(CHALLENGE)
+    specs = [SourceSpec("vindr", name, root / name) for name in ("one", "two")]
+    options = ManifestOptions(val_fraction=0, test_fraction=0, images=dict.fromkeys(("one", "two"), root))
+    frame = build_manifest(specs, options)[0].frame
+    allowed = {(row["dataset"], row["image_id"]): row["ssl_ok"] for row in frame.iter_rows(named=True)}
+    assert allowed[("one", A)]
+    assert not allowed[("two", A)]
+    assert not allowed[("one", C)]  # of the official test
