@@ -61,11 +61,16 @@ def judge(content: bytes, cut: bool, original: np.ndarray) -> str:
         return error.reason if error.reason in REASONS else "undocumented_reason"
     except Exception:
         return "uncaught"
-    fault = _dicom_fault(content, image) if image.mode.startswith("dicom") else _raster_fault(content, image)
-    if fault:
-        return fault
+    wrong = fault(content, image)
+    if wrong:
+        return wrong
     same = np.array_equal(image.pixels, original)
     return "accepted_though_cut" if cut and not same else "read_as_before" if same else "read_changed"
+
+
+def fault(content: bytes, image: DecodedImage) -> str:
+    """What is wrong with an image that was accepted; "" where nothing is."""
+    return _dicom_fault(content, image) if image.mode.startswith("dicom") else _raster_fault(content, image)
 
 
 def _dicom_fault(content: bytes, image: DecodedImage) -> str:
