@@ -141,7 +141,8 @@ def _labels(table: Table, policy: LabelPolicy) -> tuple[pl.DataFrame, Mapping[st
         return names.to_frame().hstack([raw, *columns]), conflicts
     lists = label_lists(table.frame[column], table.path)
     said = set(lists.explode().drop_nulls())
-    words = CLASSES if said <= set(CLASSES.labels) else load_map("padchest")
+    padchest = load_map("padchest")
+    words = padchest if said - set(CLASSES.labels) and said <= set(padchest.labels) else CLASSES
     values = token_values(lists, words, table.path)
     asked = [label in said or (words is CLASSES and label not in UNSEEN) for label in words.labels]
     values[:, ~np.array(asked)] = UNKNOWN
