@@ -51,6 +51,7 @@ def test_the_training_path_runs_on_a_bare_gpu_image(program: str) -> None:
         "hilum.evaluation.report",
         "hilum.data.images",
         "hilum.data.store",
+        "hilum.data.webdataset_reading",
         "hilum.data.manifest",
         "hilum.data.phantoms.writing",
     ],

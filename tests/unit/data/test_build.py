@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -259,6 +260,40 @@ def test_shares_of_an_array_make_one_store(tmp_path, order):
         assert summary.finished == (position == 2)
     assert counted(summary) == 24
     assert contents(tmp_path / "store") == contents(tmp_path / "straight")
+
+
+def test_jobs_that_finish_at_the_same_moment(tmp_path):
+    """All find every shard finished, and all write the index: one after the other, and none takes another's files."""
+    manifest_path = pool(tmp_path / "raw")
+    for place in ("straight", "store"):
+        build_store(manifest_path, tmp_path / place, encoding="raw", workers=1, **SMALL)
+    for name in ("store.json", "index.npz"):
+        (tmp_path / "store" / name).unlink()
+    with ThreadPoolExecutor(6) as pool_of_jobs:
+        jobs = [
+            pool_of_jobs.submit(build_store, manifest_path, tmp_path / "store", encoding="raw", workers=1, **SMALL)
+            for _ in range(12)
+        ]
+    assert all(job.result().finished for job in jobs)
+    assert contents(tmp_path / "store") == contents(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_jobs_at_the_same_time_make_one_store(tmp_path):
+    manifest_path = pool(tmp_path / "raw", 60)
+    build_store(manifest_path, tmp_path / "straight", encoding="jpeg95", workers=1, **SMALL)
+    program = (
+        "import sys; from pathlib import Path; from hilum.data.build import build_store\n"
+        "build_store(Path(sys.argv[1]), Path(sys.argv[2]), 32, 'jpeg95', 1, (int(sys.argv[3]), 5), shard_bytes=4096)"
+    )
+    for attempt in range(4):
+        out = tmp_path / f"store{attempt}"
+        jobs = [
+            subprocess.Popen([sys.executable, "-c", program, str(manifest_path), str(out), str(number)])
+            for number in range(5)
+        ]
+        assert [job.wait() for job in jobs] == [0] * 5
+        assert contents(out) == contents(tmp_path / "straight")
 
 
 def test_a_run_without_shares_finishes_what_is_left(tmp_path):

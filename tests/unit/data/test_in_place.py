@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import torch
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from hilum.commands import build as build_command
 from hilum.commands import verify
@@ -105,6 +106,19 @@ def test_crops_for_pretraining_are_the_same_bit_for_bit(stores):
         assert torch.equal(ours[step].global_crops, theirs[step].global_crops)
         assert torch.equal(ours[step].local_crops, theirs[step].local_crops)
         assert ours[step].replaced == theirs[step].replaced
+
+
+def test_dicom_in_place(tmp_path):
+    """A DICOM that ships with pydicom, 16 bits: shown as in a store of pixels."""
+    path = pool(tmp_path / "raw", 2)
+    dicom = Path(get_testdata_file("CT_small.dcm", download=False))
+    (tmp_path / "raw" / "films" / "SECRET-0.png").write_bytes(dicom.read_bytes())
+    for name, encoding in (("copy", "raw"), ("place", IN_PLACE)):
+        build_store(path, tmp_path / name, encoding=encoding, **SMALL)
+    copy, place = Store.open(tmp_path / "copy"), Store.open(tmp_path / "place")
+    assert pl.read_parquet(tmp_path / "place" / "manifest.parquet")["mode"][0].startswith("dicom")
+    for index in range(2):
+        np.testing.assert_array_equal(place.read(index), copy.read(index))
 
 
 def test_a_file_that_has_changed_is_an_error_that_names_its_uid_and_not_its_path(stores, tmp_path):
