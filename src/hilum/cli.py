@@ -55,17 +55,20 @@ def demo(
 @app.command(epilog=example("hilum phantom outputs/phantoms --layout cxrlt --patients 200"))
 def phantom(
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    layout: Annotated[str, typer.Option(help="cxrlt or nih.")] = "cxrlt",
+    layout: Annotated[str, typer.Option(help="cxrlt, nih, padchest, rsna, ...: a source's.")] = "cxrlt",
     patients: Annotated[int, typer.Option(help="Synthetic patients.")] = 200,
     seed: Seed = 0,
     size: Annotated[int, typer.Option(help="Pixels of the shorter side.")] = 512,
     minimum_patients: Annotated[int, typer.Option(help="At least so many patients for each finding.")] = 8,
     workers: Workers = None,
+    faults: Annotated[
+        str, typer.Option(help="images (damaged files), or kinds with commas; what must become of them: faults.csv.")
+    ] = "",
 ) -> None:
     """Write synthetic patients in a dataset's real folder and CSV layout, with lesion masks."""
     from hilum.commands import phantom as program
 
-    program.run(out, layout, patients, seed, size, minimum_patients, workers)
+    program.run(out, layout, patients, seed, size, minimum_patients, workers, faults)
 
 
 @app.command(epilog=example("hilum manifest nih=/data/nih --out manifest.parquet"))

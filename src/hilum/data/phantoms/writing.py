@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -24,6 +24,7 @@ from hilum.core.tracking import progress
 from hilum.data.labels import CXRLT_2024_TASK1
 from hilum.data.phantoms.cohort import plan_cohort
 from hilum.data.phantoms.encoding import encode
+from hilum.data.phantoms.faults import FILE, plant
 from hilum.data.phantoms.layouts import LAYOUTS
 from hilum.data.phantoms.layouts.jobs import MaskRow, StudyJob, csv_text
 from hilum.data.phantoms.prevalence import MINIMUM_PATIENTS
@@ -35,14 +36,14 @@ VERSION = 2
 SMALLEST, LARGEST = 64, 2048
 BY_SUFFIX = {".jpg": "jpeg", ".png": "png"}
 """How an image is encoded whose layout does not say."""
-OWN = ("masks", "masks.csv")
+OWN = ("masks", "masks.csv", FILE)
 """What a run of any layout leaves in OUT besides phantom.json. A run over an earlier one of ours removes these and what
 layouts call their own, and nothing else."""
 
 
 def write_phantoms(
     out: Path, layout: str, patients: int, seed: int, size: int = 320, minimum_patients: int = MINIMUM_PATIENTS,
-    workers: int | None = None,
+    workers: int | None = None, faults: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Write a cohort of synthetic patients.
 
@@ -54,12 +55,13 @@ def write_phantoms(
         size: short side of the images in pixels.
         minimum_patients: see `cohort.plan_cohort`.
         workers: processes; None takes the cores this process may use, up to 8.
+        faults: kinds of faults to plant, see `faults.KINDS`; what must become of them is in `OUT/faults.csv`.
 
     Returns:
         What `OUT/phantom.json` holds: parameters and counts by finding.
 
     Raises:
-        ConfigError: an argument out of range, or `out` holds something else.
+        ConfigError: an argument out of range, faults that the layout cannot have, or `out` holds something else.
         UnknownNameError: no such layout.
     """
     if layout not in LAYOUTS:
@@ -79,6 +81,8 @@ def write_phantoms(
         rows = [[m.image_id, m.finding, m.path, f"{m.area:.6f}"] for m in masks]
         write_text(folder / "masks.csv", csv_text([["image_id", "finding", "path", "area_fraction"], *rows]))
         summary = _summary(layout, patients, seed, size, minimum_patients, jobs, masks)
+        if faults:
+            summary["faults"] = [fault.kind for fault in plant(folder, layout, jobs, faults, seed)]
         write_json(folder / "phantom.json", summary)
     return summary
 
