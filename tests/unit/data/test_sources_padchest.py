@@ -15,7 +15,7 @@ import pytest
 from hilum.core.errors import EmptyStudyError, ManifestError, MissingColumnError, PathError, UnknownLabelError
 from hilum.data.build import build_store
 from hilum.data.images import read_image
-from hilum.data.label_cells import finding_columns, token_values
+from hilum.data.label_cells import finding_columns, label_lists, token_values
 from hilum.data.label_maps import LabelPolicy, load_map
 from hilum.data.manifest import ManifestOptions, SourceSpec, build_manifest
 from hilum.data.phantoms.cohort import plan_cohort
@@ -92,7 +92,7 @@ def codes(rows, finding):
 def findings_of(images, policy=None):
     """Finding -> codes, of images with these labels."""
     path, table = Path(TABLE), load_map("padchest")
-    values = padchest.label_lists(pl.Series("Labels", [str(list(labels)) for labels in images]), path)
+    values = label_lists(pl.Series("Labels", [str(list(labels)) for labels in images]), path)
     columns, _ = finding_columns(token_values(values, table, path), table, policy or LabelPolicy())
     return {column.name.removeprefix("label."): column.to_list() for column in columns}
 
