@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from fuzz import ADDRESS_SPACE, FAILURES, OUTCOMES, REASONS, SECONDS, fault
+from fuzz import ADDRESS_SPACE, FAILURES, OUTCOMES, REASONS, SECONDS, fault, peak_memory
 
 from hilum.core.errors import ImageError
 from hilum.data.images import read_image
@@ -101,8 +101,7 @@ def work(listed: Path, results: Path, start: int) -> None:
         seconds = time.monotonic() - started
         slowest = max(slowest, seconds)
         outcomes[number] = names.index(outcome if seconds <= SECONDS else "slow")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"slowest": slowest, "peak_mb": peak}))
+    print(json.dumps({"slowest": slowest, "peak_mb": peak_memory()}))
 
 
 def run(paths: list[Path]) -> dict[str, object]:
