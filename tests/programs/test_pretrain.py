@@ -655,7 +655,8 @@ def test_two_processes_stop_resume_and_fail_together(straight: Path, data: Path,
     whole = two("whole", "")
     assert whole.returncode == 0, whole.stderr
     assert [line["step"] for line in lines(tmp_path / "whole")] == [1, 2, 3, 4]
-    assert len(exposure.read_seen(tmp_path / "whole").uids) == len(exposure.read_seen(straight).uids)  # both ranks' images
+    whole_seen, straight_seen = exposure.read_seen(tmp_path / "whole"), exposure.read_seen(straight)
+    assert len(whole_seen.uids) == len(straight_seen.uids)  # both ranks' images
 
     assert two("cut", "stop").returncode != 0
     assert final(tmp_path / "cut").step == 3  # the ranks agree on stopping once a step
