@@ -11,8 +11,8 @@ memory, which the build's processes keep from image to image. A column with PIL'
 of the gain is the filter's, and one with the loop in a process that keeps its memory too, how much is the memory's.
 
 The first table is CPU time of one thread, medians over the rounds; each side has a process of its own, which runs as it
-would alone, and they take turns. The second is a whole build by the clock, with one process and with two; there the
-loop's process happens to keep its memory.
+would alone, and they take turns. The second is whole programs by the clock, from start to end: the loop with one
+process, `hilum build` with one and with as many decoding processes as there are processors (at most 8), medians.
 """
 
 import io
@@ -37,14 +37,13 @@ from PIL import Image
 
 from hilum.core.seeding import stream
 from hilum.core.types import image_uid
-from hilum.data.build import build_store
 from hilum.data.decoding import Settings, Task, decode_one, reuse_memory
 from hilum.data.schema import Manifest, complete, write_manifest
 
 SIZES = {"2500 x 2048": (2500, 2048), "3056 x 2544": (3056, 2544)}
 IMAGES, ROUNDS, SHORT_SIDE = 6, 7, 512
-BUILD_IMAGES = 240
-SERVE = "--serve"
+BUILD_IMAGES, BUILD_ROUNDS = 480, 3
+SERVE, LOOP = "--serve", "--loop"
 
 
 def film(height: int, width: int, seed: int) -> np.ndarray:
@@ -142,10 +141,31 @@ def manifest_of(paths: list[Path], root: Path) -> Path:
     return root / "manifest.parquet"
 
 
-def clock(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def whole_builds(films: Path, manifest: Path, temporary: Path) -> dict[str, float]:
+    """Images a second of whole programs; the sides take turns."""
+    hilum = str(Path(sys.executable).with_name("hilum"))
+    commands = {"PIL loop": [sys.executable, __file__, LOOP, str(films)]}
+    for workers in sorted({1, min(8, len(os.sched_getaffinity(0)))}):
+        name = f"hilum build, {workers} process" + ("es" if workers > 1 else "")
+        commands[name] = [hilum, "build", str(manifest), "--workers", str(workers)]
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for round_number in range(BUILD_ROUNDS):
+        for name, command in commands.items():
+            out = ["--out", str(temporary / f"{name} {round_number}")] if command[0] == hilum else []
+            start = time.perf_counter()
+            subprocess.run([*command, *out], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            times[name].append(time.perf_counter() - start)
+    print(
+        f"\n{BUILD_IMAGES} films of 2500 x 2048 by whole programs, images a second by the clock; ratios within rounds"
+    )
+    figures = {}
+    for name, values in times.items():
+        ratios = [loop / own for loop, own in zip(times["PIL loop"], values, strict=True)]
+        figures[f"{name}, images/s"] = BUILD_IMAGES / statistics.median(values)
+        figures[f"{name}, times the loop"] = statistics.median(ratios)
+        shown = f"{statistics.median(ratios):6.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"{name:>26} {figures[f'{name}, images/s']:7.1f} {shown}")
+    return figures
 
 
 def main() -> dict[str, float]:
@@ -165,20 +185,15 @@ def main() -> dict[str, float]:
         root = Path(temporary) / "whole"
         paths = write_films(root, SIZES["2500 x 2048"], BUILD_IMAGES)
         manifest = manifest_of(paths, root)
-        print(f"\nA whole build of {BUILD_IMAGES} films of 2500 x 2048, images a second by the clock (with start-up)")
-        loop = BUILD_IMAGES / clock(lambda: [with_pil(path) for path in paths])
-        print(f"{'PIL loop, 1 process':>24} {loop:7.1f}")
-        figures["PIL loop, images/s"] = loop
-        for workers in (1, 2):
-            out = Path(temporary) / f"store{workers}"
-            rate = BUILD_IMAGES / clock(lambda: build_store(manifest, out, SHORT_SIDE, workers=workers))  # noqa: B023
-            print(f"{f'hilum build, {workers} process':>24} {rate:7.1f}   {rate / loop:.2f}x")
-            figures[f"hilum build {workers}, images/s"] = rate
+        figures |= whole_builds(root, manifest, Path(temporary))
     return figures
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [SERVE]:
         serve(sys.argv[2])
+    elif sys.argv[1:2] == [LOOP]:
+        for path in sorted(Path(sys.argv[2]).glob("*.jpg")):
+            with_pil(path)
     else:
         main()
