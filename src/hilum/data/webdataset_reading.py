@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from jaxtyping import Int8
 
 from hilum.core.errors import ImageError, StoreError
 from hilum.core.types import UNKNOWN, image_uid
@@ -64,10 +66,14 @@ class _Rows:
     """Rows under way: columns, the labels of each row, and where each uid was first seen."""
 
     columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
-    labels: list[Mapping[str, int]] = field(default_factory=list)
+    labels: list[bytes] = field(default_factory=list)
+    """Of each row, the codes of `findings` as far as they were known then, a byte each: there may be a million rows."""
+    findings: dict[str, int] = field(default_factory=dict)
+    """Position of each finding, in the order of their first appearance."""
     first: dict[str, _Sample] = field(default_factory=dict)
     duplicates: int = 0
     others: int = 0
+    unlabelled: int = 0
     ours: bool = True
     recipes: set[str] = field(default_factory=set)
     leaks: set[str] = field(default_factory=set)
@@ -75,7 +81,16 @@ class _Rows:
     def add(self, row: Mapping[str, Any], labels: Mapping[str, int]) -> None:
         for name, values in self.columns.items():
             values.append(row[name])
-        self.labels.append(labels)
+        for name in labels:
+            self.findings.setdefault(name, len(self.findings))
+        self.labels.append(np.array([labels.get(name, UNKNOWN) for name in self.findings], np.int8).tobytes())
+
+    def codes(self) -> Int8[np.ndarray, "N C"]:
+        """All labels, columns as `findings`."""
+        codes = np.full((len(self.labels), len(self.findings)), UNKNOWN, np.int8)
+        for row, known in enumerate(self.labels):
+            codes[row, : len(known)] = np.frombuffer(known, np.int8)
+        return codes
 
 
 _COLUMNS: dict[str, Any] = {
@@ -137,13 +152,12 @@ def read_tars(tars: Sequence[Path], dataset: str, split: str, licence: str = "")
         ssl_ok=pl.col("ssl_ok") & ~evaluated,
         ssl_reason=pl.when(evaluated).then(pl.lit("excluded: patient in val or test")).otherwise(pl.lit("as imported")),
     )
-    named = list(dict.fromkeys(name for labels in rows.labels for name in labels))
-    findings = tuple(named) if rows.ours else ordered(named)
-    columns = {label_column(name): [labels.get(name, UNKNOWN) for labels in rows.labels] for name in findings}
-    frame = frame.with_columns(pl.Series(name, codes, dtype=pl.Int8) for name, codes in columns.items())
+    findings, codes = tuple(rows.findings) if rows.ours else ordered(rows.findings), rows.codes()
+    frame = frame.with_columns(
+        pl.Series(label_column(name), codes[:, rows.findings[name]], dtype=pl.Int8) for name in findings
+    )
     frame = complete(frame, findings)
     check_rows(frame, "the tars", leak)
-    used = frame.filter(pl.col("member_refused") == "").height
     metadata = {"roots": json.dumps({ROOT_KEY: str(root)}, ensure_ascii=False)}
     metadata |= {"accepted_leak": leak} if leak else {}
     return Reading(
@@ -151,7 +165,7 @@ def read_tars(tars: Sequence[Path], dataset: str, split: str, licence: str = "")
         tars=len(tars),
         duplicates=rows.duplicates,
         others=rows.others,
-        unlabelled=used - sum(bool(labels) for labels in rows.labels),
+        unlabelled=rows.unlabelled,
         recipes=tuple(sorted(rows.recipes)),
     )
 
@@ -185,6 +199,7 @@ def _read_tar(path: Path, relative: str, defaults: tuple[str, str, str], rows: _
                 raise ImageError("duplicate_key", "another image has the same key.")
             row |= identity
             rows.ours &= bool(row["member_exact"])
+            rows.unlabelled += not labels
         except ImageError as error:
             row["member_refused"], labels = error.reason, {}
         rows.add(row, labels)
@@ -194,8 +209,13 @@ def _read_tar(path: Path, relative: str, defaults: tuple[str, str, str], rows: _
 
 
 def _grouped(path: Path, rows: _Rows) -> tuple[Iterator[tuple[str, list[Member]]], End]:
-    """The samples of a tar by key, in order of their first member. A key with a second image is a second sample."""
+    """The samples of a tar by key, in order of their first member. A key with a second image is a second sample.
+
+    Where the tar was cut, nobody can say whether the last sample before the cut had more members (its labels, perhaps):
+    it is refused with the rest.
+    """
     groups: list[tuple[str, list[Member]]] = []
+    last: list[Member] = []
     latest: dict[str, list[Member]] = {}
     end = End(0, "tar_truncated")
     for member in scan(path):
@@ -210,9 +230,12 @@ def _grouped(path: Path, rows: _Rows) -> tuple[Iterator[tuple[str, list[Member]]
             latest[key] = []
             groups.append((key, latest[key]))
         latest[key].append(member)
+        last = latest[key]
+    if end.fault and last:
+        last.append(Member("", end.offset, 0, end.fault))
     kept = []
     for key, members in groups:
-        if {_split(member.name)[1] for member in members} <= {"txt"}:  # a README, not a sample
+        if {_split(member.name)[1] for member in members} <= {"txt", ""}:  # a README, not a sample
             rows.others += len(members)
         else:
             kept.append((key, members))
