@@ -64,7 +64,8 @@ def run(
         say(f"{pairs.height:,} pairs of near duplicates in {evidence}")
     if report.leaks:
         kinds = ", ".join(dict.fromkeys(problem.kind for problem in report.leaks))
-        raise LeakageError(f"{manifest} leaks ({kinds}). Nothing measured with it would hold; make it again.")
+        advice = f"This was accepted: {table.accepted_leak}." if table.accepted_leak else "Make it again."
+        raise LeakageError(f"{manifest} leaks ({kinds}). Nothing measured with it would hold. {advice}")
     check_rows(table.frame, str(manifest), table.accepted_leak)
     say("No leak between train, val and test" + (f", nor into {weights}." if weights else "."))
     if weights and not Path(weights).exists():

@@ -159,7 +159,7 @@ def build_manifest(specs: Sequence[SourceSpec], options: ManifestOptions) -> tup
     else:
         frame, settled = settle_across_datasets(frame)
         frame = mark_ssl(frame)
-        notes += [*settled, *_unused_development(frame)]
+        notes += [*settled, *([] if pool else _unused_development(frame))]
     frame = complete(frame, findings).sort(ORDER)
     check_rows(frame, "the new manifest", leak)
     contradictions = {part.dataset: counts for part, (_, counts) in zip(parts, finished, strict=True) if counts}
