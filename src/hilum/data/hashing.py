@@ -2,8 +2,8 @@
 
 `hilum build` computes the hashes when it decodes an image; `hilum audit` compares them. The SHA-256 is over the
 picture as decoded, of full size, before any intensity curve, so it depends on neither the store nor the recipe: its
-height, its width, and about 256 evenly spaced rows (all of them up to 511). Every row would cost a fifth of decoding
-a JPEG, and two films that agree in every ninth row are the same film. The perceptual hash is made of the picture as
+height, its width, and about 128 evenly spaced rows (all of them up to 255). Every row would cost a fifth of decoding
+a JPEG, and two films that agree in every twentieth row are the same film. The perceptual hash is made of the picture as
 stored, or as read; between sizes it differs by a few bits.
 
 The perceptual hash is the signs of 16 x 16 coefficients of a cosine transform: frequencies 1 to 16 in both directions
@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt64
 
-from hilum.data.area import resize_once
+from hilum.data.area import area_mean
 
-SAMPLED_ROWS = 256
+SAMPLED_ROWS = 128
 """Rows that the SHA-256 of pixels is over, at least, where a picture has so many."""
 BITS = 256
 SIDE = 64
@@ -57,7 +57,9 @@ def pixel_sha256(sample: np.ndarray, rows: int) -> str:
 
 def thumbnail(pixels: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "64 64"]:
     """The picture squeezed to 64 x 64 by area, whatever its aspect."""
-    return resize_once(pixels, SIDE, SIDE)
+    if min(pixels.shape) < SIDE:
+        return cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    return cv2.convertScaleAbs(area_mean(pixels, SIDE, SIDE))  # rounds to nearest; nothing is negative
 
 
 def perceptual_hash(small: UInt8[np.ndarray, "64 64"]) -> str | None:
