@@ -38,7 +38,7 @@ NEAREST = 8
 WAYS: tuple[str, ...] = ("as it is", "mirrored", "inverted", "mirrored and inverted")
 """How one picture of a pair has to be turned to match the other."""
 
-_ROWS, _COLUMNS = 16, 4096  # hashes compared at a time: the intermediate results stay in the cache
+_ROWS, _COLUMNS = 32, 4096  # hashes at a time: results stay in the cache, and threads seldom wait for each other
 _TOGETHER = 256
 
 
