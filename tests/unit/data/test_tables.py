@@ -174,3 +174,29 @@ def test_field_counts_agree_with_the_csv_module(tmp_path_factory, rows):
         first = next(number for number, row in enumerate(rows, start=2) if len(row) != 3)
         with pytest.raises(ManifestError, match=f"row {first}:"):
             read_csv(path)
+
+
+def outcome(path):
+    try:
+        table = read_csv(path)
+    except HilumError as error:
+        return str(error)
+    return table.frame.rows()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(',"\n\rab', max_size=40), st.integers(1, 9))
+def test_blocks_do_not_change_the_outcome(tmp_path_factory, text, block):
+    """A quotation, a record or a field may lie across blocks: same table, or same message with the same row."""
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    path.write_text("a,b\n" + text, newline="")
+    whole = outcome(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "BLOCK", block)
+        assert outcome(path) == whole
+
+
+def test_only_the_columns_asked_for_are_kept_and_all_are_checked(write):
+    assert read_csv(write('a,b,c\n1,"x\ny",3\n4,z,6\n'), only=("c", "a")).frame.rows() == [("1", "3"), ("4", "6")]
+    with pytest.raises(ManifestError, match="row 3: a quotation mark"):
+        read_csv(write('a,b,c\n1,x,3\n4,z"z,6\n'), only=("a",))

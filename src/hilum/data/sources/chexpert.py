@@ -259,7 +259,7 @@ def _paths(frame: pl.DataFrame, found: Scan, home: Path, options: SourceOptions)
 def _plus(root: Path, options: SourceOptions) -> _Part:
     """CheXpert Plus: its table, without the reports, and the labels beside it."""
     used = ("path_to_image", *PLUS_DESCRIPTION, "split", "patient_report_date_order")
-    table = read_csv(root / PLUS_TABLE, used)
+    table = read_csv(root / PLUS_TABLE, used, only=used)
     check_values(table.frame["split"], FOLDERS, table.path, ManifestError)
     kept = table.frame.select(used)
     split = pl.col("split").replace_strict(FOLDERS, return_dtype=pl.String)
