@@ -37,7 +37,7 @@ from hilum.data.sources import (
     taix,
     vindr,
 )
-from hilum.data.splits import assign, check_fractions, mark_ssl, settle_across_datasets
+from hilum.data.splits import assign, check_fractions, mark_ssl, name_people, settle_across_datasets
 from hilum.data.views import is_frontal, view_of
 
 SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
@@ -152,7 +152,7 @@ def build_manifest(specs: Sequence[SourceSpec], options: ManifestOptions) -> tup
     finished = [_finish(part, findings, options) for part in parts]
     for part, (_, conflicts) in zip(parts, finished, strict=True):
         notes += _conflict_notes(part.dataset, conflicts)
-    frame = pl.concat([frame for frame, _ in finished], how="diagonal")
+    frame = name_people(pl.concat([frame for frame, _ in finished], how="diagonal"))
     leak = pool.leak if pool else ""
     if pool and leak:
         frame = mark_ssl_by_pool(frame, pool)

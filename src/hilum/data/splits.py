@@ -155,6 +155,18 @@ def _check_official(dataset: str, frame: pl.DataFrame) -> None:
         )
 
 
+def name_people(frame: pl.DataFrame) -> pl.DataFrame:
+    """Fill `origin_patient` where another dataset holds the same picture and knows whose it is.
+
+    CXR-LT 2026 has PadChest's pictures without their patients: beside PadChest itself, its images are of those people.
+    """
+    if not {"origin_image", "origin_patient"} <= set(frame.columns):
+        return frame
+    known = frame.select("origin_image", person="origin_patient").drop_nulls().unique("origin_image", keep="first")
+    joined = frame.join(known, on="origin_image", how="left", maintain_order="left")
+    return joined.with_columns(origin_patient=pl.coalesce("origin_patient", "person")).drop("person")
+
+
 def settle_across_datasets(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
     """Where datasets share patients and place them differently, evaluation wins: test before val before train.
 

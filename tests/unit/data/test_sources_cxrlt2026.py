@@ -10,12 +10,13 @@ from hilum.core.errors import LeakageError, ManifestError, MissingColumnError, P
 from hilum.data.build import build_store
 from hilum.data.label_maps import LabelPolicy
 from hilum.data.labels import CXRLT_2024_TASK1
+from hilum.data.leaks import leaks
 from hilum.data.manifest import ManifestOptions, SourceSpec, build_manifest
 from hilum.data.phantoms.cohort import plan_cohort
 from hilum.data.phantoms.encoding import png, png16, png_rgba
 from hilum.data.phantoms.writing import write_phantoms
 from hilum.data.rows import SourceOptions
-from hilum.data.sources import cxrlt2026, nih
+from hilum.data.sources import cxrlt2026, nih, padchest
 
 CLASSES = [
     "Normal",
@@ -189,6 +190,32 @@ def test_same_pictures_as_nih(make, tmp_path_factory):
     ]
     frame = build_manifest(specs, ManifestOptions())[0].frame
     assert frame.filter(dataset="nih")["ssl_ok"].to_list() == [False, False]  # their patient is tested elsewhere
+
+
+@pytest.mark.parametrize("padchest_first", [True, False])
+def test_same_pictures_and_people_as_padchest(make, tmp_path_factory, padchest_first):
+    other = tmp_path_factory.mktemp("padchest")
+    patients = ["1", "2", "3", "4", "4", "6"]  # the fourth and fifth picture are of one person
+    lines = [",".join(padchest.USED)]
+    for number, (name, patient) in enumerate(zip(PADCHEST, patients, strict=True), start=1):
+        cells = {"ImageID": name, "StudyID": str(number), "PatientID": patient, "Labels": "['normal']"}
+        lines.append(",".join(cells.get(column, "") for column in padchest.USED))
+        (other / name).touch()
+    (other / padchest.TABLES[0]).write_text("\n".join(lines) + "\n")
+    test = f"ImageID\n{PADCHEST[4]}\n{PADCHEST[5]}\n"
+    train = lists(GIVEN[:4], PADCHEST[:4])
+    specs = [
+        SourceSpec("padchest", "padchest", other),
+        SourceSpec("cxrlt2026", "cxrlt2026", make(train, CXRLT_2026_TEST_ALL_TASK1=test).root),
+    ]
+    options = ManifestOptions(val_fraction=0, test_fraction=0)
+    frame = build_manifest(specs if padchest_first else specs[::-1], options)[0].frame
+    tested = [f"padchest/{name}" for name in PADCHEST[3:]]  # the fourth by its patient
+    rows = frame.filter(frame["origin_image"].is_in(tested))
+    assert rows["ssl_ok"].to_list() == [False] * 6
+    assert sorted(rows.filter(dataset="padchest")["split_project"]) == ["", "", ""]
+    assert frame.filter(~frame["origin_image"].is_in(tested))["ssl_ok"].sum() == 3  # each other picture once
+    assert not leaks(frame)
 
 
 @pytest.mark.parametrize(
