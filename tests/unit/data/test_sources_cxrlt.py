@@ -221,3 +221,15 @@ def test_a_study_without_images(make):
 def test_nothing_there(tmp_path):
     with pytest.raises(PathError, match="no CXR-LT table"):
         cxrlt.read(SourceOptions("cxrlt", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("column", "old", "new"),
+    [("subject_id", ",10000002,", ",10000002.0,"), ("study_id", ",s50000002,", ",s50000002.0,")],
+)
+def test_ids_that_would_not_join_with_mimic_are_refused(make, column, old, new):
+    files = release_2024()
+    files["train_labeled.csv"] = files["train_labeled.csv"].replace(old, new, 1)
+    with pytest.raises(ManifestError, match=f"train_labeled.csv, row 4: '{column}' is not a number") as error:
+        cxrlt.read(make(files))
+    assert "0000002" not in str(error.value)

@@ -27,7 +27,7 @@ from hilum.data.rows import (
     unknown_label,
 )
 from hilum.data.schema import label_column
-from hilum.data.tables import Table, check_filled, check_values, read_csv, require
+from hilum.data.tables import Table, check_filled, check_values, read_csv, require, row_of
 
 FOLDERS = ("", "cxr-lt-2024", "cxr-lt-2023")
 FILES = {
@@ -134,6 +134,10 @@ def _rows(table: Table, split: str | None) -> pl.DataFrame:
         require(table.columns, ("fpath",), path)
     for name in IDS:
         check_filled(frame[name], path)
+    for name in IDS[1:]:  # as "10000001.0" it would be another person than MIMIC's
+        bad = ~frame[name].str.contains(r"^s?\d+$")
+        if bad.any():
+            raise ManifestError(f"{path}, row {row_of(bad)}: {name!r} is not a number ({bad.sum()} such rows).")
     columns = _labels_of(table)
     if columns:
         complete = CXRLT_2023 if _release(table.columns) == "2023" else CXRLT_2024_TASK1
