@@ -94,8 +94,16 @@ def test_official_lists(make, tmp_path):
     rows = nih.read(options)
     assert rows.frame["split_official"].to_list() == ["train", "train", "test", ""]
     assert set(rows.tables) == {"Data_Entry_2017_v2020.csv", "train_val_list.txt", "test_list.txt"}
+    assert "1 images are in none of train_val_list.txt, test_list.txt: the lists hold none of them back" in rows.notes
     (tmp_path / "test_list.txt").write_text("00000001_000.png\n")
     with pytest.raises(LeakageError, match="1 images are in both"):
+        nih.read(options)
+
+
+def test_lists_that_name_no_image_of_the_table_are_refused(make, tmp_path):
+    options = make()
+    (tmp_path / "test_list.txt").write_text("images/00000012_000.png\n")  # as a path, it would hold nothing back
+    with pytest.raises(ManifestError, match=r"test_list.txt.*none of the images.*00000001_000.png"):
         nih.read(options)
 
 

@@ -62,7 +62,7 @@ def read(options: SourceOptions) -> SourceRows:
         _locations(found.files, image_root), on="image_id", how="left", maintain_order="left"
     )
     frame = frame.with_columns(pl.col("source_relpath").fill_null("images/" + pl.col("image_id")))
-    frame, lists = _official_split(frame, root)
+    frame, lists, unlisted = _official_split(frame, root)
     boxes, remarks = _boxes(root, table.frame)
     frame, notes = keep_existing(frame, found, image_root, options, studies=False)
     return SourceRows(
@@ -76,7 +76,7 @@ def read(options: SourceOptions) -> SourceRows:
         image_root,
         official=False,
         tables={path.name: table.sha256, **lists, **boxes},
-        notes=(*notes, *remarks, *_left_out(root)),
+        notes=(*notes, *unlisted, *remarks, *_left_out(root)),
         origin="nih",
         conflicts=conflicts,
     )
@@ -139,8 +139,8 @@ def _locations(files: list[str], root: Path) -> pl.DataFrame:
     return found
 
 
-def _official_split(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, dict[str, str]]:
-    """`split_official` from the lists that are there; "" for an image in none of them."""
+def _official_split(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, dict[str, str], list[str]]:
+    """`split_official` from the lists that are there, "" for an image in none of them; hashes of the lists; notes."""
     members, hashes = [], {}
     for name, split in LISTS.items():
         if (root / name).is_file():
@@ -149,13 +149,21 @@ def _official_split(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, dict
             )
             hashes[name] = sha256_file(root / name)
     if not members:
-        return frame.with_columns(split_official=pl.lit("")), {}
+        return frame.with_columns(split_official=pl.lit("")), {}, []
     listed = pl.concat(members)
     both = listed["image_id"].is_duplicated()
     if both.any():
         raise LeakageError(f"{root}: {both.sum() // 2} images are in both {' and '.join(LISTS)}.")
     frame = frame.join(listed, on="image_id", how="left", maintain_order="left")
-    return frame.with_columns(pl.col("split_official").fill_null("")), hashes
+    unlisted = int(frame["split_official"].is_null().sum())
+    if unlisted == frame.height:
+        raise ManifestError(
+            f"{root}: {', '.join(hashes)} name none of the images of the table. Expected a name such as "
+            "00000001_000.png on each line."
+        )
+    both_there = len(hashes) == len(LISTS)
+    notes = [f"{unlisted} images are in none of {', '.join(hashes)}: the lists hold none of them back"] if unlisted else []
+    return frame.with_columns(pl.col("split_official").fill_null("")), hashes, notes if both_there else []
 
 
 def _boxes(root: Path, entries: pl.DataFrame) -> tuple[dict[str, str], list[str]]:
