@@ -161,9 +161,9 @@ def _official_split(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, dict
             f"{root}: {', '.join(hashes)} name none of the images of the table. Expected a name such as "
             "00000001_000.png on each line."
         )
-    both_there = len(hashes) == len(LISTS)
-    notes = [f"{unlisted} images are in none of {', '.join(hashes)}: the lists hold none of them back"] if unlisted else []
-    return frame.with_columns(pl.col("split_official").fill_null("")), hashes, notes if both_there else []
+    note = f"{unlisted} images are in none of {', '.join(hashes)}: the lists hold none of them back"
+    notes = [note] if unlisted and len(hashes) == len(LISTS) else []
+    return frame.with_columns(pl.col("split_official").fill_null("")), hashes, notes
 
 
 def _boxes(root: Path, entries: pl.DataFrame) -> tuple[dict[str, str], list[str]]:
