@@ -37,7 +37,7 @@ class SourceOptions:
     images: Path | None = None
     """Folder with the images, where they lie apart from the tables."""
     table: Path | None = None
-    """Another table than the one the source looks for (source `folder`)."""
+    """Another table than the one the source looks for; for `mimic` and `chexpert`, other labels of the same images."""
     allow_missing: bool = False
     """Leave out listed images that are not there, and count them, in place of an error."""
     policy: LabelPolicy = field(default_factory=LabelPolicy)

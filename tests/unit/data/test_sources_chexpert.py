@@ -108,6 +108,7 @@ def test_rows_of_the_three_tables(make):
     assert frame["label_trust"].to_list() == ["text_mined"] * 6 + ["physician"] * 3
     assert rows.official
     assert rows.origin == "chexpert"
+    assert set(frame["release"]) == {"v1.0"}
     assert set(rows.tables) == {"train.csv", "valid.csv", "test_labels.csv"}
 
 
@@ -193,6 +194,7 @@ def test_the_small_release_is_flagged(make):
         ["low_resolution"],
         ["low_resolution", "age_capped"],
     ]
+    assert set(rows.frame["release"]) == {"v1.0-small"}
     assert rows.notes == ("9 images are of the small release, short side about 320 pixels: flagged low_resolution",)
 
 

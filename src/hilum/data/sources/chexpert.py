@@ -86,14 +86,16 @@ def read(options: SourceOptions) -> SourceRows:
     frame = frame.hstack(columns).with_columns(_paths(frame, found, home, options))
     frame = frame.with_columns(_described()).drop("name", "listed", *DESCRIPTION)
     frame, missing = keep_existing(frame, found, home, options, studies=True)
-    small = int(frame["quality"].list.contains("low_resolution").fill_null(False).sum())
+    of_small = frame["quality"].list.contains("low_resolution").fill_null(False)
+    small = int(of_small.sum())
     notes = [note for part in parts for note in part.notes]
     if small:
         notes.append(f"{small} images are of the small release, short side about 320 pixels: flagged low_resolution")
     if not plus and (root / PLUS_TABLE).is_file():
         notes.append(f"{PLUS_TABLE} lists the same pictures: left out")
+    release = pl.lit("plus") if plus else pl.when(of_small).then(pl.lit("v1.0-small")).otherwise(pl.lit("v1.0"))
     return SourceRows(
-        frame.with_columns(release=pl.lit("plus" if plus else "v1.0"), licence_tag=pl.lit("stanford-rua")),
+        frame.with_columns(release=release, licence_tag=pl.lit("stanford-rua")),
         LABELS.findings,
         home,
         official=bool(frame["split_official"].is_in(["val", "test"]).any()),
