@@ -116,6 +116,12 @@ def make(tmp_path):
     return write
 
 
+def test_a_split_list_that_names_no_image_is_refused(make):
+    split = split_table(IMAGES).rstrip("\n").replace("\n", "\nx")  # of another release: it would hold nothing back
+    with pytest.raises(ManifestError, match=r"split.csv.gz names none of the images"):
+        mimic.read(make(split=split))
+
+
 def test_ids_dates_and_order(make):
     rows = mimic.read(make())
     frame = rows.frame
@@ -331,6 +337,7 @@ def edit(text: str, row: int, old: str, new: str) -> str:
         ("labels", 1, "Edema", "Oedema", MissingColumnError, r"'Edema' \(nearest: 'Oedema'\)"),
         ("labels", 2, "-1.0", "-2", UnknownLabelError, "row 2: column 'Cardiomegaly' holds '-2'"),
         ("labels", 3, "50000009", "50000001", ManifestError, "'study_id' must be unique"),
+        ("labels", 3, "50000009", "50000009.0", ManifestError, "row 3: 'study_id' is not a number"),
         ("labels", 2, "10000001", "10000002", ManifestError, "2 images have another subject_id"),
         ("split", 4, "train", "valid", ManifestError, "row 4: column 'split' holds 'valid'"),
         ("split", 4, "aa-3", "aa-2", ManifestError, "'dicom_id' must be unique"),

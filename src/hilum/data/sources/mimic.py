@@ -119,9 +119,7 @@ def _images(table: Table) -> pl.DataFrame:
     for name in IDS:
         check_filled(frame[name], path)
     for name in IDS[1:]:
-        bad = ~frame[name].str.contains(r"^s?\d+$")
-        if bad.any():
-            raise ManifestError(f"{path}, row {row_of(bad)}: {name!r} is not a number ({bad.sum()} such rows).")
+        _check_number(frame[name], path)
     study = pl.col("study_id").str.strip_prefix("s")
     built = pl.format("files/p{}/p{}/s{}/{}.jpg", pl.col("subject_id").str.slice(0, 2), "subject_id", study, "dicom_id")
     paths = frame["path"] if "path" in table.columns else frame.select(path=built).to_series()
@@ -134,6 +132,13 @@ def _images(table: Table) -> pl.DataFrame:
     if "ViewPosition" not in table.columns:  # the DICOM release lists paths alone
         return rows.with_columns(view_raw=pl.lit(""), view_source=pl.lit("unknown"), non_chest=pl.lit(False))
     return rows.hstack(frame.select(_described(table.columns)))
+
+
+def _check_number(ids: pl.Series, path: Path) -> None:
+    """Raise unless all are digits, perhaps after an "s": "50000001.0" would join nothing."""
+    bad = ~ids.str.contains(r"^s?\d+$")
+    if bad.any():
+        raise ManifestError(f"{path}, row {row_of(bad)}: {ids.name!r} is not a number ({bad.sum()} such rows).")
 
 
 def _described(columns: Sequence[str]) -> list[pl.Expr]:
@@ -185,6 +190,8 @@ def _with_split(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, Table | 
     check_values(table.frame["split"], SPLIT_CELLS, path, ManifestError)
     parts = table.frame.select(image_id="dicom_id", split_official=pl.col("split").replace_strict(SPLIT_CELLS))
     frame = frame.join(parts, on="image_id", how="left", maintain_order="left")
+    if frame["split_official"].is_null().all():
+        raise ManifestError(f"{path} names none of the images of the table. The two are not of one release.")
     return frame.with_columns(pl.col("split_official").fill_null("")), table
 
 
@@ -239,6 +246,7 @@ def _study_labels(root: Path, options: SourceOptions) -> _StudyLabels | None:
 
 
 def _labels_of(table: Table, trust: str) -> tuple[pl.DataFrame, Int8[np.ndarray, "S L"]]:
+    _check_number(table.frame["study_id"], table.path)
     columns = {
         label: next((name for name in ALIASES.get(label, (label,)) if name in table.columns), label)
         for label in LABELS.labels
