@@ -7,7 +7,7 @@ image is never returned. Intensity follows intensity.py, DICOM is read in dicom.
 
 Reason codes: missing, not_a_file, unreadable, zero_bytes, not_an_image, truncated, damaged, too_large, multi_frame,
 unsupported_mode; for DICOM also no_pixel_data, size_mismatch, unsupported_transfer_syntax, missing_decoder,
-unsupported_pixels, damaged_header.
+unsupported_pixels, damaged_header. (Past 300 lines: every way from a file to pixels goes through here.)
 """
 
 import errno

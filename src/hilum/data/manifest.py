@@ -1,4 +1,7 @@
-"""From sources to one manifest: read, align findings, namespace ids, split by patient, record where it came from."""
+"""From sources to one manifest: read, align findings, namespace ids, split by patient, record where it came from.
+
+Past 300 lines: the registry of sources, the options and the one function that uses them are read together.
+"""
 
 import json
 import re
@@ -69,8 +72,8 @@ class ManifestOptions:
     findings: str = "auto"
     """auto: all that the sources label. Else the name of a fixed list (cxrlt2024-task1, nih) or names with commas."""
     split: SplitRule = "auto"
-    """official: the source's own. project: by patient, stratified. auto: official for cxrlt and for a folder whose
-    table has a column `split`, project otherwise."""
+    """official: the source's own. project: by patient, stratified. auto: official where a source says so
+    (`SourceRows.official`: a challenge's or a release's own lists, a folder whose table has a column `split`)."""
     val_fraction: float = 0.1
     test_fraction: float = 0.2
     seed: int = 0

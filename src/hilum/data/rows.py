@@ -1,6 +1,7 @@
 """What a source hands over, and the steps that every source shares: paths, presence of files, labels, ages.
 
 A source reads one layout and returns `SourceRows`; `manifest` gives them namespaced ids, splits and one schema.
+Past 300 lines: small steps that sixteen sources share, one beside the other.
 """
 
 import difflib

@@ -3,7 +3,8 @@
 The batch of step t over all processes is a function of (seed, t, global batch size); each process takes its slice.
 Nothing is stored and nothing depends on worker processes, so the state of a sampler is the step. An epoch's order has
 two parts: which samples it draws (all of them once, or `WeightedDraw`) and where they come (anywhere, or `Window`).
-Below: the weights, by dataset and by class. They are made of training samples alone.
+Below: the weights, by dataset and by class. They are made of training samples alone. Past 300
+lines: draws and places are one order, and share its guarantees.
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 
 `hilum manifest` writes it, `hilum audit` and `hilum build` read it. This module knows columns, types and what makes
 a manifest invalid; it does not know datasets (`sources/`), splits (`splits`) or pixels (`images`, `store`).
-The meaning of every column is in docs/reference/manifest.md.
+The meaning of every column is in docs/reference/manifest.md. Just past 300 lines: the columns alone take 70.
 """
 
 import json

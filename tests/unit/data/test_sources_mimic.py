@@ -122,6 +122,12 @@ def test_a_split_list_that_names_no_image_is_refused(make):
         mimic.read(make(split=split))
 
 
+def test_images_that_the_split_list_lacks_are_counted(make):
+    rows = mimic.read(make(split="\n".join(split_table(IMAGES).splitlines()[:-2]) + "\n"))
+    assert (rows.frame["split_official"] == "").sum() == 2
+    assert "2 images are not in mimic-cxr-2.0.0-split.csv: in no split" in rows.notes
+
+
 def test_ids_dates_and_order(make):
     rows = mimic.read(make())
     frame = rows.frame

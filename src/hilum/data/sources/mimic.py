@@ -83,6 +83,8 @@ def read(options: SourceOptions) -> SourceRows:
     frame, missing = keep_existing(located(frame, table.path), found, home, options, studies=True)
     others = int(frame["non_chest"].sum())
     notes = [f"{others} images are of procedures elsewhere than at the chest: flagged non_chest"] if others else []
+    unlisted = int((frame["split_official"] == "").sum()) if split is not None else 0
+    notes += [f"{unlisted} images are not in {SPLIT}: in no split"] if unlisted else []
     read_tables = [part for part in (table, split, patients, *(labels.tables if labels else ())) if part is not None]
     return SourceRows(
         frame.with_columns(
