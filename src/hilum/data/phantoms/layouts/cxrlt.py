@@ -60,8 +60,7 @@ def _write(
         for job in jobs:
             if job.patient.split == split:
                 rows += _rows(job, classes)
-        if len(rows) > 1:  # a cohort of a few patients may have none for a split; a table without rows is refused
-            write_text(folder / name / file, csv_text(rows))
+        write_text(folder / name / file, csv_text(rows))
     write_metadata(folder, jobs)
 
 
