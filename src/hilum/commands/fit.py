@@ -236,9 +236,9 @@ def _search(
     train_labels = examples.labels[examples.train]
     orders = epoch_orders(config, "search", examples.train, train_labels, train_labels)
     with progress("search", config.search_epochs * steps, "steps") as bar:
-        for epoch, order in zip(range(config.search_epochs), orders, strict=False):
+        for epoch in range(config.search_epochs):
             losses = []
-            for indices, features in source.training(epoch, _batches(order, config.batch_size)):
+            for indices, features in source.training(epoch, _batches(next(orders), config.batch_size)):
                 losses.append(sweep.step(prepare(features), torch.from_numpy(examples.labels[indices])))
                 bar.advance()
             held_out = source.evaluation(_batches(examples.val, config.batch_size))
@@ -305,8 +305,8 @@ def _refit(
     labels, train_labels = examples.labels[examples.both], examples.labels[examples.train]
     orders = epoch_orders(config, "refit", examples.both, labels, train_labels)
     with progress("refit", chosen.refit_epochs * steps, "steps") as bar:
-        for epoch, order in zip(range(chosen.refit_epochs), orders, strict=False):
-            losses = []
+        for epoch in range(chosen.refit_epochs):
+            losses, order = [], next(orders)
             for indices, features in source.training(config.search_epochs + epoch, _batches(order, config.batch_size)):
                 losses.append(sweep.step(prepare(features), torch.from_numpy(examples.labels[indices])))
                 bar.advance()

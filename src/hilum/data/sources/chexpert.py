@@ -266,6 +266,7 @@ def _plus(root: Path, options: SourceOptions) -> _Part:
     kept = table.frame.select(used)
     split = pl.col("split").replace_strict(FOLDERS, return_dtype=pl.String)
     frame = _named(kept.rename(PLUS_DESCRIPTION), "path_to_image", split, table.path)
+    # An order that is no number orders nothing; nothing else depends on it.
     frame = frame.with_columns(kept["patient_report_date_order"].cast(pl.Int32, strict=False).alias("study_seq"))
     path = options.table or next(
         (root / folder / name for name in PLUS_LABELS for folder in PLUS_FOLDERS if (root / folder / name).is_file()),

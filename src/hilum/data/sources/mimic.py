@@ -155,7 +155,7 @@ def _described(columns: Sequence[str]) -> list[pl.Expr]:
     coded = pl.col(code) if code in columns else pl.lit("")
     stated = pl.when(pl.col("ViewPosition") != "").then(pl.col("ViewPosition"))
     derived = pl.coalesce(pl.when(coded != "").then(coded), in_procedure)
-    sizes = {"rows": "Rows", "cols": "Columns"}
+    sizes = {"rows": "Rows", "cols": "Columns"}  # for orientation only: the build writes what the file itself says
     return [
         pl.coalesce(stated, derived, pl.lit("")).alias("view_raw"),
         pl.when(stated.is_not_null()).then(pl.lit("stated"))
