@@ -3,15 +3,22 @@
 A checkpoint is a folder `step_00001000/` with `state.safetensors` and `index.json`. The folder is written under a
 temporary name; the index, with the size and SHA-256 of every file, is written last; then the folder is renamed. The
 loader checks the hashes and takes the newest that is whole. Nothing here is pickle, and nothing knows a model.
+
+`save_checkpoint` waits for the disk. `CheckpointWriter` copies the tensors to CPU memory and writes them in a thread
+while training goes on, with the same guarantees.
+
+More than 300 lines: both ways of writing share every step after the copy, and the loader is their proof.
 """
 
 import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -56,16 +63,149 @@ def save_checkpoint(
     Raises:
         HilumError: the disk is full or the folder cannot be written; names the path. What was there is unchanged.
     """
-    if keep < 2:
-        raise HilumError(f"keep={keep}: expected at least 2 checkpoints, because the newest may turn out damaged.")
+    _check_keep(keep)
     final = folder / _folder_name(step)
     if _is_whole(final):
         return final
+    return _write(folder, step, {name: _plain(tensor) for name, tensor in tensors.items()}, values, keep)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background: `save` returns as soon as the tensors are copied to CPU memory.
+
+    At most one write is under way; the next `save` waits for it. A write that failed is reported by the next call, so
+    that a run never goes on for long without checkpoints. Leaving the context waits for the last write.
+
+    The copies live in memory that is kept from save to save (page-locked where the tensors are on a GPU), so that a
+    save neither asks the system for memory nor waits for it: the price is one more state of the run in CPU memory.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+        keep: int = 2,
+        then: Callable[[Mapping[str, Tensor]], None] | None = None,
+    ) -> None:
+        """Copy the state now, write it behind the caller's back; what `save_checkpoint` guarantees holds here too.
+
+        Args:
+            folder: of the run's checkpoints; created when absent.
+            step: steps made so far; a whole checkpoint of that step is left as it is.
+            tensors: any device, any names; may be changed as soon as this returns.
+            values: JSON values.
+            keep: how many to keep, at least 2.
+            then: called in the background once the checkpoint has its name, with the copies by name (on the CPU, to be
+                read only until it returns); its failure is reported like one of the write.
+
+        Raises:
+            HilumError: `keep`; or the write before this one failed (the message names its path), and this one is not
+                begun.
+        """
+        _check_keep(keep)
+        self.wait()
+        copied, snapshot = json.loads(json.dumps(dict(values), allow_nan=False)), self._copied(tensors)
+        self._thread = threading.Thread(
+            target=self._run, args=(folder, step, snapshot, copied, keep, then), name=f"checkpoint {step}"
+        )
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise, once, the failure of a write that has ended; do not wait.
+
+        Raises:
+            HilumError: the disk is full or the folder cannot be written; names the path.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write under way, and raise its failure, once.
+
+        Raises:
+            HilumError: as `check`.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Wait for the write under way, raise its failure, and give the memory back.
+
+        Raises:
+            HilumError: as `check`.
+        """
+        self._memory = {}
+        self.wait()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            warn(f"{failure}")  # the error that ended the run is the one to show
+
+    def _run(
+        self, folder: Path, step: int, snapshot: dict[str, Tensor], values: dict[str, Any], keep: int,
+        then: Callable[[Mapping[str, Tensor]], None] | None,
+    ) -> None:  # fmt: skip
+        final = folder / _folder_name(step)
+        try:
+            if not _is_whole(final):
+                _write(folder, step, snapshot, values, keep)
+            if then is not None:
+                then(snapshot)
+        except OSError as error:
+            self._failure = HilumError(
+                f"After writing the checkpoint {final}: {error}. The checkpoint itself is whole."
+            )
+        except BaseException as error:  # of a thread nobody watches: kept for the caller's next call
+            self._failure = error
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in this writer's own memory; copies from GPUs are queued first and waited for together."""
+        devices = set()
+        for name, tensor in tensors.items():
+            held = self._memory.get(name)
+            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._memory[name] = held
+            held.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+            devices.update([tensor.device] if tensor.is_cuda else [])
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return {name: self._memory[name] for name in tensors}
+
+
+def _check_keep(keep: int) -> None:
+    if keep < 2:
+        raise HilumError(f"keep={keep}: expected at least 2 checkpoints, because the newest may turn out damaged.")
+
+
+def _write(folder: Path, step: int, snapshot: Mapping[str, Tensor], values: Mapping[str, Any], keep: int) -> Path:
+    """Write contiguous CPU tensors, none sharing memory with another, as a checkpoint; then drop the oldest ones."""
+    final = folder / _folder_name(step)
     temporary = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"
     try:
         temporary.mkdir(parents=True)
         state = temporary / STATE_NAME
-        save_file({name: _plain(tensor) for name, tensor in tensors.items()}, state)
+        save_file(dict(snapshot), state)
         state.chmod(temporary.stat().st_mode & 0o666)  # the library makes it private; the folder follows the umask
         flush_to_disk(state)
         files = {STATE_NAME: {"size": state.stat().st_size, "sha256": sha256_file(state)}}

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,19 @@ def save(folder: Path, step: int, keep: int = 3) -> Path:
     return checkpoint.save_checkpoint(folder, step, tensors(step), {"step_again": step, "text": "é"}, keep)
 
 
-def test_round_trip_with_shared_strided_and_empty_tensors(tmp_path: Path) -> None:
+def save_behind(folder: Path, step: int, keep: int = 3) -> Path:
+    """As `save`, by the background writer."""
+    with checkpoint.CheckpointWriter() as writer:
+        writer.save(folder, step, tensors(step), {"step_again": step, "text": "é"}, keep)
+    return folder / f"step_{step:08d}"
+
+
+BOTH = pytest.mark.parametrize("save", [save, save_behind])
+Save = Callable[..., Path]
+
+
+@BOTH
+def test_round_trip_with_shared_strided_and_empty_tensors(tmp_path: Path, save: Save) -> None:
     save(tmp_path, 5)
     loaded = checkpoint.load_newest(tmp_path)
     assert loaded is not None
@@ -40,7 +54,8 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert checkpoint.load_newest(tmp_path / "absent") is None
 
 
-def test_keeps_the_last_few_and_refuses_to_keep_one(tmp_path: Path) -> None:
+@BOTH
+def test_keeps_the_last_few_and_refuses_to_keep_one(tmp_path: Path, save: Save) -> None:
     for step in (1, 2, 30, 4):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004", "step_00000030"]
@@ -118,7 +133,8 @@ def test_nothing_whole_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
         checkpoint.load_newest(tmp_path)
 
 
-def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_kept(tmp_path: Path) -> None:
+@BOTH
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_kept(tmp_path: Path, save: Save) -> None:
     path = save(tmp_path, 1)
     written = (path / "index.json").stat().st_mtime_ns
     assert save(tmp_path, 1) == path
@@ -142,13 +158,14 @@ def hook(event, arguments):
         if count == limit:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
-test_checkpoint.save(Path(sys.argv[1]), 3, keep=2)
+getattr(test_checkpoint, sys.argv[3])(Path(sys.argv[1]), 3, keep=2)
 print(count)
 """
 
 
 @pytest.mark.slow
-def test_killed_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+@BOTH
+def test_killed_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path, save: Save) -> None:
     """Real SIGKILLs. The newest whole checkpoint is the old or the new one, never a mixture, and saving works again."""
     script = tmp_path / "kill.py"
     script.write_text(textwrap.dedent(KILLED_SAVE.format(tests=str(Path(__file__).parent))))
@@ -157,7 +174,8 @@ def test_killed_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path
         folder = tmp_path / f"run{point}"
         for step in (1, 2):
             save(folder, step, keep=2)
-        done = subprocess.run([sys.executable, script, folder, str(point)], capture_output=True, text=True, check=False)
+        command = [sys.executable, script, folder, str(point), save.__name__]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         survived = done.returncode == 0
         loaded = checkpoint.load_newest(folder)
         assert loaded is not None
@@ -170,9 +188,10 @@ def test_killed_at_every_file_operation_leaves_a_whole_checkpoint(tmp_path: Path
     assert point > 8
 
 
+@BOTH
 @pytest.mark.parametrize("name", ["replace", "fsync"])
 def test_a_failing_disk_names_the_path_and_keeps_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, save: Save
 ) -> None:
     save(tmp_path, 1)
     real, calls = getattr(os, name), 0
@@ -195,6 +214,123 @@ def test_a_failing_disk_names_the_path_and_keeps_the_last_checkpoint(
         newest = checkpoint.load_newest(tmp_path)
         assert checkpoint.digest(newest.tensors) == checkpoint.digest(tensors(newest.step))
         assert not list(tmp_path.glob(".*tmp"))
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A disk that takes nothing until the event is set."""
+    opened, real = threading.Event(), checkpoint.save_file
+
+    def slow(*arguments: object) -> None:
+        assert opened.wait(20)
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    return opened
+
+
+def test_the_writer_copies_at_once_and_writes_later(tmp_path: Path, gate: threading.Event) -> None:
+    """What a run does to its weights after `save` has returned is not in the file."""
+    moving, wanted = tensors(1), checkpoint.digest(tensors(1))
+    with checkpoint.CheckpointWriter() as writer:
+        writer.save(tmp_path, 1, moving, {})
+        moving["student.weight"].add_(5)
+        writer.check()  # nothing has failed, and it does not wait
+        assert not list(tmp_path.glob("step_*"))
+        gate.set()
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded is not None
+    assert checkpoint.digest(loaded.tensors) == wanted != checkpoint.digest(moving)
+
+
+def test_the_writer_writes_one_checkpoint_at_a_time(tmp_path: Path, gate: threading.Event) -> None:
+    """The memory of the first copy is used again by the second, which must therefore wait."""
+    with checkpoint.CheckpointWriter() as writer:
+        writer.save(tmp_path, 1, tensors(1), {})
+        second = threading.Thread(target=writer.save, args=(tmp_path, 2, tensors(2), {}))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
+        gate.set()
+        second.join(20)
+        assert (tmp_path / "step_00000001" / "index.json").exists()
+    for step in (1, 2):
+        loaded = checkpoint.load_checkpoint(tmp_path / f"step_{step:08d}")
+        assert checkpoint.digest(loaded.tensors) == checkpoint.digest(tensors(step))
+
+
+def test_both_ways_of_writing_make_the_same_files(tmp_path: Path) -> None:
+    now, behind = save(tmp_path / "now", 7), save_behind(tmp_path / "behind", 7)
+    for name in ("state.safetensors", "index.json"):
+        assert (now / name).read_bytes() == (behind / name).read_bytes()
+
+
+def test_what_follows_a_checkpoint_sees_its_copies_and_its_name(tmp_path: Path, gate: threading.Event) -> None:
+    moving, seen = tensors(4), {}
+
+    def then(copies: dict[str, Tensor]) -> None:
+        assert checkpoint.load_newest(tmp_path).step == 4
+        seen["digest"] = checkpoint.digest(copies)
+
+    with checkpoint.CheckpointWriter() as writer:
+        writer.save(tmp_path, 4, moving, {}, then=then)
+        moving["student.weight"].zero_()
+        gate.set()
+    assert seen["digest"] == checkpoint.digest(tensors(4))
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), HilumError("of the export")])
+def test_what_fails_behind_a_run_is_raised_once_by_its_next_call(tmp_path: Path, failure: Exception) -> None:
+    def then(_: dict[str, Tensor]) -> None:
+        raise failure
+
+    named = "step_00000001.*No space left" if isinstance(failure, OSError) else "of the export"
+    for call in ("check", "save", "wait", "close"):
+        folder = tmp_path / call
+        writer = checkpoint.CheckpointWriter()
+        writer.save(folder, 1, tensors(1), {}, then=then)
+        writer._thread.join()
+        with pytest.raises(HilumError, match=named):
+            getattr(writer, call)(*((folder, 2, tensors(2), {}) if call == "save" else ()))
+        writer.check()
+        assert checkpoint.load_newest(folder).step == 1
+        writer.save(folder, 3, tensors(3), {})
+        writer.close()
+        assert checkpoint.load_newest(folder).step == 3
+
+
+def raise_after(what: Callable[..., None], *arguments: object) -> None:
+    what(*arguments)
+    raise ZeroDivisionError
+
+
+def test_a_failed_write_does_not_hide_the_error_that_ended_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(ZeroDivisionError), checkpoint.CheckpointWriter() as writer:
+        raise_after(writer.save, tmp_path, 1, tensors(1), {})
+    assert "No space left" in capsys.readouterr().err
+    with pytest.raises(HilumError, match="No space left"), checkpoint.CheckpointWriter() as writer:
+        writer.save(tmp_path, 1, tensors(1), {})
+
+
+def test_values_that_are_no_json_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with checkpoint.CheckpointWriter() as writer, pytest.raises(TypeError):
+        writer.save(tmp_path, 1, tensors(1), {"path": tmp_path})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_the_writer_copies_from_a_gpu_before_it_returns(tmp_path: Path) -> None:
+    moving = {name: tensor.cuda() for name, tensor in tensors(1).items()}
+    with checkpoint.CheckpointWriter() as writer:
+        for step in (1, 2):
+            writer.save(tmp_path, step, moving, {})
+            for tensor in moving.values():
+                tensor.add_(1)
+    loaded = checkpoint.load_checkpoint(tmp_path / "step_00000001")
+    assert checkpoint.digest(loaded.tensors) == checkpoint.digest(tensors(1))
 
 
 def make_optimizer(fused: bool) -> tuple[nn.Module, torch.optim.AdamW, dict[Tensor, str]]:
