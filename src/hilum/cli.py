@@ -247,11 +247,13 @@ def fit(
 
 
 @app.command()
-def recipes() -> None:
-    """List every recipe with its source."""
-    from hilum.recipes import describe
+def recipes(
+    name: Annotated[str, typer.Argument(help="One of them, to print it whole.", show_default=False)] = "",
+) -> None:
+    """List every recipe; or print one with its source, cost and all its settings."""
+    from hilum.recipes import describe, show
 
-    typer.echo(describe())
+    typer.echo(show(name) if name else describe())
 
 
 @app.command(epilog=example("hilum predict model pa.dcm lateral.dcm --out findings.csv"))

@@ -1,15 +1,20 @@
 """Every named run: a function that returns a complete configuration, and says where its numbers come from.
 
 A variant edits another with `dataclasses.replace`. On the command line: `hilum pretrain NAME key=value ...`,
-`hilum fit NAME key=value ...`; `hilum recipes` lists them. A path to a `config.yaml` works in place of a name.
+`hilum fit NAME key=value ...`; `hilum recipes` lists them, `hilum recipes NAME` prints one whole. A path to a
+`config.yaml` works in place of a name. Costs are computed from the operations of a step, not measured. Past 300 lines:
+every recipe says what it costs and what to expect of it.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hilum.core.config import override, read_yaml
+import yaml
+
+from hilum.core.config import override, read_yaml, to_dict
 from hilum.core.errors import UnknownNameError
 from hilum.heads.config import FitConfig
 from hilum.pretraining.config import PretrainConfig
@@ -25,6 +30,12 @@ RELEASED_BATCH = {224: 304, 336: 96, 448: 112, 512: 80}
 
 
 def _slides(architecture: str, resolution: int) -> PretrainConfig:
+    """From the slides: patch 16, iBOT weight 3, DINO weight 1, crops, 100 epochs of 25,000 iterations.
+
+    Not on the slides: batch, base rate 2e-4 x sqrt(batch / 1024), weight decay, momentum and temperatures (CheXFound's
+    released configurations); no registers and GELU (DINOv2's defaults; the released model has 4 and SwiGLU); stochastic
+    depth.
+    """
     local, size = SLIDES_CROPS[resolution]
     return PretrainConfig(
         architecture=architecture,
@@ -33,42 +44,208 @@ def _slides(architecture: str, resolution: int) -> PretrainConfig:
         losses=LossConfig(dino=1.0, ibot=3.0),
         batch_size=RELEASED_BATCH[resolution],
         steps=100 * 25_000,
+        drop_path=0.4 if architecture == "vitl16" else 0.2,
     )
 
 
 def slides_vitb16_224() -> PretrainConfig:
-    """ViT-B/16 at 224. Slides: 100 epochs of 25,000, crops 96/224, iBOT weight 3. Batch, rate: released configs."""
-    return replace(_slides("vitb16", 224), drop_path=0.2)
+    """ViT-B/16 at 224, crops 96 / 224, iBOT weight 3: the slides' first stage.
+
+    Source: slides, 100 epochs of 25,000; batch 304 and rate from the released configurations, drop path 0.2 assumed.
+    Hardware: 8 GPUs of 80 GB, 38 images each. Cost: 760 M images, 306 EFLOP, 190 H200-hours at 45 % MFU (computed).
+    Expected: linear head on CXR-LT development images mAP 0.1795 (slides).
+    """
+    return _slides("vitb16", 224)
 
 
 def slides_vitb16_336() -> PretrainConfig:
-    """ViT-B/16 at 336, started from the 224 run. Slides: crops 128/336."""
-    return replace(_slides("vitb16", 336), drop_path=0.2)
+    """ViT-B/16 at 336, crops 128 / 336, from the 224 run (--init).
+
+    Source: slides; batch 96 and rate from the released configurations. Hardware: 8 GPUs, 12 images each.
+    Cost: 240 M images, 203 EFLOP, 126 H200-hours at 45 % MFU (computed). Expected: linear head mAP 0.1852 (slides).
+    """
+    return _slides("vitb16", 336)
 
 
 def slides_vitl16_224() -> PretrainConfig:
-    """ViT-L/16 at 224. Slides: 100 epochs of 25,000, crops 96/224, iBOT weight 3. Batch, rate: released configs."""
+    """ViT-L/16 at 224, crops 96 / 224, iBOT weight 3: the slides' first stage.
+
+    Source: slides, 100 epochs of 25,000 (the released code has 2,500, see `chexfound_vitl16_224`); batch 304 and rate
+    from the released configurations. Hardware: 8 GPUs of 80 GB, 38 images each. Cost: 760 M images, 825 EFLOP, 515
+    H200-hours at 45 % MFU (computed). Expected: linear head on CXR-LT development images mAP 0.1798 (slides).
+    """
     return _slides("vitl16", 224)
 
 
 def slides_vitl16_336() -> PretrainConfig:
-    """ViT-L/16 at 336, started from the 224 run. Slides: crops 128/336."""
+    """ViT-L/16 at 336, crops 128 / 336, from the 224 run (--init).
+
+    Source: slides; batch 96 and rate from the released configurations. Hardware: 8 GPUs, 12 images each. Cost: 240 M
+    images, 546 EFLOP, 341 H200-hours at 45 % MFU (computed). Expected: mAP 0.1922 linear, 0.2311 decoder, 0.2449 with
+    study means (slides).
+    """
     return _slides("vitl16", 336)
 
 
 def slides_vitl16_448() -> PretrainConfig:
-    """ViT-L/16 at 448, started from the 224 run. Slides: crops 144/448."""
+    """ViT-L/16 at 448, crops 144 / 448, from the 224 run (--init).
+
+    Source: slides (the released code has local crops of 128); batch 112 and rate from the released configurations.
+    Hardware: 8 GPUs, 14 images each. Cost: 280 M images, 1,080 EFLOP, 674 H200-hours at 45 % MFU (computed).
+    Expected: decoder with study means and added labels mAP 0.236 (slides).
+    """
     return _slides("vitl16", 448)
 
 
 def slides_vitl16_512() -> PretrainConfig:
-    """ViT-L/16 at 512, started from the 224 run. Slides: crops 144/512."""
+    """ViT-L/16 at 512, crops 144 / 512, from the 224 run (--init).
+
+    Source: slides; batch 80 and rate from the released configurations. Hardware: 8 GPUs, 10 images each. Cost: 200 M
+    images, 987 EFLOP, 616 H200-hours at 45 % MFU (computed). Expected: decoder with study means and added labels mAP
+    0.259; with 336 and 448 in an ensemble 0.271 (slides).
+    """
     return _slides("vitl16", 512)
 
 
+def _chexfound(resolution: int, local: int, batch: int) -> PretrainConfig:
+    """RPIDIAL/CheXFound configs/train and the configuration logged with the released 512 model."""
+    return PretrainConfig(
+        architecture="vitl16",
+        registers=4,
+        feed_forward="swiglu",
+        crops=CropConfig(global_size=resolution, local_size=local, augmentation="dinov2_as_released"),
+        losses=LossConfig(dino=1.0, ibot=3.0),
+        batch_size=batch,
+        steps=100 * 2_500,
+        drop_path=0.4,
+    )
+
+
+def chexfound_vitl16_224() -> PretrainConfig:
+    """ViT-L/16 with 4 registers and SwiGLU at 224: CheXFound as released, 100 epochs of 2,500.
+
+    Source: RPIDIAL/CheXFound. Hardware: 8 GPUs, 38 images each. Cost: 76 M images, 83 EFLOP, 52 H200-hours at 45 %
+    MFU (computed). Expected: the paper states its model after four stages only.
+    """
+    return _chexfound(224, 96, 304)
+
+
+def chexfound_vitl16_336() -> PretrainConfig:
+    """CheXFound at 336, crops 128 / 336, from the 224 run (--init).
+
+    Source: RPIDIAL/CheXFound. Hardware: 8 GPUs, 12 images each. Cost: 24 M images, 55 EFLOP, 34 H200-hours at 45 % MFU
+    (computed). Unlike the released code, positions are resampled and the teacher is kept.
+    """
+    return _chexfound(336, 128, 96)
+
+
+def chexfound_vitl16_448() -> PretrainConfig:
+    """CheXFound at 448, crops 128 / 448 (the slides have 144), from the 224 run (--init).
+
+    Source: RPIDIAL/CheXFound. Hardware: 8 GPUs, 14 images each. Cost: 28 M images, 104 EFLOP, 65 H200-hours at 45 % MFU
+    (computed).
+    """
+    return _chexfound(448, 128, 112)
+
+
+def chexfound_vitl16_512() -> PretrainConfig:
+    """CheXFound at 512, crops 144 / 512, from the 448 run (--init), as the log of the released model tells.
+
+    Source: RPIDIAL/CheXFound logs (14 images on each of 8 GPUs; its configuration file has 10, from the 224 run). Cost:
+    28 M images, 138 EFLOP, 86 H200-hours at 45 % MFU (computed). Expected, the public weights with a decoder: AUROC
+    0.840, AUPRC 0.265 on CXR-LT 2024 (as quoted by others from the paper).
+    """
+    return _chexfound(512, 144, 112)
+
+
+def _short(stage: PretrainConfig) -> PretrainConfig:
+    return replace(stage, steps=10_000, crops=replace(stage.crops, augmentation="cxr"))
+
+
+def short_highres_vitl16_336() -> PretrainConfig:
+    """ViT-L/16 at 336 from a 224 run in 10,000 steps, all schedules compressed (DINOv2 section 6.6, appendix B.2).
+
+    Hardware: 8 GPUs, 12 images each, or any. Cost: 0.96 M images, 2.2 EFLOP, 1.4 H200-hours at 45 % MFU (computed).
+    Expected: "almost as good" as a whole stage on natural images (DINOv2); on chest X-rays not shown: watch the probe.
+    """
+    return _short(slides_vitl16_336())
+
+
+def short_highres_vitl16_448() -> PretrainConfig:
+    """ViT-L/16 at 448 from a 224 run in 10,000 steps; see `short_highres_vitl16_336`.
+
+    Cost: 1.1 M images, 4.3 EFLOP, 2.7 H200-hours at 45 % MFU (computed).
+    """
+    return _short(slides_vitl16_448())
+
+
 def short_highres_vitl16_512() -> PretrainConfig:
-    """ViT-L/16 at 512 from a 224 run in 10,000 steps, schedules compressed (DINOv2 section 6.6, appendix B.2)."""
-    return replace(slides_vitl16_512(), steps=10_000, crops=CropConfig(512, 144, augmentation="cxr"))
+    """ViT-L/16 at 512 from a 224 run in 10,000 steps; see `short_highres_vitl16_336`.
+
+    Cost: 0.8 M images, 3.9 EFLOP, 2.5 H200-hours at 45 % MFU (computed).
+    """
+    return _short(slides_vitl16_512())
+
+
+def short_highres_vitb16_512() -> PretrainConfig:
+    """ViT-B/16 at 512 from a 224 run in 10,000 steps; see `short_highres_vitl16_336`.
+
+    Cost: 0.8 M images, 1.5 EFLOP, 0.9 H200-hours at 45 % MFU (computed).
+    """
+    return _short(_slides("vitb16", 512))
+
+
+def vits16_onegpu() -> PretrainConfig:
+    """ViT-S/16 at 224 for one GPU: what DINOv2 tunes for batches of thousands is set for 128 images.
+
+    Source: this project. Small batches spread a [CLS] target over few prototypes, so there are 8,192 and the teacher is
+    sharper; the rate's square-root rule starts from a batch of 1,024. Hardware: one GPU of 16 GB or more; crops are cut
+    on it, so 2 cores feed it. Cost: 12.8 M images, 1.6 EFLOP, 1 H200-hour at 45 % MFU (computed). Expected: not
+    measured; the probe tells from step 0 on whether the features get better.
+    """
+    return PretrainConfig(
+        architecture="vits16",
+        crops=CropConfig(224, 96, augmentation="cxr"),
+        heads=HeadConfig(prototypes=8192, hidden=2048, dino_bottleneck=256, ibot_bottleneck=256),
+        losses=LossConfig(dino=1.0, ibot=3.0),
+        batch_size=128,
+        steps=100_000,
+        learning_rate=1e-3,
+        teacher_temperature=(0.03, 0.05),
+        momentum=(0.992, 1.0),
+        drop_path=0.1,
+        crops_on="device",
+        workers=2,
+    )
+
+
+def continued_224() -> PretrainConfig:
+    """Go on from public weights at 224 (--init FILE): their network, new heads, a careful rate.
+
+    Source: this project; the shape follows from what fails (facebookresearch/dinov2 issues 204 and 339: features get
+    worse when new heads drive the backbone at a full rate). For 10 % of the run only the heads learn; then the rate
+    grows to 5e-5 x sqrt(batch / 1024), with a factor 0.8 for each block below the top. The probe starts at step 0 and
+    warns when k-NN falls below where it began. Hardware: any number of GPUs. Cost: ViT-B 2.6 M images, 1 EFLOP, 0.6
+    H200-hours at 45 % MFU (computed). Expected: not measured.
+    """
+    return PretrainConfig(
+        architecture="init",
+        crops=CropConfig(224, 96, augmentation="cxr"),
+        losses=LossConfig(dino=1.0, ibot=3.0),
+        batch_size=128,
+        steps=20_000,
+        learning_rate=5e-5,
+        layer_decay=0.8,
+        head_warmup=0.1,
+        momentum=(0.996, 1.0),
+        weight_decay=(0.04, 0.04),
+        drop_path=0.2,
+    )
+
+
+def continued_patch14_224() -> PretrainConfig:
+    """`continued_224` for networks of patch 14 (DINOv2, RAD-DINO): local crops of 98 pixels."""
+    return replace(continued_224(), crops=CropConfig(224, 98, augmentation="cxr"))
 
 
 def laptop_128() -> PretrainConfig:
@@ -80,7 +257,7 @@ def laptop_128() -> PretrainConfig:
     """
     return PretrainConfig(
         architecture="demo16",
-        crops=CropConfig(128, 48, local_crops=4, augmentation="cxr"),
+        crops=CropConfig(128, 48, local_crops=4, augmentation="cxr", rotation=0.0),
         heads=HeadConfig(prototypes=256, hidden=512, dino_bottleneck=128, ibot_bottleneck=128),
         batch_size=64,
         steps=1200,
@@ -98,7 +275,7 @@ def laptop_192() -> PretrainConfig:
     """A short stage at 192 pixels, started from `laptop_128`."""
     return replace(
         laptop_128(),
-        crops=CropConfig(192, 96, local_crops=4, augmentation="cxr"),
+        crops=CropConfig(192, 96, local_crops=4, augmentation="cxr", rotation=0.0),
         steps=40,
         learning_rate=1e-3,
         batch_size=32,
@@ -114,7 +291,7 @@ def demo_160() -> PretrainConfig:
     """Second stage of `hilum demo`: 160 pixels, from the first."""
     return replace(
         demo_128(),
-        crops=CropConfig(160, 64, local_crops=4, augmentation="cxr"),
+        crops=CropConfig(160, 64, local_crops=4, augmentation="cxr", rotation=0.0),
         steps=16,
         learning_rate=1e-3,
         batch_size=32,
@@ -125,7 +302,9 @@ PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
         slides_vitb16_224, slides_vitb16_336, slides_vitl16_224, slides_vitl16_336, slides_vitl16_448,
-        slides_vitl16_512, short_highres_vitl16_512, laptop_128, laptop_192, demo_128, demo_160,
+        slides_vitl16_512, chexfound_vitl16_224, chexfound_vitl16_336, chexfound_vitl16_448, chexfound_vitl16_512,
+        short_highres_vitl16_336, short_highres_vitl16_448, short_highres_vitl16_512, short_highres_vitb16_512,
+        vits16_onegpu, continued_224, continued_patch14_224, laptop_128, laptop_192, demo_128, demo_160,
     )
 }  # fmt: skip
 
@@ -216,6 +395,18 @@ def _find(kind: type[Config], known: dict[str, Callable[[], Config]], name: str,
     if name not in known:
         raise UnknownNameError("recipe", name, known)
     return override(known[name](), overrides)
+
+
+def show(name: str) -> str:
+    """What a recipe says of itself, and all its settings as YAML.
+
+    Raises:
+        UnknownNameError: no such recipe.
+    """
+    known: dict[str, Callable[[], PretrainConfig] | Callable[[], FitConfig]] = {**PRETRAIN_RECIPES, **FIT_RECIPES}
+    if name not in known:
+        raise UnknownNameError("recipe", name, known)
+    return f"{inspect.getdoc(known[name])}\n\n{yaml.safe_dump(to_dict(known[name]()), sort_keys=False)}".rstrip()
 
 
 def describe() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hilum import recipes
-from hilum.backbones.vit import ViTConfig
+from hilum.backbones.vit import SIZES, ViTConfig
 from hilum.commands.demo import DemoPlan
 from hilum.core.config import write_yaml
 from hilum.core.errors import UnknownNameError
@@ -34,8 +34,10 @@ SOURCE = Path(recipes.__file__).parent
 @pytest.mark.parametrize("name", recipes.PRETRAIN_RECIPES)
 def test_pretraining_recipes_load(name: str, tmp_path: Path) -> None:
     config = recipes.pretrain_recipe(name)
-    assert config.vit().image_size == config.crops.global_size
-    assert config.crops.local_size % config.vit().patch_size == 0
+    started_from = SIZES["vitb14" if "patch14" in name else "vitb16"] if config.architecture == "init" else None
+    architecture = config.vit(started_from)
+    assert architecture.image_size == config.crops.global_size
+    assert config.crops.local_size % architecture.patch_size == 0
     assert config.schedules().at(0).learning_rate == 0.0
     write_yaml(tmp_path / "config.yaml", config)
     assert recipes.pretrain_recipe(str(tmp_path / "config.yaml")) == config
@@ -84,7 +86,41 @@ def test_stages_of_the_slides() -> None:
     ):  # fmt: skip
         config = recipes.pretrain_recipe(f"slides_{size}_{resolution}")
         assert (config.crops.local_size, config.crops.global_size) == crops
-        assert (config.losses.ibot, config.steps) == (3.0, 2_500_000)
+        assert (config.losses.ibot, config.losses.dino, config.steps) == (3.0, 1.0, 2_500_000)
+        batch = {224: 304, 336: 96, 448: 112, 512: 80}[resolution]
+        assert config.schedules().learning_rate == pytest.approx(2e-4 * (batch / 1024) ** 0.5)
+
+
+def test_stages_of_the_released_code_differ_where_it_does() -> None:
+    for resolution, local, batch in ((224, 96, 304), (336, 128, 96), (448, 128, 112), (512, 144, 112)):
+        config = recipes.pretrain_recipe(f"chexfound_vitl16_{resolution}")
+        assert (config.crops.global_size, config.crops.local_size, config.batch_size) == (resolution, local, batch)
+        assert (config.steps, config.drop_path, config.layer_decay) == (250_000, 0.4, 1.0)
+        assert dataclasses.replace(config.vit(), image_size=512) == SIZES["vitl16_chexfound"]
+
+
+def test_a_short_stage_is_its_stage_in_10_000_steps() -> None:
+    for resolution in (336, 448, 512):
+        short = recipes.pretrain_recipe(f"short_highres_vitl16_{resolution}")
+        whole = recipes.pretrain_recipe(f"slides_vitl16_{resolution}")
+        assert short.steps == 10_000
+        assert dataclasses.replace(short, steps=whole.steps, crops=whole.crops) == whole
+
+
+def test_every_pretraining_recipe_of_a_whole_network_tells_its_cost() -> None:
+    for name, recipe in recipes.PRETRAIN_RECIPES.items():
+        text = recipe.__doc__ or ""
+        small = name.startswith(("laptop_", "demo_", "continued_patch14"))
+        assert small or ("Cost" in text and "computed" in text), name
+
+
+def test_one_recipe_is_shown_whole() -> None:
+    shown = recipes.show("slides_vitl16_336")
+    assert "Expected: mAP 0.1922 linear" in shown
+    assert "global_size: 336" in shown
+    assert "learning_rates:" in recipes.show("linear")
+    with pytest.raises(UnknownNameError, match="Did you mean 'vits16_onegpu'"):
+        recipes.show("vits16_one")
 
 
 def read_names(folder: Path) -> Iterator[str]:

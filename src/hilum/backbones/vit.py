@@ -5,10 +5,10 @@ models/vision_transformer.py), so that their weights load; `weights.py` reads an
 Parameters are initialised from torch's global generator: build inside `core.seeding.forked`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -138,6 +138,19 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile each block in place; names and weights stay as they are.
+
+        Blocks are alike, so one graph per kind of call (student, teacher) serves all of them. Shapes are constants in
+        the graphs: for training, where every step has the same. Run other sizes in
+        `torch.compiler.set_stance("force_eager")`, or they are compiled too.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        for block in self.blocks:
+            block.compile(backend=backend, dynamic=False)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Tokens:
         """Encode normalised images whose height and width are multiples of the patch size.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hilum.backbones.layers import FeedForward
 from hilum.backbones.vit import SIZES, ViTConfig
@@ -12,6 +12,9 @@ from hilum.data.samplers import Window, parse_shares
 from hilum.pretraining import dinov2
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.schedules import Schedules, scaled_learning_rate
+
+FROM_INIT = "init"
+"""The architecture's name that stands for that of the weights a run starts from."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class PretrainConfig:
     """Settings of one stage of self-supervised pretraining. Defaults: CheXFound's ViT-L stage at 224 pixels."""
 
     architecture: str = "vitl16"
-    """Named size, see `hilum.backbones.vit.SIZES`; the fields below change it."""
+    """Named size, see `hilum.backbones.vit.SIZES`, or init: that of the weights it starts from. The fields below
+    change it; with init only `patch_size` may, which resamples the patch kernel."""
     embed_dim: int | None = None
     """Channels of a token; None: of the named size. So for the next six."""
     depth: int | None = None
@@ -74,7 +78,10 @@ class PretrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Draws and order; by default every image once an epoch, in random order."""
     batch_size: int = 304
-    """Images a step, over all processes."""
+    """Images a step, over all processes and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches a step. Sinkhorn and KoLeo see one micro-batch of all processes at a time, so more than one is
+    not the same run."""
     steps: int = 250_000
     """Length of the stage; all schedules are fractions of it. CheXFound: 100 epochs of 2,500."""
     learning_rate: float = 2e-4
@@ -93,6 +100,8 @@ class PretrainConfig:
     """Fraction of the run until the constant value."""
     freeze_last_layer: float = 0.01
     """Fraction of the run in which the prototypes do not move."""
+    head_warmup: float = 0.0
+    """Fraction of the run in which the backbone does not move: for new heads on weights that are good already."""
     layer_decay: float = 1.0
     """Learning-rate factor per block below the top; DINOv2 0.9, CheXFound 1."""
     patch_embed_factor: float = 0.2
@@ -105,6 +114,14 @@ class PretrainConfig:
     """Of matrix products; weights and losses are float32. auto: bf16 where the hardware has it."""
     accelerator: Accelerator = "auto"
     """auto takes a GPU where there is one."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """Several processes: ddp keeps a whole copy of the networks in each, fsdp2 a part."""
+    gradients: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision in which processes exchange gradients; auto: bf16 between GPUs, fp32 between CPU processes."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the transformer blocks; auto: on a GPU."""
+    crops_on: Literal["cpu", "device"] = "cpu"
+    """Where views are cut: by the loading processes, or by the GPU from whole images (within one grey level)."""
     seed: int = 0
     """Root of every random stream."""
     threads: int | None = None
@@ -117,12 +134,14 @@ class PretrainConfig:
     """Checkpoints kept, at least 2."""
     log_every: int = 10
     """Steps between lines of `metrics.jsonl`."""
+    tensorboard: bool = False
+    """Also write the lines for TensorBoard (extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "checkpoint_every", "log_every"):
+        for name in ("batch_size", "steps", "checkpoint_every", "log_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}.")
-        for name in ("warmup", "teacher_temperature_warmup", "freeze_last_layer"):
+        for name in ("warmup", "teacher_temperature_warmup", "freeze_last_layer", "head_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected a fraction of the run, 0 to 1, found {getattr(self, name)}.")
         if self.keep < 2:
@@ -140,17 +159,28 @@ class PretrainConfig:
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"drop_path: expected a rate in [0, 1), found {self.drop_path}.")
 
-    def vit(self) -> ViTConfig:
+    def vit(self, init: ViTConfig | None = None) -> ViTConfig:
         """The architecture, its position table laid out for this stage's resolution.
+
+        Args:
+            init: architecture of the weights that the run starts from, for architecture=init.
 
         Raises:
             UnknownNameError: no such named size.
-            ConfigError: numbers that do not fit together.
+            ConfigError: numbers that do not fit together, or architecture=init and nothing to start from.
         """
-        if self.architecture not in SIZES:
-            raise UnknownNameError("architecture", self.architecture, SIZES)
         names = ("embed_dim", "depth", "num_heads", "patch_size", "registers", "feed_forward", "layer_scale")
-        changes = {name: value for name in names if (value := getattr(self, name)) is not None}
+        changes: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.architecture == FROM_INIT:
+            if init is None:
+                raise ConfigError(
+                    "architecture=init takes the network of the weights given with --init; there are none."
+                )
+            if fixed := changes.keys() - {"patch_size"}:
+                raise ConfigError(f"architecture=init: the weights decide {', '.join(sorted(fixed))}; leave it out.")
+            return dataclasses.replace(init, image_size=self.crops.global_size, in_channels=1, **changes)
+        if self.architecture not in SIZES:
+            raise UnknownNameError("architecture", self.architecture, [*SIZES, FROM_INIT])
         return dataclasses.replace(SIZES[self.architecture], image_size=self.crops.global_size, **changes)
 
     def schedules(self) -> Schedules:
@@ -165,4 +195,5 @@ class PretrainConfig:
             self.teacher_temperature,
             self.teacher_temperature_warmup,
             self.freeze_last_layer,
+            self.head_warmup,
         )

@@ -46,18 +46,20 @@ def parameter_groups(
         patch_embed_factor: further factor on the learning rate of the patch embedding.
 
     Returns:
-        Dicts with `params`, `names`, `learning_rate_factor`, `weight_decay_factor` and `last_layer`.
+        Dicts with `params`, `names`, `learning_rate_factor`, `weight_decay_factor`, `backbone` and `last_layer`.
     """
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
-        factor = layer_multiplier(name, depth, layer_decay) if name.startswith("backbone.") else 1.0
+        backbone = name.startswith("backbone.")
+        factor = layer_multiplier(name, depth, layer_decay) if backbone else 1.0
         if "patch_embed" in name:
             factor *= patch_embed_factor
-        treatment = (factor, 1.0 if takes_weight_decay(name) else 0.0, "last_layer" in name)
+        decay, last_layer = 1.0 if takes_weight_decay(name) else 0.0, "last_layer" in name
+        treatment = (factor, decay, backbone, last_layer)
         if treatment not in groups:
             groups[treatment] = {
-                "params": [], "names": [],
-                "learning_rate_factor": factor, "weight_decay_factor": treatment[1], "last_layer": treatment[2],
+                "params": [], "names": [], "learning_rate_factor": factor, "weight_decay_factor": decay,
+                "backbone": backbone, "last_layer": last_layer,
             }  # fmt: skip
         groups[treatment]["params"].append(parameter)
         groups[treatment]["names"].append(name)
@@ -68,5 +70,7 @@ def set_values(optimizer: Optimizer, values: Values) -> None:
     """Give every group its learning rate and weight decay of this step."""
     for group in optimizer.param_groups:
         rate = values.last_layer_learning_rate if group["last_layer"] else values.learning_rate
+        if group["backbone"]:
+            rate = values.backbone_learning_rate
         group["lr"] = rate * group["learning_rate_factor"]
         group["weight_decay"] = values.weight_decay * group["weight_decay_factor"]

@@ -37,6 +37,8 @@ class Values(NamedTuple):
     """Everything scheduled, at one step."""
 
     learning_rate: float
+    backbone_learning_rate: float
+    """0 while the heads warm up, then grows linearly to the learning rate."""
     last_layer_learning_rate: float
     """0 while the prototypes are frozen, then the learning rate."""
     weight_decay: float
@@ -65,6 +67,9 @@ class Schedules:
     """Fraction of the run; 30 of 100 epochs in CheXFound."""
     freeze_last_layer: float = 0.01
     """Fraction of the run in which the prototypes do not move; 1 of 100 epochs in CheXFound."""
+    head_warmup: float = 0.0
+    """Fraction of the run in which the backbone does not move, so that new heads learn on features that are good
+    already; then the backbone's rate grows over `warmup` of the run. No other schedule waits for it."""
 
     def at(self, step: int) -> Values:
         """The values with which step `step` (from 0) is made."""
@@ -72,6 +77,7 @@ class Schedules:
         frozen = step < self._length(self.freeze_last_layer)
         return Values(
             learning_rate=rate,
+            backbone_learning_rate=rate * self._backbone_share(step),
             last_layer_learning_rate=0.0 if frozen else rate,
             weight_decay=cosine(step, self.steps, *self.weight_decay),
             momentum=cosine(step, self.steps, *self.momentum),
@@ -79,6 +85,14 @@ class Schedules:
                 step, self._length(self.teacher_temperature_warmup), *self.teacher_temperature
             ),
         )
+
+    def _backbone_share(self, step: int) -> float:
+        """Of the learning rate: 0 in the heads' warm-up, then linear to 1; 1 throughout when there is none."""
+        waiting = self._length(self.head_warmup)
+        if waiting == 0:
+            return 1.0
+        growing = max(self._length(self.warmup), 1)
+        return min(max(step - waiting + 1, 0) / growing, 1.0)
 
     def _length(self, fraction: float) -> int:
         return round(fraction * self.steps)

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -374,3 +376,42 @@ def test_equals_transformers_dinov2(registers: int, feed_forward: str, size: tup
     for ours, theirs in zip(blocks, expected.hidden_states[1:], strict=True):
         normalised = oracle.layernorm(theirs)
         torch.testing.assert_close(ours.patches, normalised[:, 1 + registers :], rtol=1e-4, atol=2e-5)
+
+
+COMPILED = """
+import dataclasses, torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from hilum.backbones.vit import VisionTransformer, ViTConfig
+
+torch.manual_seed(0)
+model = VisionTransformer(ViTConfig(48, 3, 3, patch_size=8, image_size=64, registers=2, layer_scale=0.5))
+crops, masks = [torch.randn(4, 1, 64, 64), torch.randn(6, 1, 32, 32)], [torch.rand(4, 64) < 0.3, None]
+
+def step():
+    model.zero_grad()
+    outputs = model.forward_crops(crops, masks, 0.4, torch.Generator().manual_seed(0))
+    sum(tokens.cls.square().mean() + tokens.patches.abs().mean() for tokens in outputs).backward()
+    student = [tokens.cls.detach() for tokens in outputs] + [p.grad for p in model.parameters() if p.grad is not None]
+    with torch.no_grad():
+        return [*student, *model(crops[0])]
+
+plain, names = step(), list(model.state_dict())
+counter = CompileCounterWithBackend("aot_eager")
+model.compile_blocks(counter)
+for _ in range(3):
+    compiled = step()
+for ours, expected in zip(compiled, plain, strict=True):
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+assert list(model.state_dict()) == names
+with torch.compiler.set_stance("force_eager"), torch.no_grad():
+    model(torch.randn(1, 1, 32, 32))
+print(counter.frame_count)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_in_one_graph_per_kind_of_call() -> None:
+    """In a process of its own: the annotations that tests check would break the graphs."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2"  # student and teacher; every block and every step uses the same two

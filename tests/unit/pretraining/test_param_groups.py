@@ -55,7 +55,7 @@ def test_what_weight_decay_leaves_alone(student: Network) -> None:
 def test_values_of_a_step_reach_the_groups(student: Network) -> None:
     groups = parameter_groups(student, TINY.depth, 0.5, 0.2)
     optimizer = torch.optim.AdamW(groups, lr=0.0)
-    set_values(optimizer, Values(1e-2, 0.0, 0.1, 0.99, 0.04))
+    set_values(optimizer, Values(1e-2, 1e-2, 0.0, 0.1, 0.99, 0.04))
     by_name = {name: group for group in optimizer.param_groups for name in group["names"]}
     assert by_name["dino_head.last_layer.weight_v"]["lr"] == 0.0
     assert by_name["dino_head.mlp.0.weight"]["lr"] == 1e-2
@@ -68,3 +68,14 @@ def test_values_of_a_step_reach_the_groups(student: Network) -> None:
     optimizer.step()
     still = {name for name, parameter in student.named_parameters() if torch.equal(before[name], parameter)}
     assert still == {f"{head}.last_layer.weight_{part}" for head in ("dino_head", "ibot_head") for part in "gv"}
+
+
+def test_while_heads_warm_up_the_backbone_stays(student: Network) -> None:
+    optimizer = torch.optim.AdamW(parameter_groups(student, TINY.depth, 0.8, 0.2), lr=0.0)
+    set_values(optimizer, Values(1e-2, 0.0, 1e-2, 0.1, 0.99, 0.04))
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    optimizer.step()
+    moved = {name for name, parameter in student.named_parameters() if not torch.equal(before[name], parameter)}
+    assert moved == {name for name, _ in student.named_parameters() if not name.startswith("backbone.")}
