@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hilum.core.errors import ConfigError
 from hilum.pretraining import losses
 from hilum.pretraining.projection import DINOHead, Projection
 from hilum.pretraining.schedules import Schedules, cosine
@@ -153,6 +154,22 @@ def test_koleo_is_minus_mean_log_nearest_distance() -> None:
     loss, distance = losses.koleo_loss(torch.from_numpy(points))
     assert float(loss) == pytest.approx(-np.mean(np.log(nearest)), abs=1e-6)
     assert float(distance) == pytest.approx(np.mean(nearest), abs=1e-6)
+
+
+@pytest.mark.parametrize("group", [2, 3, 4, 6, 12])
+def test_koleo_in_groups_is_the_mean_of_its_groups(group: int) -> None:
+    points = torch.from_numpy(np.random.default_rng(group).normal(size=(12, 4))).requires_grad_()
+    parts = [losses.koleo_loss(part) for part in points.split(group)]
+    loss, distance = losses.koleo_loss(points, group)
+    torch.testing.assert_close(loss, torch.stack([part for part, _ in parts]).mean())
+    torch.testing.assert_close(distance, torch.stack([part for _, part in parts]).mean())
+    expected = torch.autograd.grad(torch.stack([part for part, _ in parts]).mean(), points)
+    torch.testing.assert_close(torch.autograd.grad(loss, points), expected)
+
+
+def test_koleo_refuses_images_that_do_not_divide_into_groups() -> None:
+    with pytest.raises(ConfigError, match=r"koleo_group=5.*12 images"):
+        losses.koleo_loss(torch.ones(12, 4), 5)
 
 
 def test_koleo_without_a_neighbour_is_zero_and_twins_stay_finite() -> None:

@@ -32,6 +32,7 @@ from hilum.pretraining.losses import (
 from hilum.pretraining.projection import DINOHead, Projection
 
 Centering = Literal["sinkhorn", "centre"]
+PrototypeLoss = Literal["auto", "plain", "chunked", "triton"]
 PARTS = ("backbone", "dino_head", "ibot_head")
 
 
@@ -72,8 +73,23 @@ class LossConfig:
     """Rounds of Sinkhorn-Knopp."""
     centre_momentum: float = 0.9
     """Share of the centre that stays, for centering=centre."""
+    koleo_group: int = 0
+    """Images whose nearest neighbours are looked for together, 0: all of a process. Set to a divisor of the images of
+    a process, results do not depend on how many processes share a batch."""
+    prototype_loss: PrototypeLoss = "auto"
+    """How the losses over prototypes are computed; the same numbers up to rounding. plain: whole matrices, readable.
+    chunked: some rows at a time, no matrix is kept. triton: fused kernels, on a CUDA device. auto: triton where it can
+    be, else chunked for large matrices, else plain."""
     chunk: int = 0
-    """Rows whose student logits are held at once, 0 for all; set it when memory is short (131,072 prototypes)."""
+    """Rows whose logits are held at once; 0: chosen from the size (for plain: all)."""
+
+    def __post_init__(self) -> None:
+        if self.koleo_group < 0 or self.koleo_group == 1:
+            raise ConfigError(
+                f"losses.koleo_group: expected 0 or at least 2 (an image needs a neighbour), found {self.koleo_group}."
+            )
+        if self.chunk < 0:
+            raise ConfigError(f"losses.chunk: expected 0 or more rows, found {self.chunk}.")
 
 
 class Batch(NamedTuple):
@@ -205,7 +221,7 @@ def compute_losses(student: StudentOutput, targets: Targets, batch: Batch, confi
     temperature, chunk = config.student_temperature, config.chunk
     dino_local, dino_global = dino_losses(student.cls, targets.cls, temperature, chunk)
     ibot = ibot_loss(student.patches, targets.patches, batch.mask_weights, batch.masks.shape[0], temperature, chunk)
-    per_view = [koleo_loss(tokens) for tokens in student.global_cls.chunk(views)]  # each of B D
+    per_view = [koleo_loss(tokens, config.koleo_group) for tokens in student.global_cls.chunk(views)]  # each of B D
     koleo = torch.stack([loss for loss, _ in per_view]).sum()
     distance = torch.stack([distance for _, distance in per_view]).mean()
     total = config.dino * (dino_local + dino_global) + config.ibot * ibot + config.koleo * koleo
@@ -221,9 +237,33 @@ def update_centres(centres: Centres, output: TeacherOutput, momentum: float) -> 
 
 
 @torch.no_grad()
-def update_teacher(teacher: Network, student: Network, momentum: float) -> None:
-    """Each teacher parameter becomes momentum * itself + (1 - momentum) * the student's; one pass over memory."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
+def update_teacher(teacher: Network, student: Network, momentum: float, skip: Tensor | None = None) -> None:
+    """Each teacher parameter becomes momentum * itself + (1 - momentum) * the student's; one pass over memory.
+
+    Args:
+        teacher: changed in place.
+        student: read.
+        momentum: share that stays, 0 to 1.
+        skip: 0-dimensional, on the device; where it is 1 the teacher stays as it is, bit for bit, whatever the student
+            holds. The host does not wait for it.
+    """
+    before = [_shard(parameter) for parameter in teacher.parameters()]
+    after = [_shard(parameter) for parameter in student.parameters()]
+    if skip is None:
+        torch._foreach_lerp_(before, after, 1.0 - momentum)
+        return
+    # A step of gradient descent, p - rate (gradient + decay p), is an average with gradient = student, decay = -1 and
+    # rate = momentum - 1; torch's fused step is one pass too, and the one that a flag on the device can cancel.
+    torch._fused_sgd_(
+        before, after, [], weight_decay=-1.0, momentum=0.0, lr=momentum - 1.0, dampening=0.0, nesterov=False,
+        maximize=False, is_first_step=False, grad_scale=None, found_inf=skip.to(torch.float32),
+    )  # fmt: skip
+
+
+def _shard(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter that is spread over several; else the parameter."""
+    to_local: Callable[[], Tensor] | None = getattr(parameter, "to_local", None)  # of a DTensor, whose import is slow
+    return to_local() if to_local else parameter
 
 
 def clip_gradients(student: Network, limit: float) -> dict[str, Tensor]:

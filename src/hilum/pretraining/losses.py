@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hilum.core.distributed import max_over_ranks, mean_over_ranks, sum_over_ranks
+from hilum.core.errors import ConfigError
 from hilum.pretraining.projection import Projection, at_least_float32
 
 
@@ -155,18 +156,36 @@ def ibot_loss(
     return (_projection_cross_entropy(student, targets, temperature, chunk) * weights).sum() / crops
 
 
-def koleo_loss(tokens: Float[Tensor, "B D"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Minus the mean log distance of each unit vector to its nearest neighbour on this rank; and the mean distance.
+def koleo_loss(tokens: Float[Tensor, "B D"], group: int = 0) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Minus the mean log distance of each unit vector to its nearest neighbour; and the mean distance.
 
-    Kozachenko-Leonenko estimator of entropy (Sablayrolles 2019). Below two images there is no neighbour: both are 0.
+    Kozachenko-Leonenko estimator of entropy (Sablayrolles 2019). Without a second image there is no neighbour: both
+    are 0.
+
+    Args:
+        tokens: [CLS] of one view.
+        group: neighbours are looked for among this many consecutive images, 0: among all of this process.
+
+    Raises:
+        ConfigError: the images do not divide into groups.
     """
-    if tokens.shape[0] < 2:
+    images = tokens.shape[0]
+    size = group or images
+    if size and images % size:
+        raise ConfigError(
+            f"losses.koleo_group={group}: the {images} images of this process do not divide into groups of {group}. "
+            "Choose a divisor of the images that each process has in a step, or 0."
+        )
+    if size < 2:
         return at_least_float32(tokens * 0.0).sum(), torch.zeros((), device=tokens.device)
     with torch.autocast(tokens.device.type, enabled=False):
         points = F.normalize(at_least_float32(tokens), dim=-1, eps=1e-8)
         with torch.no_grad():
-            similarity = points @ points.T  # B B
-            nearest = similarity.fill_diagonal_(-1).argmax(dim=1)
+            grouped = points.unflatten(0, (-1, size))  # groups size D
+            similarity = grouped @ grouped.transpose(1, 2)  # groups size size
+            similarity.diagonal(dim1=1, dim2=2).fill_(-1)
+            first = torch.arange(0, images, size, device=tokens.device)
+            nearest = (similarity.argmax(dim=2) + first[:, None]).flatten()
         distances = F.pairwise_distance(points, points[nearest], eps=1e-8)
         return -torch.log(distances + 1e-8).mean(), distances.detach().mean()
 

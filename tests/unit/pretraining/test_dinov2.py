@@ -165,6 +165,22 @@ def test_teacher_moves_by_the_momentum(networks: tuple[Network, Network]) -> Non
     torch.testing.assert_close(next(teacher.parameters()), 0.75 * before[0] + 0.25 * next(student.parameters()))
 
 
+def test_a_skipped_step_leaves_the_teacher_bit_for_bit(networks: tuple[Network, Network]) -> None:
+    student, teacher = networks
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    dinov2.update_teacher(teacher, student, 0.75, skip=torch.tensor(0))
+    for old, new, other in zip(before, teacher.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(new, torch.lerp(old, other, 0.25), rtol=0, atol=1e-7)
+    moved = [parameter.clone() for parameter in teacher.parameters()]
+    with torch.no_grad():
+        next(student.parameters()).fill_(torch.nan)
+    dinov2.update_teacher(teacher, student, 0.75, skip=torch.tensor(1))
+    assert all(torch.equal(old, new) for old, new in zip(moved, teacher.parameters(), strict=True))
+
+
 def test_each_part_is_clipped_by_itself(networks: tuple[Network, Network]) -> None:
     student, _ = networks
     for part, value in zip(dinov2.PARTS, (10.0, 1e-3, 10.0), strict=True):
@@ -217,6 +233,12 @@ def test_health_tells_a_collapse_from_spread_features() -> None:
     assert bad["patch_prototype_usage"].item() == 0.0
     assert bad["teacher_effective_rank"].item() < 1.5
     assert bad["teacher_feature_deviation"].item() < 1e-3
+
+
+@pytest.mark.parametrize("setting", [{"koleo_group": 1}, {"koleo_group": -2}, {"chunk": -1}])
+def test_unusable_loss_settings_are_refused(setting: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        LossConfig(**setting)
 
 
 def test_unusable_head_sizes_are_refused() -> None:
