@@ -277,7 +277,7 @@ def test_what_is_not_a_backbone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no backbone"):
         load_backbone(tmp_path)
     (tmp_path / "w.pth").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="can run code"):
+    with pytest.raises(CheckpointError, match="damaged, or not a checkpoint of torch"):
         load_backbone(tmp_path / "w.pth")
     (tmp_path / "w.safetensors").write_bytes(b"not weights at all")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -298,12 +298,20 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         load_backbone(tmp_path)
 
 
-def test_a_folder_of_another_project_is_refused_with_advice(tmp_path: Path) -> None:
-    save_file(random_model().state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
-    with pytest.raises(CheckpointError, match=r"name the \.safetensors file itself"):
+def test_a_folder_of_another_project_is_read_by_its_tensors(tmp_path: Path) -> None:
+    """As CheXFound on the Hub: DINOv2's names, and a config.json that only its own code understands."""
+    save_file(hub_names(random_model().state_dict()), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "chexfound", "architectures": ["CheXFoundModel"]}')
+    assert load_backbone(tmp_path).config == SMALL
+    assert read_backbone_config(tmp_path)["layout"] == "dinov2"
+
+
+@pytest.mark.parametrize("name", ["teacher.safetensors", "model.safetensors"])
+def test_a_description_of_another_format_is_refused_with_advice(tmp_path: Path, name: str) -> None:
+    save_file(random_model().state_dict(), tmp_path / name)
+    (tmp_path / "config.json").write_text('{"format": "hilum-backbone-9"}')
+    with pytest.raises(CheckpointError, match=r"found 'hilum-backbone-9'\. To load weights of another project"):
         load_backbone(tmp_path)
-    assert load_backbone(tmp_path / "model.safetensors").config == SMALL
 
 
 def test_descriptions_cannot_be_redefined(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Weights by name: a path, or `owner/name` on the Hugging Face Hub through the optional package `huggingface_hub`.
+
+The only place that may use the network, and only when asked for a name that is no path.
+"""
+
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from hilum.core.errors import CheckpointError
+
+_HUB_NAME = re.compile(r"^(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w.-]+))?$")
+_DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
+_WEIGHTS = ["model.safetensors", "teacher.safetensors"]
+_PICKLED = ["pytorch_model.bin"]
+"""Taken only from a repository without safetensors."""
+
+
+def resolve_weights(name: Path | str) -> Path:
+    """Find weights: a path that exists, else `owner/name` or `owner/name@revision` on the Hugging Face Hub.
+
+    Downloads go to the Hub's own cache and happen once; with `HF_HUB_OFFLINE=1` only that cache is read.
+
+    Raises:
+        CheckpointError: neither a path nor a name that can be had; the message says what is missing.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    match = _HUB_NAME.match(str(name))
+    if match is None or path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".json", ".yaml"):
+        raise CheckpointError(f"{path} does not exist; expected a run folder or a .safetensors file.")
+    if find_spec("huggingface_hub") is None:
+        raise CheckpointError(
+            f"{path} does not exist; expected a run folder or a .safetensors file. To take it as a name on the "
+            'Hugging Face Hub, install the extra: pip install "hilum[hub]".'
+        )
+    return _download(match["repository"], match["revision"])
+
+
+@cache
+def _download(repository: str, revision: str | None) -> Path:
+    import huggingface_hub  # optional
+
+    try:
+        for weights in (_WEIGHTS, _PICKLED):
+            folder = huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=[*_DESCRIPTIONS, *weights]
+            )
+            if any((Path(folder) / file).is_file() for file in weights):
+                return Path(folder)
+    except (OSError, ValueError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{repository} does not exist here, and could not be had from the Hugging Face Hub"
+            f"{f' at revision {revision}' if revision else ''}: {first_line} Behind a firewall, copy the folder "
+            "and name its path."
+        ) from error
+    raise CheckpointError(
+        f"{repository} on the Hugging Face Hub holds none of {', '.join(_WEIGHTS + _PICKLED)}. If its weights have "
+        "another name, download that file and name its path."
+    )

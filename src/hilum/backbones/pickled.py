@@ -1,0 +1,147 @@
+"""Pickled checkpoints (.pth, .pt, .bin) as named tensors, and nothing else: the only place that unpickles.
+
+A pickle is a program. It is read by torch's restricted unpickler, which builds tensors and plain containers and
+nothing else; what it refuses is refused, with no second try by any other means. `hilum import-weights` does even that
+in a child process without network (`convert_in_child`), and from then on only safetensors is read.
+Imports torch inside its functions, so that the child is shut in before anything else runs.
+"""
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hilum.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".pth", ".pt", ".bin")
+NOT_TENSORS = "hilum_not_tensors"
+"""Entry of the header that `convert_in_child` writes: what else was in the pickle."""
+_REFUSED_STATUS = 3
+_NEW_NETWORK, _NEW_USER = 0x40000000, 0x10000000  # CLONE_NEWNET, CLONE_NEWUSER of Linux
+_CHILD = "import sys; from hilum.backbones.pickled import child; child(*sys.argv[1:])"
+
+
+def read_pickled(file: Path) -> tuple[dict[str, "Tensor"], list[str]]:
+    """Read every tensor of a pickled checkpoint, on the CPU, under the dotted path of its keys.
+
+    Returns:
+        The tensors, and what else is in the file, named as "path (type)".
+
+    Raises:
+        CheckpointError: the file needs more than tensors and plain containers, is damaged, or holds no tensor.
+    """
+    import torch
+
+    zipped = zipfile.is_zipfile(file)
+    if zipped:
+        _refuse_compressed(file)
+    try:
+        # Explicit, so that no environment variable can turn it off.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a hostile file can make the unpickler raise anything; all of it is refusal
+        raise CheckpointError(_refusal(file, zipped, error)) from error
+    tensors: dict[str, Tensor] = {}
+    others: list[str] = []
+    _flatten(content, "", tensors, others)
+    if not tensors:
+        raise CheckpointError(f"{file} holds no tensor: expected a checkpoint, found {type(content).__name__}.")
+    return tensors, others
+
+
+def _refuse_compressed(file: Path) -> None:
+    """Torch stores tensors uncompressed; a compressed entry can be a thousand times its size on disk."""
+    with zipfile.ZipFile(file) as archive:
+        if packed := [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]:
+            raise CheckpointError(
+                f"{file} is refused: {packed[0]} in it is compressed, which no checkpoint of torch is."
+            )
+
+
+def _refusal(file: Path, zipped: bool, error: Exception) -> str:
+    import torch
+
+    # As the file itself names them: letters, digits and dots only, whatever else it says is not repeated.
+    names = set(re.findall(r"GLOBAL ([\w.]+)", str(error)))
+    if zipped:
+        with suppress(Exception):  # a scan of the names in it, which builds nothing
+            names |= {name for name in torch.serialization.get_unsafe_globals_in_checkpoint(file) if name.isascii()}
+    if names:
+        return (
+            f"{file} is refused: it asks for {', '.join(sorted(names)[:6])}, and weights are tensors and plain "
+            "containers. Nothing of it was run. If you trust where it comes from, save its state_dict alone with "
+            "the program that wrote it."
+        )
+    return f"{file} is refused: it is damaged, or not a checkpoint of torch ({type(error).__name__})."
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, "Tensor"], others: list[str]) -> None:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if path in tensors:
+            raise CheckpointError(f"{path} is in the checkpoint twice.")
+        tensors[path] = value.detach()
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _flatten(item, f"{path}.{key}" if path else str(key), tensors, others)
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, (torch.Tensor, Mapping)) for item in value):
+        for index, item in enumerate(value):
+            _flatten(item, f"{path}.{index}" if path else str(index), tensors, others)
+    else:
+        others.append(f"{path} ({type(value).__name__})")
+
+
+def convert_in_child(file: Path, out: Path) -> None:
+    """Write the tensors of a pickled checkpoint as safetensors, under the same names, in a process of its own.
+
+    The child has no network where the kernel lets it give that up, and leaves no core dump.
+
+    Raises:
+        CheckpointError: as `read_pickled`; or the child was killed.
+    """
+    command = [sys.executable, "-c", _CHILD, str(file), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode == 0:
+        return
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    if done.returncode == _REFUSED_STATUS:
+        raise CheckpointError(last)
+    raise CheckpointError(f"{file}: the process that read it ended with status {done.returncode}: {last}")
+
+
+def child(file: str, out: str) -> None:
+    """What runs in the child process of `convert_in_child`; exits with status 3 when the file is refused."""
+    isolate()
+    from safetensors.torch import save_file
+
+    try:
+        tensors, others = read_pickled(Path(file))
+    except CheckpointError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(_REFUSED_STATUS)
+    # Copies: tensors of one checkpoint may share memory, which the format does not have.
+    copies = {name: value.clone().contiguous() for name, value in tensors.items()}
+    save_file(copies, out, {NOT_TENSORS: json.dumps(others)})
+
+
+def isolate() -> None:
+    """Give up the network, as far as the kernel lets an ordinary process do so, and core dumps."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        # Alone where that is allowed; in a user namespace of its own otherwise, which is where it usually is.
+        if libc.unshare(_NEW_NETWORK) != 0 and os.getuid() != 0:
+            libc.unshare(_NEW_USER | _NEW_NETWORK)
