@@ -26,8 +26,8 @@ FLAT_STEPS = 100
 """Steps past the warm-up after which losses at their start, or targets that say nothing, are a fault: both are normal
 for the first tens of steps, whatever the length of the run."""
 SMALLEST_RANK = 1.5
-SMALLEST_DEVIATION = 0.01
-SMALLEST_DISTANCE = 1e-3
+SMALLEST_DEVIATION = 0.05
+SMALLEST_DISTANCE = 0.01
 SMALLEST_USE = 0.02
 """Prototypes in use, as a share of those that the rows of a batch could use."""
 LARGEST_TARGET_ENTROPY = 0.99
