@@ -1,13 +1,14 @@
 """What a person sees while a program runs, and what is kept of it: lines, progress with an estimate, `metrics.jsonl`.
 
-On a terminal `progress` draws a bar with the time left; elsewhere it prints a plain line now and then.
+The same numbers go to TensorBoard where that is asked for. On a terminal `progress` draws a bar with the time left;
+elsewhere it prints a plain line now and then.
 Patient identifiers never go through here.
 """
 
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,9 +16,12 @@ from typing import Any, Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from hilum.core.errors import ConfigError
 from hilum.core.files import write_text
 
 SECONDS_BETWEEN_LINES = 15.0
+TENSORBOARD = "tensorboard"
+"""Folder of event files, beside `metrics.jsonl`."""
 
 
 def say(text: str = "") -> None:
@@ -114,20 +118,80 @@ def duration(seconds: float) -> str:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, each with its step; a resumed run drops the lines past its step."""
+    """`metrics.jsonl`: one JSON object a line, each with its step; a resumed run drops the lines past its step.
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    Args:
+        path: the file; its folder exists.
+        resume_step: steps that the run has behind it; 0 begins anew, and drops every line.
+        tensorboard: also write the numbers of every line to the folder `tensorboard` beside the file.
+
+    Raises:
+        ConfigError: `tensorboard`, and its package is not installed.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0, tensorboard: bool = False) -> None:
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= resume_step]
+        self._events = _Events(path.parent / TENSORBOARD, resume_step) if tensorboard else None
+        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= resume_step] if resume_step else []
         write_text(path, "".join(f"{line}\n" for line in kept))
-
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [line for line in lines[:-1] if line]  # text after the last newline was cut off by a kill
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events is not None:
+            self._events.write(step, values)
+
+    def history(self) -> list[dict[str, Any]]:
+        """All lines so far, oldest first: also those that an earlier process has written."""
+        return read_history(self.path)
+
+    def close(self) -> None:
+        """Write out what TensorBoard's writer still holds. `metrics.jsonl` needs no closing."""
+        if self._events is not None:
+            self._events.close()
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, oldest first; a line cut off by a kill is passed over. Empty without a file."""
+    return [json.loads(line) for line in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The whole lines of a text file, without blank ones; none without a file."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
+class _Events:
+    """TensorBoard's event files, written without torch. A resumed run tells readers to forget the steps past its own.
+
+    The format is TensorBoard's: an event of status START at step s makes readers drop earlier events from s on
+    (tensorflow/tensorboard event_accumulator.py).
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise ConfigError(
+                f"tensorboard=true needs the package tensorboard ({error}): pip install 'hilum[tensorboard]', or leave "
+                "it false; metrics.jsonl is written in any case."
+            ) from error
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._writer = EventFileWriter(str(folder))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        first = resume_step + 1 if resume_step else 0
+        self._writer.add_event(self._event(wall_time=time.time(), step=first, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+        scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars))
+        self._writer.add_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
