@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step_00001000/` with `state.safetensors` and `index.json`. The folder is written under a
 temporary name; the index, with the size and SHA-256 of every file, is written last; then the folder is renamed. The
-loader checks the hashes and takes the newest that is whole. Nothing here is pickle, and nothing knows a model.
+loader checks the hashes and takes the newest that is whole. Nothing here is pickle, and nothing knows a model, nor how
+many processes wrote or read it: on disk every tensor is whole (`core.sharding`).
 
 `save_checkpoint` waits for the disk. `CheckpointWriter` copies the tensors to CPU memory and writes them in a thread
 while training goes on, with the same guarantees.
@@ -29,6 +30,7 @@ from torch.optim import Optimizer
 
 from hilum.core.errors import CheckpointError, HilumError
 from hilum.core.files import flush_to_disk, sha256_file, write_json
+from hilum.core.sharding import is_divided, part_like
 from hilum.core.tracking import warn
 
 FORMAT = "hilum-checkpoint-1"
@@ -343,6 +345,11 @@ def flatten_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict
 def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `flatten_optimizer`; every tensor must find its parameter.
 
+    Args:
+        optimizer: its parameters may be divided among processes.
+        names: parameter -> name.
+        tensors: whole.
+
     Raises:
         CheckpointError: a tensor of no parameter, or of another shape.
     """
@@ -357,12 +364,20 @@ def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], tensors
             raise CheckpointError(
                 f"The optimizer state {key!r} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}."
             )
-        scalar_on_cpu = value.dim() == 0 and not optimizer.defaults.get("fused")
-        optimizer.state[parameter][entry] = value.clone() if scalar_on_cpu else value.to(parameter.device, copy=True)
+        if value.dim():
+            optimizer.state[parameter][entry] = part_like(value, parameter).clone()
+        else:
+            scalar_on_cpu = not optimizer.defaults.get("fused")
+            optimizer.state[parameter][entry] = value.to("cpu" if scalar_on_cpu else parameter.device, copy=True)
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """`load_state_dict` whose failure is a CheckpointError that names the tensors.
+
+    Args:
+        module: its parameters may be divided among processes; each then takes its part.
+        tensors: whole, equal on all processes.
+        where: they are from, for the message.
 
     Raises:
         CheckpointError: a tensor missing, unexpected or of the wrong shape.
@@ -381,4 +396,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) 
     ]
     if problems:
         raise CheckpointError(f"{where} does not fit this model. Tensors: {'; '.join(problems)}.")
-    module.load_state_dict(dict(tensors))
+    parts = {
+        name: part_like(tensors[name], like) if is_divided(like) else tensors[name] for name, like in expected.items()
+    }
+    module.load_state_dict(parts)

@@ -1,13 +1,16 @@
 """One process or several: devices, precision, gradient averaging, sums over ranks. The only module that uses Fabric.
 
 A run on one device never imports Lightning Fabric, whose import alone takes seconds; a run on several processes
-(devices > 1, torchrun, SLURM) goes through it and DDP. Both kinds have the same few calls, so a loop is written once.
+(devices > 1, torchrun, SLURM) goes through it, with DDP (every process holds all weights) or FSDP2 (each holds a part).
+All kinds have the same few calls, so a loop is written once. How processes end together is `core.peers`' business, what
+divided weights mean for the rest of the program `core.sharding`'s.
+
 The sums (`sum_over_ranks` ...) are plain functions that do nothing in a single process; losses call them.
 """
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib import import_module
@@ -18,15 +21,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
 
+from hilum.core import sharding
 from hilum.core.errors import ConfigError
+from hilum.core.peers import Peers
 
 Accelerator = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
 """Of matrix products. auto: bfloat16 where the hardware multiplies it natively, float32 elsewhere."""
+Strategy = Literal["ddp", "fsdp2"]
+"""ddp: every process holds all weights. fsdp2: each holds a part, and gathers a layer while it is used (ViT-g)."""
+Gradients = Literal["auto", "fp32", "bf16"]
+"""In what gradients are averaged over processes. auto: bfloat16 on CUDA, half the traffic; float32 on the CPU."""
 
 _SECONDS_TO_DRAIN = 1.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for another before it gives up; longer than any checkpoint takes to write."""
+"""How long a rank waits for another before it gives up; longer than any checkpoint takes to write. The environment's
+HILUM_COLLECTIVE_TIMEOUT, in seconds, stands in its place."""
 
 
 @runtime_checkable
@@ -37,8 +47,29 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
 
-    def setup(self, module: nn.Module) -> nn.Module:
-        """Move to the device; over several processes, average gradients in the backward pass."""
+    def setup(self, module: nn.Module, methods: Sequence[str] = ()) -> nn.Module:
+        """Move to the device; over several processes, average gradients in the backward pass.
+
+        Before the optimizer is made: with FSDP2 the parameters become other objects. A teacher goes through here too.
+
+        Args:
+            module: equal on all processes; without a trained parameter it is moved, and with FSDP2 divided.
+            methods: names of methods, of the module and its parts, that are called beside `forward`.
+
+        Returns:
+            What to call; weights are read from `module` itself.
+        """
+
+    def accumulating(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Inside, backward passes add to the gradients of this process and average nothing over processes.
+
+        For all micro-batches of a step but the last, around forward and backward pass; divide each loss by their
+        number.
+
+        Args:
+            module: what `setup` returned.
+            enabled: False changes nothing.
+        """
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in the run's precision; weights stay float32."""
@@ -51,16 +82,27 @@ class Engine(Protocol):
 
 
 @contextmanager
-def launch(devices: int = 1, precision: Precision = "fp32", accelerator: Accelerator = "auto") -> Iterator[Engine]:
+def launch(
+    devices: int = 1,
+    precision: Precision = "fp32",
+    accelerator: Accelerator = "auto",
+    strategy: Strategy = "ddp",
+    gradients: Gradients = "auto",
+) -> Iterator[Engine]:
     """Join or start the processes of this run; leave them at the end.
+
+    If one process fails, all end, and the first to fail says why; the others leave with `SystemExit(1)`.
 
     Args:
         devices: GPUs, or CPU processes, of this machine. Under torchrun or srun the launcher's count stands.
         precision: of matrix products.
         accelerator: "auto" takes CUDA where there is one.
+        strategy: who holds the weights; of no effect in a single process.
+        gradients: in what they are averaged over processes; of no effect in a single process.
 
     Raises:
-        ConfigError: CUDA asked for and absent, or more devices than there are.
+        ConfigError: CUDA asked for and absent, more devices than there are, or a timeout that is none.
+        PeerError: another process was killed or does not answer.
     """
     cuda = torch.cuda.is_available()
     if accelerator == "cuda" and not cuda:
@@ -74,11 +116,16 @@ def launch(devices: int = 1, precision: Precision = "fp32", accelerator: Acceler
     if devices == 1 and _launched_processes() == 1:
         yield _SingleEngine(precision, kind)
         return
-    engine = _FabricEngine(devices, precision, kind)
+    if gradients == "auto":
+        gradients = "bf16" if kind == "cuda" else "fp32"
+    engine = _FabricEngine(devices, precision, kind, strategy, gradients)
+    peers = Peers(engine.barrier, engine.children)
     try:
-        yield engine
+        with peers:
+            yield engine
     finally:
-        if is_distributed():
+        peers.end_children()
+        if peers.in_order or kind == "cpu":  # with a dead peer, NCCL would wait for it here
             # Gloo's thread needs the interpreter lock to free its last work, and the group's destructor, which holds
             # that lock, waits for the thread: freed at once, the two can wait for each other for ever (torch 2.13).
             time.sleep(_SECONDS_TO_DRAIN)
@@ -94,6 +141,15 @@ def _launched_processes() -> int:
     return next((int(count) for count in counts if count.isdigit()), 1)
 
 
+def _timeout() -> timedelta:
+    text = os.environ.get("HILUM_COLLECTIVE_TIMEOUT", "")
+    if not text:
+        return COLLECTIVE_TIMEOUT
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"HILUM_COLLECTIVE_TIMEOUT={text!r} in the environment: expected whole seconds, 1 or more.")
+    return timedelta(seconds=int(text))
+
+
 class _SingleEngine:
     """One process, one device."""
 
@@ -102,8 +158,11 @@ class _SingleEngine:
         self.device = torch.device(kind)
         self.precision = precision
 
-    def setup(self, module: nn.Module) -> nn.Module:
+    def setup(self, module: nn.Module, methods: Sequence[str] = ()) -> nn.Module:
         return module.to(self.device)
+
+    def accumulating(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -118,9 +177,9 @@ class _SingleEngine:
 
 
 class _FabricEngine:
-    """Several processes with DDP, through Lightning Fabric under either of its package names."""
+    """Several processes, through Lightning Fabric under either of its package names."""
 
-    def __init__(self, devices: int, precision: Precision, kind: str) -> None:
+    def __init__(self, devices: int, precision: Precision, kind: str, strategy: Strategy, gradients: Gradients) -> None:
         home = next((name for name in ("lightning_fabric", "lightning") if find_spec(name)), None)
         if home is None:
             raise ConfigError("Several processes need Lightning Fabric: pip install lightning-fabric.")
@@ -132,21 +191,51 @@ class _FabricEngine:
             accelerator=kind,
             devices=local,
             num_nodes=max(_launched_processes() // local, 1),
-            strategy=ddp(timeout=COLLECTIVE_TIMEOUT, gradient_as_bucket_view=True),
+            strategy=ddp(timeout=_timeout(), gradient_as_bucket_view=True),  # for fsdp2 it only starts the processes
             precision="bf16-mixed" if precision == "bf16" else "32-true",
         )
         self.fabric.launch()
         self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
         self.device = self.fabric.device
+        self.divided, self.bf16_gradients = strategy == "fsdp2", gradients == "bf16"
+        # Fabric's own observer ends this process with SIGKILL when a child leaves with any status but 0, as one does
+        # that has saved and wants to be run again. `Peers` watches the children in its place.
+        started = getattr(self.fabric.strategy.launcher, "procs", [])
+        self.children = list(started)
+        started.clear()
 
-    def setup(self, module: nn.Module) -> nn.Module:
-        return self.fabric.setup_module(module)
+    def setup(self, module: nn.Module, methods: Sequence[str] = ()) -> nn.Module:
+        if self.divided:
+            return sharding.shard(module, self.device.type, methods, self.bf16_gradients)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            return module.to(self.device)
+        model = self.fabric.setup_module(module)
+        if self.bf16_gradients:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            model._forward_module.register_comm_hook(None, bf16_compress_hook)
+        return model
+
+    @contextmanager
+    def accumulating(self, module: nn.Module, enabled: bool = True) -> Iterator[None]:
+        if not self.divided:
+            with self.fabric.no_backward_sync(module, enabled=enabled):
+                yield
+            return
+        module.set_requires_gradient_sync(not enabled)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self.fabric.autocast()
 
     def backward(self, loss: Tensor) -> None:
-        self.fabric.backward(loss)
+        if self.divided:
+            loss.backward()
+        else:
+            self.fabric.backward(loss)
 
     def barrier(self) -> None:
         self.fabric.barrier()

@@ -15,6 +15,7 @@ HilumError
 ├── CheckpointError             weights or resume state do not fit or are damaged
 │   └── PreprocessingMismatchError
 ├── NonFiniteLossError          training stopped before any weight moved
+├── PeerError                   another process of the same run is gone
 ├── PredictionError             a prediction file is wrong or does not fit its labels
 │   └── StageError              a step out of order (calibrated before combined, fitted on what it is judged by)
 └── EmptyStudyError             a study without an image
@@ -106,6 +107,10 @@ class PreprocessingMismatchError(CheckpointError):
 
 class NonFiniteLossError(HilumError):
     """A loss or gradient is NaN or infinite; nothing was updated."""
+
+
+class PeerError(HilumError):
+    """Another process of the run was killed, has left or does not answer."""
 
 
 class PredictionError(HilumError):
