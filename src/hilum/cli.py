@@ -214,6 +214,19 @@ def convert(
     program.to_store(inputs, out, options)
 
 
+@app.command(epilog=example("hilum import-weights microsoft/rad-dino --out rad-dino --patch-size 16"))
+def import_weights(
+    source: Annotated[str, typer.Argument(help="A weights file, a folder with one, or owner/name on the Hub.")],
+    out: Out = Path("backbone"),
+    patch_size: Annotated[int | None, typer.Option(help="Resample the patch kernel to patches of this side.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Lay positions out for squares of this side, pixels.")] = None,
+) -> None:
+    """Convert a public backbone (DINOv2, RAD-DINO, CheXFound, timm, ...), strictly, and say what became of it."""
+    from hilum.commands import import_weights as program
+
+    program.run(source, out, patch_size, image_size)
+
+
 @app.command(epilog=example("hilum pretrain laptop_128 --data store --out runs/ssl batch_size=32"))
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe (hilum recipes lists them) or a config.yaml.")],

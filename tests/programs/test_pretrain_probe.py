@@ -1,6 +1,5 @@
 """The probe of a pretraining run: what it measures, what it leaves alone, what it remembers."""
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.commands import pretrain_probe
 from hilum.commands.pretrain_probe import START_NAME, Probe, compare, open_probe
+from hilum.core.distributed import Engine, launch
 from hilum.core.errors import CheckpointError
 from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
@@ -23,25 +23,11 @@ from hilum.pretraining.probing import ProbeConfig, choose_images, neighbour_scor
 CONFIG = ProbeConfig(every=5, images=60, neighbours=5, resamples=50, batch_size=7)
 
 
-class OneOf:
-    """An engine of one of several processes, all of them in this one."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        self.rank, self.world_size = rank, world_size
-
-    def setup(self, module: nn.Module) -> nn.Module:
-        return module
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        raise AssertionError("a probe has no gradient")
-
-    def barrier(self) -> None:
-        pass
+def one_of(rank: int = 0, world_size: int = 1) -> Engine:
+    """The engine of one of several processes, all of them in this one."""
+    with launch(1, "fp32", "cpu") as engine:
+        engine.rank, engine.world_size = rank, world_size
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +62,7 @@ def a_probe(store: Store, out: Path, config: ProbeConfig = CONFIG) -> Probe:
 
 def test_measures_are_those_of_an_independent_library(store, backbone, tmp_path: Path) -> None:
     probe = a_probe(store, tmp_path)
-    values = probe.measure(backbone, OneOf(), 0)
+    values = probe.measure(backbone, one_of(), 0)
     chosen = choose_images(store, CONFIG, 0)
 
     def features(places: np.ndarray) -> np.ndarray:
@@ -104,19 +90,19 @@ def test_no_random_stream_gradient_or_mode_is_touched(store, backbone, tmp_path:
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     backbone.train()
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    probe.measure(backbone, OneOf(), 0)
+    probe.measure(backbone, one_of(), 0)
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
     assert backbone.training
     backbone.eval()
-    probe.measure(backbone, OneOf(), 1)
+    probe.measure(backbone, one_of(), 1)
     assert not backbone.training
     assert all(parameter.grad is None and parameter.requires_grad for parameter in backbone.parameters())
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
 def test_several_processes_together_say_what_one_says(store, backbone, tmp_path: Path, monkeypatch) -> None:
-    alone = a_probe(store, tmp_path / "alone").measure(backbone, OneOf(), 0)
+    alone = a_probe(store, tmp_path / "alone").measure(backbone, one_of(), 0)
     tables: list[Tensor] = []
 
     def collect(table: Tensor) -> Tensor:
@@ -126,15 +112,32 @@ def test_several_processes_together_say_what_one_says(store, backbone, tmp_path:
     monkeypatch.setattr(pretrain_probe, "sum_over_ranks", collect)
     together = a_probe(store, tmp_path / "together")
     for rank in (1, 2):
-        assert together.measure(backbone, OneOf(rank, 3), 0) == {}
+        assert together.measure(backbone, one_of(rank, 3), 0) == {}
     monkeypatch.setattr(pretrain_probe, "sum_over_ranks", lambda table: table + tables[0] + tables[1])
-    shared = together.measure(backbone, OneOf(0, 3), 0)
+    shared = together.measure(backbone, one_of(0, 3), 0)
     assert shared == pytest.approx(alone, abs=1e-6)
     assert not (tables[0][:, -1] * tables[1][:, -1]).any()  # each image is embedded once
 
 
+def test_every_process_makes_as_many_passes_whatever_it_can_read(store, backbone, tmp_path: Path, monkeypatch) -> None:
+    """One that is spread over the processes (FSDP) would wait for ever for a pass that one of them leaves out."""
+    probe = a_probe(store, tmp_path, ProbeConfig(every=5, images=60, batch_size=2))  # 120 images: 18 or 17 each
+    passes: list[int] = []
+    handle = backbone.register_forward_hook(lambda _module, images, _tokens: passes.append(len(images[0])))
+    counts = []
+    for rank in range(7):
+        passes.clear()
+        probe.measure(backbone, one_of(rank, 7), 5)
+        counts.append(len(passes))
+    monkeypatch.setattr(Store, "read", lambda self, index: (_ for _ in ()).throw(self._damage(index, "planted")))
+    passes.clear()
+    assert probe.measure(backbone, one_of(0, 7), 5) == {}
+    handle.remove()
+    assert {*counts, len(passes)} == {9}
+
+
 def test_images_that_cannot_be_read_are_left_out(store, backbone, tmp_path: Path, monkeypatch) -> None:
-    whole = a_probe(store, tmp_path / "whole").measure(backbone, OneOf(), 0)
+    whole = a_probe(store, tmp_path / "whole").measure(backbone, one_of(), 0)
     probe = a_probe(store, tmp_path / "damaged")
     bad = set(probe.images.queries[:4].tolist()) | set(probe.images.bank[:5].tolist())
     real = Store.read
@@ -145,11 +148,11 @@ def test_images_that_cannot_be_read_are_left_out(store, backbone, tmp_path: Path
         return real(self, index)
 
     monkeypatch.setattr(Store, "read", read)
-    values = probe.measure(backbone, OneOf(), 0)
+    values = probe.measure(backbone, one_of(), 0)
     assert values["probe_images"] == whole["probe_images"] - 4
     assert values["knn_mAP"] != whole["knn_mAP"]
     monkeypatch.setattr(Store, "read", real)
-    later = probe.measure(backbone, OneOf(), 5)  # compared on the queries that were there both times
+    later = probe.measure(backbone, one_of(), 5)  # compared on the queries that were there both times
     assert abs(later["knn_change"]) < 0.1
 
 
@@ -157,9 +160,9 @@ def test_a_backbone_that_loses_the_finding_raises_the_guard_and_one_that_does_no
     store, backbone, tmp_path: Path
 ) -> None:
     probe = a_probe(store, tmp_path)
-    first = {"step": 0, **probe.measure(backbone, OneOf(), 0)}
+    first = {"step": 0, **probe.measure(backbone, one_of(), 0)}
     assert "knn_change" not in first
-    same = {"step": 5, **probe.measure(backbone, OneOf(), 5)}
+    same = {"step": 5, **probe.measure(backbone, one_of(), 5)}
     assert same["knn_change"] == same["knn_change_low"] == same["knn_change_high"] == 0
     assert probe_guard([first, same]) is None
 
@@ -170,7 +173,7 @@ def test_a_backbone_that_loses_the_finding_raises_the_guard_and_one_that_does_no
     with forked(0, "test"):
         blind = Blind(backbone.config).eval()
     resumed = a_probe(store, tmp_path)  # another process, the same folder
-    worse = {"step": 10, **resumed.measure(blind, OneOf(), 10)}
+    worse = {"step": 10, **resumed.measure(blind, one_of(), 10)}
     assert worse["knn_change"] == pytest.approx(worse["knn_mAP"] - first["knn_mAP"], abs=1e-6)
     alarm = probe_guard([first, same, worse, {"step": 11, "loss": 1.0}])
     assert alarm is not None
@@ -180,13 +183,13 @@ def test_a_backbone_that_loses_the_finding_raises_the_guard_and_one_that_does_no
 def test_a_run_that_begins_anew_forgets_what_was_there(store, backbone, tmp_path: Path) -> None:
     probe = a_probe(store, tmp_path)
     np.savez(tmp_path / START_NAME, scores=np.zeros((60, 3), np.float32), identity=np.array(probe.identity))
-    probe.measure(backbone, OneOf(), 0)
-    assert probe.measure(backbone, OneOf(), 5)["knn_change"] == 0
+    probe.measure(backbone, one_of(), 0)
+    assert probe.measure(backbone, one_of(), 5)["knn_change"] == 0
     other = a_probe(store, tmp_path, ProbeConfig(every=5, images=60, neighbours=6))
-    assert "knn_change" not in other.measure(backbone, OneOf(), 10)  # other questions: nothing to compare with
+    assert "knn_change" not in other.measure(backbone, one_of(), 10)  # other questions: nothing to compare with
     (tmp_path / START_NAME).write_bytes(b"PK")
     with pytest.raises(CheckpointError, match=START_NAME):
-        probe.measure(backbone, OneOf(), 15)
+        probe.measure(backbone, one_of(), 15)
 
 
 def test_the_interval_of_a_change_covers_it_and_counts_patients_not_images(store) -> None:

@@ -111,7 +111,7 @@ class Source:
         Raises:
             CheckpointError: nothing there, damaged, or not a vision transformer that Hilum knows.
         """
-        file = _find_weights(path)
+        file = find_weights(path)
         weights = WeightsFile.open(file)
         beside = file.parent / CONFIG_NAME
         foreign: dict[str, Any] = {}
@@ -188,7 +188,12 @@ def describe(kind: str, config: ViTConfig, preprocess_id: str) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _find_weights(path: Path) -> Path:
+def find_weights(path: Path) -> Path:
+    """The weights file that an existing path names: itself, or the one in a folder.
+
+    Raises:
+        CheckpointError: nothing there, or a folder with no file of a known name; those of other names are listed.
+    """
     if path.is_file():
         return path
     if not path.exists():

@@ -7,6 +7,7 @@ first probe said is kept in RUN/probe_start.npz, so that later ones, of a resume
 """
 
 import hashlib
+import math
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,14 +131,14 @@ class Probe:
         backbone.eval()
         try:
             with ThreadPoolExecutor(2) as readers:
-                size = self.config.batch_size
-                parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+                size, most = self.config.batch_size, math.ceil(len(self.indices) / engine.world_size)
+                parts = [mine[start : start + size] for start in range(0, most, size)]
                 pending = [readers.submit(self._read, part) for part in parts[:1]]
                 for number in range(len(parts)):
                     pending += [readers.submit(self._read, part) for part in parts[number + 1 : number + 2]]
                     places, pixels = pending.pop(0).result()
-                    if len(places):
-                        table[torch.from_numpy(places).to(engine.device)] = self._features(backbone, pixels, engine)
+                    features = self._features(backbone, pixels, engine)  # also of a stand-in for none, see _read
+                    table[torch.from_numpy(places).to(engine.device)] = features[: len(places)]
         finally:
             backbone.train(was_training)
         gathered = sum_over_ranks(table).cpu().numpy()
@@ -150,7 +151,11 @@ class Probe:
         return torch.cat([cls, patches, torch.ones_like(cls[:, :1])], dim=1)
 
     def _read(self, places: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Centre squares of the images that can be read, and their places."""
+        """Centre squares of the images that can be read, and their places.
+
+        One black square and no place where there are none: all processes make as many passes through the network,
+        because one that is spread over them (FSDP) waits for all.
+        """
         kept, squares = [], []
         for place in places.tolist():
             try:
@@ -158,9 +163,7 @@ class Probe:
             except StoreError:
                 continue  # `hilum verify` names it, and so does the loader where it is drawn
             kept.append(place)
-        stacked = (
-            np.stack(squares)[:, None] if squares else np.zeros((0, 1, self.resolution, self.resolution), np.uint8)
-        )
+        stacked = np.stack(squares or [np.zeros((self.resolution, self.resolution), np.uint8)])[:, None]
         return np.array(kept, np.int64), torch.from_numpy(stacked)
 
     def _change(self, scores: np.ndarray, asked: np.ndarray, answered: np.ndarray, step: int) -> dict[str, float]:
