@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from hilum.backbones.layers import FeedForward
 from hilum.backbones.vit import SIZES, ViTConfig
-from hilum.core.distributed import Accelerator, Precision
+from hilum.core.distributed import Accelerator, Gradients, Precision, Strategy
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.data.samplers import Window, parse_shares
 from hilum.pretraining import dinov2
 from hilum.pretraining.crops import CropConfig
+from hilum.pretraining.probing import ProbeConfig
 from hilum.pretraining.schedules import Schedules, scaled_learning_rate
 
 FROM_INIT = "init"
@@ -110,13 +111,15 @@ class PretrainConfig:
     """Stochastic depth of the student."""
     clip: float = 3.0
     """Largest gradient norm of backbone, DINO head and iBOT head, each by itself; 0: no limit."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Looks at labelled images now and then, to see what the features are worth; changes nothing."""
     precision: Precision = "bf16"
     """Of matrix products; weights and losses are float32. auto: bf16 where the hardware has it."""
     accelerator: Accelerator = "auto"
     """auto takes a GPU where there is one."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    strategy: Strategy = "ddp"
     """Several processes: ddp keeps a whole copy of the networks in each, fsdp2 a part."""
-    gradients: Literal["auto", "fp32", "bf16"] = "auto"
+    gradients: Gradients = "auto"
     """Precision in which processes exchange gradients; auto: bf16 between GPUs, fp32 between CPU processes."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the transformer blocks; auto: on a GPU."""

@@ -4,6 +4,7 @@ A stage at another resolution starts from the last checkpoint of a run: student 
 heads into heads, positions resampled in both networks. Files are `core.checkpoint`'s and `backbones.weights`' business.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hilum.backbones.pos_embed import resize_positions
-from hilum.backbones.vit import ViTConfig
+from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import load_backbone, read_backbone_config
 from hilum.core.checkpoint import (
     Checkpoint,
@@ -22,8 +23,9 @@ from hilum.core.checkpoint import (
     load_strictly,
     restore_optimizer,
 )
+from hilum.core.config import from_dict
 from hilum.core.errors import CheckpointError, PreprocessingMismatchError
-from hilum.core.tracking import warn
+from hilum.core.tracking import say, warn
 from hilum.pretraining.dinov2 import Centres, Network
 from hilum.pretraining.exposure import Seen, read_seen
 
@@ -78,10 +80,25 @@ class TrainingState:
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.student.named_parameters()}
 
-    def all_seen(self, store: Seen) -> Seen:
-        """What this run and the stages before it have seen; `store` has the identities of every image, in its order."""
-        mine = self.seen.numpy()
-        return Seen(*(np.union1d(all_[mine], before) for all_, before in zip(store, self.inherited, strict=True)))
+
+def all_seen(tensors: Mapping[str, Tensor], store: Seen) -> Seen:
+    """What a run and the stages before it have seen.
+
+    Args:
+        tensors: of `TrainingState.tensors`.
+        store: the identities of every image, in its order.
+    """
+    mine = tensors["seen"].numpy()
+    inherited = _numbers(tensors["inherited"]), _numbers(tensors["inherited_pictures"])
+    return Seen(*(np.union1d(every[mine], before) for every, before in zip(store, inherited, strict=True)))
+
+
+def teacher_backbone(tensors: Mapping[str, Tensor], architecture: ViTConfig) -> VisionTransformer:
+    """The backbone of the teacher in `TrainingState.tensors`; it shares their memory."""
+    with torch.device("meta"):  # draws no random numbers
+        backbone = VisionTransformer(architecture)
+    backbone.load_state_dict(_part(tensors, "teacher.backbone"), assign=True)
+    return backbone.requires_grad_(False).eval()
 
 
 def _bits(numbers: np.ndarray) -> Tensor:
@@ -90,6 +107,15 @@ def _bits(numbers: np.ndarray) -> Tensor:
 
 def _numbers(bits: Tensor) -> np.ndarray:
     return bits.numpy().view(np.uint64).copy()
+
+
+def architecture_of(init: Path) -> ViTConfig:
+    """The network of an earlier run, or of weights, as it is after loading.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or no network that Hilum knows.
+    """
+    return from_dict(ViTConfig, read_backbone_config(init)["architecture"], str(init))
 
 
 def start_from(init: Path, student: Network, teacher: Network, preprocess_id: str) -> Seen:
@@ -128,9 +154,13 @@ def _start_from_run(checkpoint: Checkpoint, student: Network, teacher: Network, 
 
 
 def _start_from_weights(init: Path, student: Network, teacher: Network, preprocess_id: str) -> None:
-    architecture = student.backbone.config
-    _check_preprocessing(read_backbone_config(init)["preprocess_id"], preprocess_id, str(init))
-    backbone = load_backbone(init, image_size=architecture.image_size)
+    architecture, described = student.backbone.config, read_backbone_config(init)
+    if described["format"] == "imported" and described["preprocess_id"]:
+        # Three channels folded into one: the weights expect the one normalisation, and know no intensity recipe.
+        say(f"{init} is imported: its network meets images prepared as {preprocess_id} for the first time.")
+    else:
+        _check_preprocessing(described["preprocess_id"], preprocess_id, str(init))
+    backbone = load_backbone(init, image_size=architecture.image_size, patch_size=architecture.patch_size)
     _check_architecture(asdict(backbone.config), architecture, str(init))
     for network in (student, teacher):
         load_strictly(network.backbone, backbone.state_dict(), str(init))
@@ -162,5 +192,5 @@ def _prefixed(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}

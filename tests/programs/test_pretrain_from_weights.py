@@ -1,0 +1,124 @@
+"""`hilum pretrain` from public weights: their network, new heads that warm up, a probe that knows where it began."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hilum.backbones.vit import VisionTransformer, ViTConfig
+from hilum.backbones.weights import load_backbone
+from hilum.commands.pretrain import run
+from hilum.core.checkpoint import load_newest
+from hilum.core.errors import ConfigError
+from hilum.core.seeding import forked
+from hilum.data.store import write_arrays
+from hilum.pretraining.config import PretrainConfig
+from hilum.pretraining.crops import CropConfig
+from hilum.pretraining.dinov2 import HeadConfig
+from hilum.pretraining.probing import ProbeConfig
+
+CONFIG = PretrainConfig(
+    architecture="init",
+    crops=CropConfig(global_size=32, local_size=16, local_crops=2), heads=HeadConfig(16, 16, 8, 8),
+    batch_size=4, steps=6, learning_rate=0.02, layer_decay=0.8, head_warmup=0.5, warmup=0.2, momentum=(0.9, 1.0),
+    drop_path=0.2, precision="fp32", accelerator="cpu", threads=1, log_every=1, checkpoint_every=1, keep=10,
+    probe=ProbeConfig(every=3, neighbours=3, minimum_positives=1, resamples=20),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images, half of them brighter below, which is the finding; a patient each."""
+    folder = tmp_path_factory.mktemp("from_weights") / "store"
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    images = [rng.integers(0, 120, (40, 40), dtype=np.uint8) for _ in labels]
+    for image, label in zip(images, labels, strict=True):
+        image[20:] += 120 * np.uint8(label)
+    write_arrays(
+        folder, images, labels[:, None].astype(np.int8), ["x"], splits=["train"] * 24 + ["val"] * 12 + ["test"] * 4,
+        patients=[f"p{index}" for index in range(40)],
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as DINOv2 publishes them: flat names, three channels, patch 8, positions for 64 pixels."""
+    with forked(3, "weights"):
+        model = VisionTransformer(ViTConfig(64, 2, 1, patch_size=8, image_size=64, in_channels=3, layer_scale=0.5))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    path = tmp_path_factory.mktemp("weights") / "public.safetensors"
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(weights: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(CONFIG, data, tmp_path_factory.mktemp("run") / "run", init=weights)
+
+
+def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "checkpoints" / f"step_{step:08d}" / "state.safetensors")
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_network_is_that_of_the_weights(out: Path, weights: Path) -> None:
+    config = load_backbone(out).config
+    assert (config.embed_dim, config.depth, config.patch_size, config.image_size) == (64, 2, 8, 32)
+    newest = load_newest(out / "checkpoints")
+    assert newest is not None
+    assert newest.values["init"] == str(weights)
+
+
+def test_the_backbone_waits_for_the_heads(out: Path, weights: Path) -> None:
+    public = load_backbone(weights, image_size=32).state_dict()
+    early, late = tensors(out, 3), tensors(out, 4)
+    for name, value in public.items():
+        assert torch.equal(early[f"student.backbone.{name}"], value), name
+        # copies of one another averaged: equal but for rounding
+        torch.testing.assert_close(early[f"teacher.backbone.{name}"], value, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(late["student.backbone.norm.weight"], early["student.backbone.norm.weight"])
+    assert not torch.equal(early["student.dino_head.mlp.0.weight"], tensors(out, 1)["student.dino_head.mlp.0.weight"])
+
+
+def test_the_probe_begins_before_the_first_step_and_compares_with_it(out: Path) -> None:
+    logged = lines(out)
+    assert [line["step"] for line in logged] == [0, 1, 2, 3, 4, 5, 6]
+    assert "knn_mAP" in logged[0]
+    assert "loss" not in logged[0]
+    assert "knn_change" not in logged[0]
+    assert [line["step"] for line in logged if "knn_change" in line] == [3, 6]
+    # While the backbone is at rest the teacher is what it was, so its features are worth as much.
+    assert logged[3]["knn_mAP"] == pytest.approx(logged[0]["knn_mAP"], abs=1e-6)
+
+
+def test_a_probe_changes_no_bit_of_the_run(out: Path, data: Path, weights: Path, tmp_path: Path) -> None:
+    without = run(dataclasses.replace(CONFIG, probe=ProbeConfig()), data, tmp_path / "run", init=weights)
+    assert all("knn_mAP" not in line for line in lines(without))
+    ours, theirs = tensors(out, 6), tensors(without, 6)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_patches_of_another_size_are_resampled_on_request(data: Path, weights: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, patch_size=16, steps=1, probe=ProbeConfig())
+    result = load_backbone(run(config, data, tmp_path / "run", init=weights)).config
+    assert (result.patch_size, result.embed_dim) == (16, 64)
+
+
+def test_without_weights_there_is_no_network(data: Path, weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--init; there are none"):
+        run(CONFIG, data, tmp_path / "run")
+    with pytest.raises(ConfigError, match="the weights decide depth, registers"):
+        run(dataclasses.replace(CONFIG, depth=3, registers=1), data, tmp_path / "run", init=weights)
