@@ -224,7 +224,8 @@ def _write(folder: Path, step: int, snapshot: Mapping[str, Tensor], values: Mapp
     finally:
         for leftover in folder.glob(".step_*.tmp"):  # of this save, or of one that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-    for old in _checkpoints(folder)[keep:]:
+    # Whatever is there of later steps was not whole, or this run would have gone on from it: it must not push this out.
+    for old in [path for path in _checkpoints(folder) if path != final][keep - 1 :]:
         try:
             _remove(old)
         except OSError as error:  # an old file that stays must not stop a run

@@ -51,6 +51,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder under temporary names, safetensors' own among them.
+
+    For a folder that no other process writes. What cannot be removed stays.
+    """
+    for pattern in (".*.tmp", ".tmp??????"):
+        for path in folder.glob(pattern):
+            with suppress(OSError):
+                path.unlink()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` in one step that cannot be seen half done."""
     with atomic_file(path) as file:

@@ -39,10 +39,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
                     "it, or choose another folder."
                 )
             time.sleep(0.2)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        try:  # past the file's buffer, which would be written once more at the end
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()}\n".encode())
+        except OSError as error:
+            raise HilumError(f"Could not write {path}: {error.strerror or error}.") from error
         try:
             yield
         finally:

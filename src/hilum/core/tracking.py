@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hilum.core.errors import ConfigError
+from hilum.core.errors import ConfigError, HilumError
 from hilum.core.files import write_text
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -132,13 +132,20 @@ class MetricsLog:
     def __init__(self, path: Path, resume_step: int = 0, tensorboard: bool = False) -> None:
         self.path = path
         self._events = _Events(path.parent / TENSORBOARD, resume_step) if tensorboard else None
-        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= resume_step] if resume_step else []
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        kept = [text for text, line in _whole_lines(path) if line["step"] <= resume_step] if resume_step else []
+        write_text(path, "".join(f"{text}\n" for text in kept))
 
     def write(self, step: int, **values: Any) -> None:
-        """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append one line.
+
+        Raises:
+            HilumError: the disk is full or fails; names the path.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise HilumError(f"Could not write {self.path}: {error.strerror or error}. Earlier lines stay.") from error
         if self._events is not None:
             self._events.write(step, values)
 
@@ -153,15 +160,32 @@ class MetricsLog:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, oldest first; a line cut off by a kill is passed over. Empty without a file."""
-    return [json.loads(line) for line in read_lines(path)]
+    """The lines of a `metrics.jsonl`, oldest first; one cut off by a kill is passed over. Empty without a file.
+
+    Warns of a line that is damaged, and passes it over.
+    """
+    return [line for _, line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each line of a `metrics.jsonl` as text and as what it says."""
+    whole = []
+    for number, text in enumerate(read_lines(path), 1):
+        try:
+            line = json.loads(text)
+            line["step"] = int(line["step"])
+        except (ValueError, TypeError, KeyError):
+            warn(f"{path}: line {number} is damaged and was left out")
+        else:
+            whole.append((text, line))
+    return whole
 
 
 def read_lines(path: Path) -> list[str]:
     """The whole lines of a text file, without blank ones; none without a file."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if line]
 
 
 class _Events:

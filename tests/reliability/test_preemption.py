@@ -1,0 +1,84 @@
+"""SIGTERM and SIGUSR1 at any moment: the step is finished and saved, the exit status says so, quickly (R5)."""
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from warm import Child
+
+from hilum.commands.pretrain import STOPPED_STATUS
+from programs import STEPS, Bench, lines, newest, same_run, size
+
+SECONDS = 30.0
+"""What a cloud gives a machine that it takes back."""
+
+
+def check_stopped(child: Child, out: Path, steps: int) -> int:
+    """It ended with the status that asks for another start, and lost no step; returns the step."""
+    assert child.status == STOPPED_STATUS, child.said
+    found = newest(out)
+    assert found is not None
+    assert found.step == lines(out)[-1]["step"] < steps
+    assert f"Stopped after step {found.step} of {steps}; saved." in child.output
+    assert "Traceback" not in child.errors
+    return found.step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("operation", [1, 4, 8])
+def test_a_signal_during_a_save_is_obeyed_after_it(bench: Bench, tmp_path: Path, number: int, operation: int) -> None:
+    out = tmp_path / "run"
+    hook = ["signal_at_file_operation", f"{out}/checkpoints", operation, number]
+    child = bench.warm.run(bench.pretrain(out), [hook])
+    assert check_stopped(child, out, STEPS) in (1, 2)
+    assert bench.warm.run(bench.pretrain(out)).status == 0
+    same_run(out, bench.straight())
+
+
+def test_a_signal_in_the_first_step_and_many_signals_are_one(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    hooks = [["signal_as_step_begins", 1, signal.SIGTERM], ["signal_in_step", 1, signal.SIGUSR1]]
+    assert check_stopped(bench.warm.run(bench.pretrain(out), hooks), out, STEPS) == 1
+
+
+def test_a_signal_in_the_last_step_ends_a_finished_run(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert bench.warm.run(bench.pretrain(out), [["signal_in_step", STEPS, signal.SIGTERM]]).status == 0
+    same_run(out, bench.straight())
+
+
+def signalled(bench: Bench, folder: Path, seed: int, timings: int) -> tuple[int, float]:
+    """Runs that get signals at random moments until they are finished; returns signals and the longest stop."""
+    steps, random_ = 30, random.Random(seed)
+    straight = bench.straight(steps=steps)
+    sent, longest, out = 0, 0.0, folder / "run"
+    while sent < timings:
+        child = bench.warm.start(bench.pretrain(out, steps=steps))
+        while not (out / "metrics.jsonl").exists() and child.poll(0.005) is None:
+            pass  # before the loop there is nothing to save
+        began_at = len(lines(out)) if (out / "metrics.jsonl").exists() else 0
+        time.sleep(random_.uniform(0.02, 0.3))
+        asked = time.monotonic()
+        if not child.send(random_.choice([signal.SIGTERM, signal.SIGUSR1])):
+            continue
+        child.wait(SECONDS)
+        longest, sent = max(longest, time.monotonic() - asked), sent + 1
+        if child.status == 0:  # in the last step
+            same_run(out, straight)
+            shutil.rmtree(out)
+        else:
+            assert check_stopped(child, out, steps) >= began_at
+    if out.exists():
+        assert bench.warm.run(bench.pretrain(out, steps=steps)).status == 0
+        same_run(out, straight)
+    return sent, longest
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments(bench: Bench, tmp_path: Path, report: Callable[[str], None]) -> None:
+    sent, longest = signalled(bench, tmp_path, 0, size("SIGNALS", 40))
+    report(f"signals: {sent} at random moments, each saved the last finished step; slowest stop {longest:.2f} s")
