@@ -162,7 +162,7 @@ def _transformers(names: Mapping[str, str], left_out: dict[str, list[str]], wher
         for old, new in _RENAMED:
             name = re.sub(old, new, name)
         if place in parts.setdefault(name, {}) or expected.setdefault(name, count) != count:
-            other = next(iter(parts[name].values()))
+            other = parts[name].get(place) or next(iter(parts[name].values()))
             raise CheckpointError(f"{where}: {other} and {key} are both {name}; expected one of them.")
         parts[name][place] = key
     if short := [name for name, found_parts in parts.items() if len(found_parts) != expected[name]]:
