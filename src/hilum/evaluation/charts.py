@@ -2,7 +2,8 @@
 
 Colours are the variables of `report.css`, through the classes `tone-head`, `tone-medium`, `tone-tail`, `tone-plain` and
 `series-1` to `series-6`, so that light, dark and print need no second drawing. Each chart says its numbers in
-`aria-label`; names and captions are the caller's. Charts inside a table row are in `tracks.py`.
+`aria-label`; names and captions are the caller's. Charts inside a table row are in `tracks.py`, lines over steps in
+`line_charts.py`.
 """
 
 import math
@@ -10,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
 from hilum.core.intervals import wilson_interval
 from hilum.evaluation.curves import FindingCurve
-from hilum.evaluation.markup import attributes, decimal, text
-from hilum.evaluation.tracks import Position
+from hilum.evaluation.markup import attributes
+from hilum.evaluation.markup import coordinate as _n
 
 
 def nice_ticks(lower: float, upper: float, about: int = 4) -> list[float]:
@@ -74,80 +74,6 @@ def reliability_plot(
         parts += _dots(before, frame, hollow=True, linked=linked)
     parts += _dots(curve, frame, hollow=False, linked=linked)
     return _plot(parts, 200, 220, label)
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line of a line chart."""
-
-    name: str
-    x: Float[np.ndarray, " P"]
-    y: Float[np.ndarray, " P"]
-    """NaN breaks the line."""
-
-
-def line_chart(
-    series: Sequence[Series], *, x_label: str, y_label: str, label: str, height: int = 260, most_points: int = 600
-) -> str:
-    """Several lines over one axis, as wide as the page; for losses, schedules and learning-rate searches.
-
-    The lines are stretched, the numbers are not: they stay readable on a phone. Lines differ by colour and by dash.
-
-    Args:
-        series: with finite x; empty ones are named in the legend and not drawn.
-        height: of the frame, in CSS pixels.
-        most_points: longer lines are thinned to the lowest and highest value of equal stretches, so spikes survive.
-        x_label: name of the horizontal axis, with its unit.
-        y_label: name of the vertical axis, with its unit.
-        label: for screen readers.
-    """
-    drawn = [(index, line, np.isfinite(line.y)) for index, line in enumerate(series)]
-    x_ends = _ends([line.x[good] for _, line, good in drawn])
-    y_ends = _ends([line.y[good] for _, line, good in drawn], margin=0.04)
-    across, up = Position(*x_ends), Position(*y_ends)
-    ticks_x, ticks_y = nice_ticks(*x_ends, about=6), nice_ticks(*y_ends)
-    parts = [f'<path class="grid" d="M0 {_n(100 - up(tick))}H100"/>' for tick in ticks_y]
-    for index, line, _ in drawn:
-        x, y = thin(line.x, line.y, most_points)
-        commands = []
-        broken = True
-        for px, py in zip(x, y, strict=True):
-            if math.isfinite(py):
-                commands.append(f"{'M' if broken else 'L'}{_n(across(px), 2)} {_n(100 - up(py), 2)}")
-            broken = not math.isfinite(py)
-        if commands:
-            parts.append(f'<path class="series series-{index % 6 + 1}" d="{"".join(commands)}"/>')
-    digits_x, digits_y = _digits(ticks_x), _digits(ticks_y)
-    numbers = [f'<i class="x" style="left:{across(tick)}%">{decimal(tick, digits_x)}</i>' for tick in ticks_x]
-    numbers += [f'<i class="y" style="top:{_n(100 - up(tick))}%">{decimal(tick, digits_y)}</i>' for tick in ticks_y]
-    legend = "".join(
-        f'<li><svg class="key" viewBox="0 0 24 8" aria-hidden="true"><path class="series series-{index % 6 + 1}" '
-        f'd="M0 4H24"/></svg>{text(line.name)}</li>'
-        for index, line, _ in drawn
-    )
-    return (
-        f'<div class="line-chart"><ul class="legend">{legend}</ul><p class="axis-name">{text(y_label)}</p>'
-        f'<div class="line-frame" style="height:{height}px"><svg viewBox="0 0 100 100" preserveAspectRatio="none" '
-        f'role="img" aria-label="{text(label)}">{"".join(parts)}</svg><div aria-hidden="true">{"".join(numbers)}</div>'
-        f'</div><p class="axis-name right">{text(x_label)}</p></div>'
-    )
-
-
-def thin(
-    x: Float[np.ndarray, " P"], y: Float[np.ndarray, " P"], most: int
-) -> tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]:
-    """At most about `most` points: the lowest and the highest of each of `most` / 2 equal stretches, in order."""
-    if len(x) <= most:
-        return x, y
-    kept: set[int] = {0, len(x) - 1}
-    for stretch in np.array_split(np.arange(len(x)), max(most // 2, 1)):
-        values = y[stretch]
-        if np.isnan(values).all():
-            kept.add(int(stretch[0]))
-            continue
-        kept.update((int(stretch[np.nanargmin(values)]), int(stretch[np.nanargmax(values)])))
-    chosen = np.array(sorted(kept))
-    return x[chosen], y[chosen]
 
 
 @dataclass(frozen=True)
@@ -252,27 +178,6 @@ def _count_bars(curve: FindingCurve, frame: _Frame) -> list[str]:
         )
     parts.append(f'<text x="{frame.left - 5}" y="{top + height}" text-anchor="end">n</text>')
     return parts
-
-
-def _ends(values: Sequence[Float[np.ndarray, " _"]], margin: float = 0.0) -> tuple[float, float]:
-    together = np.concatenate(values) if values else np.empty(0)
-    if not together.size:
-        return 0.0, 1.0
-    low, high = float(together.min()), float(together.max())
-    if low == high:
-        return low - 0.5, high + 0.5
-    return low - margin * (high - low), high + margin * (high - low)
-
-
-def _digits(ticks: Sequence[float]) -> int:
-    """Decimals that tell neighbouring ticks apart."""
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
-    return max(0, min(6, -math.floor(math.log10(step) + 1e-9)))
-
-
-def _n(value: float, digits: int = 1) -> str:
-    """A coordinate as short text."""
-    return f"{value:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:.0f}"
 
 
 def _plot(parts: Sequence[str], width: int, height: int, label: str) -> str:

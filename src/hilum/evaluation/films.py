@@ -168,7 +168,7 @@ class _Film:
 
     def definition(self) -> str:
         small = cv2.resize(self.pixels, (self.width, self.height), interpolation=cv2.INTER_AREA)
-        picture = _embed(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 86])
+        picture = embed(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 86])
         return f'<image id="{self.name}" width="{self.width}" height="{self.height}" href="{picture}"/>'
 
     def frame(self, content: str, label: str) -> str:
@@ -189,13 +189,20 @@ def _heat(level: Float[np.ndarray, "h w"] | None, film: _Film) -> str:
     colour = cv2.applyColorMap((70 + 185 * steps).astype(np.uint8), cv2.COLORMAP_INFERNO)
     ramp = np.clip((steps - HEAT_CLEAR) / 0.8, 0, 1) ** 0.7
     alpha = (215 * ramp).astype(np.uint8)
-    picture = _embed(".png", np.dstack([colour, alpha]), [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    picture = embed(".png", np.dstack([colour, alpha]), [cv2.IMWRITE_PNG_COMPRESSION, 9])
     return (
         f'<image class="heat" width="{film.width}" height="{film.height}" preserveAspectRatio="none" href="{picture}"/>'
     )
 
 
-def _embed(suffix: str, pixels: UInt8[np.ndarray, "..."], options: list[int]) -> str:
+def embed(suffix: str, pixels: UInt8[np.ndarray, "..."], options: list[int]) -> str:
+    """Pixels as a `data:` address that holds a picture file.
+
+    Args:
+        suffix: .jpg or .png.
+        pixels: grey (H, W), or blue-green-red (H, W, 3), or with alpha (H, W, 4).
+        options: of OpenCV's writer.
+    """
     done, encoded = cv2.imencode(suffix, pixels, options)
     assert done
     kind = {".jpg": "jpeg", ".png": "png"}[suffix]

@@ -78,3 +78,8 @@ def undefined(reason: str) -> str:
 def attributes(values: Mapping[str, object]) -> str:
     """` a="1" b="2"` with escaped values, leaving out those that are None."""
     return "".join(f' {name}="{text(value)}"' for name, value in values.items() if value is not None)
+
+
+def coordinate(value: float, digits: int = 1) -> str:
+    """A coordinate of a drawing as short text: `12.5`, `7`."""
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:.0f}"

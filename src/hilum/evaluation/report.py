@@ -112,7 +112,22 @@ def render_report(
     parts.append(("reading", "How to read this page", "", words.READING))
     parts.append(("provenance", "Provenance", "", _provenance(metrics, given)))
 
-    script, style = words.asset("report.js"), words.asset("report.css")
+    return page(title, _masthead(title, metrics, given, examples), parts, notes)
+
+
+def page(
+    title: str, masthead: str, parts: Sequence[tuple[str, str, str, str]], notes: Sequence[str] = (), style: str = ""
+) -> str:
+    """A whole page from its sections: one file that asks nothing of any network.
+
+    Args:
+        title: of the window.
+        masthead: HTML of the head.
+        parts: sections as (id, heading, lead, content), all but the id in HTML.
+        notes: sentences above the sections.
+        style: CSS after `report.css`.
+    """
+    script, style = words.asset("report.js"), words.asset("report.css") + (f"\n{style}" if style else "")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _, _ in parts)
@@ -124,7 +139,7 @@ def render_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f'<meta name="referrer" content="no-referrer"><link rel="icon" href="data:,"><style>{style}</style></head>\n'
-        f"<body>{_masthead(title, metrics, given, examples)}"
+        f"<body>{masthead}"
         f'<p class="notice" role="note"><span>{text(RESEARCH_NOTICE)}</span></p>'
         f'<nav aria-label="Sections"><div>{links}</div></nav>\n'
         f"<main>{remarks}{body}</main>"

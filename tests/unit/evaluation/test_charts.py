@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from hilum.evaluation.charts import Series, line_chart, nice_ticks, precision_recall_plot, reliability_plot, thin
+from hilum.evaluation.charts import nice_ticks, precision_recall_plot, reliability_plot
 from hilum.evaluation.curves import curves, pool
+from hilum.evaluation.line_charts import Level, Series, line_chart, thin
 from hilum.evaluation.tracks import Position, axis, bar_track, interval_track, pair_track
 
 
@@ -191,6 +192,32 @@ def test_line_chart_breaks_at_missing_values_and_names_every_series():
 def test_line_chart_without_series_or_with_one_value():
     assert "line-frame" in line_chart([], x_label="x", y_label="y", label="")
     assert "nan" not in line_chart([Series("a", np.array([1.0]), np.array([2.0]))], x_label="x", y_label="y", label="")
+
+
+def test_levels_lie_at_their_value_and_are_inside_the_axis():
+    x = np.arange(1.0, 101.0)
+    chart = line_chart(
+        [Series("loss", x, np.linspace(8, 4, 100))], x_label="step", y_label="loss", label="",
+        levels=[Level("at the start", 10.0, 0)],
+    )  # fmt: skip
+    top = (10 - 4) * 1.04 + 4  # 4 % of margin on both sides
+    low, high = 4 - 0.04 * 6, top
+    [height] = re.findall(r'class="level series-1" d="M0 ([\d.]+)H100"', chart)
+    assert float(height) == pytest.approx(100 - 100 * (10 - low) / (high - low), abs=0.02)
+    assert "at the start" in chart
+    assert "points" not in chart
+
+
+def test_few_points_are_shown_each_and_a_logarithm_is_even():
+    values = np.array([1e-4, 1e-2, 1.0, 0.0, 100.0])
+    chart = line_chart([Series("norm", np.arange(5.0), values)], x_label="", y_label="", label="", logarithmic=True)
+    [dots] = re.findall(r'class="points series-1" d="([^"]+)"', chart)
+    heights = [float(part.split()[1].removesuffix("h0")) for part in dots.split("M")[1:]]
+    assert np.diff(heights) == pytest.approx([heights[1] - heights[0]] * 3, abs=0.05)  # the 0 is left out
+    assert ">0.01</i>" in chart
+    assert "nan" not in chart
+    line = re.findall(r'class="series series-1" d="(M\d[^"]+L[^"]+)"', chart)
+    assert line[0].count("M") == 2
 
 
 def test_thinning_keeps_spikes_ends_and_order():
