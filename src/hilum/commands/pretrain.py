@@ -226,6 +226,8 @@ def run(
 
 def _to_device(batch: PretrainBatch, device: torch.device, recipe: Preprocessing) -> dinov2.Batch:
     masked = batch.masks.flatten().nonzero().flatten()  # on the CPU: on a GPU it would wait for all work queued
+    if device.type == "cuda":
+        masked = masked.pin_memory()
     moved = batch.to(device)
     return dinov2.Batch(
         normalise(moved.global_crops, recipe),
