@@ -40,6 +40,7 @@ from hilum.data.transforms import Preprocessing, normalise, preprocessing
 from hilum.pretraining import dinov2, exposure
 from hilum.pretraining.alarms import LOOK_BACK, RECENT, alarms
 from hilum.pretraining.config import PretrainConfig
+from hilum.pretraining.flops import device_peak, step_flops, utilisation
 from hilum.pretraining.loading import PretrainBatch, PretrainLoader
 from hilum.pretraining.param_groups import parameter_groups, set_values
 from hilum.pretraining.schedules import Values
@@ -139,7 +140,7 @@ def run(
         schedules = config.schedules()
         batches = loader.batches(start * config.accumulate, config.steps * config.accumulate)
         log = held.enter_context(closing(_Log(out, start, config))) if main else None
-        clock = _Clock(start)
+        clock = _Clock(start, config, architecture, engine)
         writer = held.enter_context(checkpoint.CheckpointWriter())
         stop = held.enter_context(stop_signals())
         bar = held.enter_context(_bar(config.steps - start, main))
@@ -187,15 +188,15 @@ def run(
             if engine.world_size == 1:  # several processes agree once a step, before it; one may look again
                 stopping = stop.requested
             saving = done % config.checkpoint_every == 0 or last or stopping
-            probing = probe is not None and (probe.is_due(done, config.steps))
+            probing = probe is not None and probe.is_due(done, config.steps)
             if done % config.log_every == 0 or done == start + 1 or last or stopping or probing:
                 line = _measure(found, norms, values, taught, targets, content)
                 watch.settle()
-                rate = clock.steps_per_second(done) * config.batch_size
-                bar.note(f"loss {line['loss']:.3f}, {rate:.0f} images/s")
-                line["images_per_second"] = round(rate, 2)
+                line |= clock.speed(done)
+                bar.note(f"loss {line['loss']:.3f}, {line['images_per_second']:.0f} images/s")
                 if probe and probing:
                     line |= _probe(probe, teacher, engine, done)
+                    clock.leave_out()
                 if log:
                     log.write(done, **line)
             bar.advance()
@@ -313,20 +314,32 @@ class _Log:
 
 
 class _Clock:
-    """Seconds since the loop began, and the rate since the last question."""
+    """Seconds since the loop began, and how fast it has been since the last question."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, config: PretrainConfig, architecture: ViTConfig, engine: Engine) -> None:
         self.began = self.last = time.monotonic()
-        self.step = step
+        self.step, self.images, self.processes = step, config.batch_size, engine.world_size
+        crops, share = config.crops, max(config.batch_size // (engine.world_size * config.accumulate), 1)
+        sizes = crops.global_size, crops.local_size
+        operations = step_flops(architecture, config.heads, share, sizes, crops.local_crops, config.drop_path)
+        self.flops_per_image = operations.total / share
+        self.peak = device_peak(torch.cuda.get_device_name(engine.device)) if engine.device.type == "cuda" else None
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def steps_per_second(self, step: int) -> float:
+    def speed(self, step: int) -> dict[str, float]:
         now = time.monotonic()
-        rate = (step - self.step) / max(now - self.last, 1e-9)
+        rate = (step - self.step) * self.images / max(now - self.last, 1e-9)
         self.last, self.step = now, step
-        return rate
+        found = {"images_per_second": round(rate, 2), "tflops": round(rate * self.flops_per_image / 1e12, 4)}
+        if self.peak:
+            found["mfu"] = round(utilisation(rate / self.processes, self.flops_per_image, self.peak), 4)
+        return found
+
+    def leave_out(self) -> None:
+        """What has passed since the last question is not training."""
+        self.last = time.monotonic()
 
 
 class _NoBar:
