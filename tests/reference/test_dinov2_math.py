@@ -189,7 +189,7 @@ def test_koleo_without_a_neighbour_is_zero_and_twins_stay_finite() -> None:
 def test_centring_is_softmax_around_a_moving_mean() -> None:
     generator = np.random.default_rng(9)
     centre = np.zeros(6)
-    ours = torch.zeros(6, dtype=torch.float64)
+    ours, identity = torch.zeros(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
     for _ in range(4):
         logits = generator.normal(size=(5, 6))
         expected = np.exp((logits - centre) / 0.05)
@@ -197,9 +197,9 @@ def test_centring_is_softmax_around_a_moving_mean() -> None:
         found = losses.centred_targets(torch.from_numpy(logits), ours, 0.05)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
         centre = 0.9 * centre + 0.1 * logits.mean(axis=0)
-        ours = losses.moved_centre(ours, torch.from_numpy(logits), 0.9)
+        ours = losses.moved_centre(ours, Projection(torch.from_numpy(logits), identity), 0.9)
         np.testing.assert_allclose(ours.numpy(), centre, rtol=1e-12)
-    assert torch.equal(losses.moved_centre(ours, torch.zeros(0, 6, dtype=torch.float64)), ours)
+    assert torch.equal(losses.moved_centre(ours, Projection(torch.zeros(0, 6, dtype=torch.float64), identity)), ours)
 
 
 def test_no_masked_patch_gives_zero_loss_and_zero_gradient() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.core.errors import ConfigError
 from hilum.core.seeding import forked
+from hilum.pretraining import prototype_loss
 from hilum.pretraining.losses import (
     centred_targets,
     dino_losses,
@@ -30,10 +31,14 @@ from hilum.pretraining.losses import (
     target_entropy,
 )
 from hilum.pretraining.projection import DINOHead, Projection
+from hilum.pretraining.prototype_loss import Assignment
 
 Centering = Literal["sinkhorn", "centre"]
 PrototypeLoss = Literal["auto", "plain", "chunked", "triton"]
 PARTS = ("backbone", "dino_head", "ibot_head")
+GLOBAL_VIEWS = 2
+_LARGE = 2**20
+"""Teacher logits of [CLS] from which no matrix is built (with their masked patches some 100 MB a matrix)."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class LossConfig:
             raise ConfigError(
                 f"losses.koleo_group: expected 0 or at least 2 (an image needs a neighbour), found {self.koleo_group}."
             )
+        if self.sinkhorn_iterations < 1:
+            raise ConfigError(f"losses.sinkhorn_iterations: expected at least 1, found {self.sinkhorn_iterations}.")
         if self.chunk < 0:
             raise ConfigError(f"losses.chunk: expected 0 or more rows, found {self.chunk}.")
 
@@ -119,11 +126,16 @@ class StudentOutput(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-    """Logits of the teacher."""
+    """What the teacher says of a batch; logits are left to what makes targets of them."""
 
-    cls: Float[Tensor, "GB K"]
-    patches: Float[Tensor, "M K"]
+    cls: Projection
+    """Rows of the global crops."""
+    patches: Projection
+    """Rows of the masked patches."""
     global_cls: Float[Tensor, "GB D"]
+    """[CLS] of the global crops before the head."""
+    valid: Float[Tensor, " M"] | None = None
+    """1 for masked patches, 0 for rows that only fill the batch up (those of mask weight 0); None: no such rows."""
 
 
 class Centres(NamedTuple):
@@ -134,10 +146,10 @@ class Centres(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What the student is asked to say."""
+    """What the student is asked to say; matrices for the plain losses, assignments in factors for the others."""
 
-    cls: Float[Tensor, "2 B K"]
-    patches: Float[Tensor, "M K"]
+    cls: Float[Tensor, "GB K"] | Assignment
+    patches: Float[Tensor, "M K"] | Assignment
 
 
 class Losses(NamedTuple):
@@ -195,36 +207,78 @@ def teacher_forward(teacher: Network, batch: Batch) -> TeacherOutput:
     tokens = teacher.backbone(batch.global_crops)  # cls GB D, patches GB N D
     masked = tokens.patches.flatten(0, 1).index_select(0, batch.masked)  # M D
     return TeacherOutput(
-        cls=teacher.dino_head(tokens.cls).logits(),  # GB K
-        patches=teacher.ibot_head(masked).logits(),  # M K
+        cls=teacher.dino_head(tokens.cls),
+        patches=teacher.ibot_head(masked),
         global_cls=tokens.cls,
+        valid=(batch.mask_weights > 0).float(),
     )
 
 
 @torch.no_grad()
-def teacher_targets(
-    output: TeacherOutput, centres: Centres, temperature: float, config: LossConfig, views: int = 2
-) -> Targets:
-    """Targets of [CLS] over both global crops of all ranks, and of the masked patches of all ranks."""
-    if config.centering == "sinkhorn":
-        cls = sinkhorn_targets(output.cls, temperature, config.sinkhorn_iterations)  # GB K
-        patches = sinkhorn_targets(output.patches, temperature, config.sinkhorn_iterations)  # M K
-    else:
-        cls = centred_targets(output.cls, centres.cls, temperature)
-        patches = centred_targets(output.patches, centres.patches, temperature)
-    return Targets(cls.unflatten(0, (views, -1)), patches)
+def teacher_targets(output: TeacherOutput, centres: Centres, temperature: float, config: LossConfig) -> Targets:
+    """Targets of [CLS] over both global crops of all ranks, and of the masked patches of all ranks.
+
+    Raises:
+        ConfigError: `prototype_loss=triton` where no kernel can run.
+    """
+    method = prototype_method(config, output)
+    heads = ((output.cls, centres.cls, None), (output.patches, centres.patches, output.valid))
+    if method == "plain":
+        matrices = [
+            sinkhorn_targets(said.logits(), temperature, config.sinkhorn_iterations, valid)
+            if config.centering == "sinkhorn"
+            else centred_targets(said.logits(), centre, temperature)
+            for said, centre, valid in heads
+        ]
+        return Targets(*matrices)
+    assignments = [
+        prototype_loss.balanced_assignment(said, temperature, config.sinkhorn_iterations, method, config.chunk, valid)
+        if config.centering == "sinkhorn"
+        else prototype_loss.centred_assignment(said, centre, temperature, method, config.chunk, valid)
+        for said, centre, valid in heads
+    ]
+    return Targets(*assignments)
+
+
+def prototype_method(config: LossConfig, output: TeacherOutput) -> Literal["plain", "chunked", "triton"]:
+    """What `config.prototype_loss` means for a batch. All ranks come to the same answer: their sums must meet.
+
+    Raises:
+        ConfigError: triton is asked for and cannot run.
+    """
+    on_gpu = output.cls.features.is_cuda
+    if config.prototype_loss == "triton" and not (on_gpu and prototype_loss.triton_available()):
+        raise ConfigError(
+            "losses.prototype_loss=triton: needs a CUDA device and the package triton; use chunked or auto."
+        )
+    if config.prototype_loss != "auto":
+        return config.prototype_loss
+    if output.cls.features.shape[0] * output.cls.prototypes.shape[0] < _LARGE:  # of [CLS]: masked patches vary by rank
+        return "plain"
+    return "triton" if on_gpu and prototype_loss.triton_available() else "chunked"
 
 
 def compute_losses(student: StudentOutput, targets: Targets, batch: Batch, config: LossConfig) -> Losses:
-    """The weighted sum of dino (local + global), ibot, and koleo over each global crop; and its terms."""
-    views = targets.cls.shape[0]
+    """The weighted sum of dino (local + global), ibot, and koleo over each global crop; and its terms.
+
+    Gradients flow from `total`; the terms may be detached.
+    """
+    views, crops = GLOBAL_VIEWS, batch.masks.shape[0]
     temperature, chunk = config.student_temperature, config.chunk
-    dino_local, dino_global = dino_losses(student.cls, targets.cls, temperature, chunk)
-    ibot = ibot_loss(student.patches, targets.patches, batch.mask_weights, batch.masks.shape[0], temperature, chunk)
+    if isinstance(targets.cls, Assignment):
+        dino, dino_local, dino_global = prototype_loss.dino_losses(student.cls, targets.cls, views, temperature)
+    else:
+        by_view = targets.cls.unflatten(0, (views, -1))  # G B K
+        dino_local, dino_global = dino_losses(student.cls, by_view, temperature, chunk)
+        dino = dino_local + dino_global
+    if isinstance(targets.patches, Assignment):
+        ibot = prototype_loss.ibot_loss(student.patches, targets.patches, batch.mask_weights, crops, temperature)
+    else:
+        ibot = ibot_loss(student.patches, targets.patches, batch.mask_weights, crops, temperature, chunk)
     per_view = [koleo_loss(tokens, config.koleo_group) for tokens in student.global_cls.chunk(views)]  # each of B D
     koleo = torch.stack([loss for loss, _ in per_view]).sum()
     distance = torch.stack([distance for _, distance in per_view]).mean()
-    total = config.dino * (dino_local + dino_global) + config.ibot * ibot + config.koleo * koleo
+    total = config.dino * dino + config.ibot * ibot + config.koleo * koleo
     return Losses(total, dino_local, dino_global, ibot, koleo, distance)
 
 
@@ -232,7 +286,8 @@ def compute_losses(student: StudentOutput, targets: Targets, batch: Batch, confi
 def update_centres(centres: Centres, output: TeacherOutput, momentum: float) -> Centres:
     """Centres for the next step."""
     return Centres(
-        moved_centre(centres.cls, output.cls, momentum), moved_centre(centres.patches, output.patches, momentum)
+        moved_centre(centres.cls, output.cls, momentum),
+        moved_centre(centres.patches, output.patches, momentum, output.valid),
     )
 
 
@@ -277,11 +332,19 @@ def health(output: TeacherOutput, targets: Targets) -> dict[str, Tensor]:
     """Signs of collapse or of targets that say nothing, cheap enough for every logged step."""
     features = output.global_cls.float()  # GB D
     unit = nn.functional.normalize(features, dim=-1)
+    cls_usage, cls_entropy = _usage_and_entropy(targets.cls, None)
+    patch_usage, patch_entropy = _usage_and_entropy(targets.patches, output.valid)
     return {
-        "cls_prototype_usage": prototype_usage(targets.cls.flatten(0, 1)),
-        "patch_prototype_usage": prototype_usage(targets.patches),
-        "cls_target_entropy": target_entropy(targets.cls.flatten(0, 1)),
-        "patch_target_entropy": target_entropy(targets.patches),
+        "cls_prototype_usage": cls_usage,
+        "patch_prototype_usage": patch_usage,
+        "cls_target_entropy": cls_entropy,
+        "patch_target_entropy": patch_entropy,
         "teacher_feature_deviation": unit.std(dim=0).mean() * features.shape[1] ** 0.5,
         "teacher_effective_rank": effective_rank(features),
     }
+
+
+def _usage_and_entropy(targets: Tensor | Assignment, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    if isinstance(targets, Assignment):
+        return prototype_loss.usage_and_entropy(targets)
+    return prototype_usage(targets, valid), target_entropy(targets, valid)

@@ -5,6 +5,8 @@ Teacher logits become targets by Sinkhorn-Knopp or by centring; the student is c
 `docs/explanation/pretraining.md`. Which tokens go where is `dinov2.py`'s business.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +20,10 @@ from hilum.pretraining.projection import Projection, at_least_float32
 
 @torch.no_grad()
 def sinkhorn_targets(
-    logits: Float[Tensor, "rows K"], temperature: float, iterations: int = 3
+    logits: Float[Tensor, "rows K"],
+    temperature: float,
+    iterations: int = 3,
+    valid: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "rows K"]:
     """Soft assignments of rows to prototypes that use all prototypes about equally (Sinkhorn-Knopp, SwAV appendix).
 
@@ -31,6 +36,7 @@ def sinkhorn_targets(
         logits: of the teacher; zero rows are allowed on a rank, in which case it still takes part in the sums.
         temperature: T.
         iterations: 3 in DINOv2.
+        valid: 1, or 0 for rows of padding, which then weigh nothing.
     """
     with torch.autocast(logits.device.type, enabled=False):
         scaled = at_least_float32(logits) / temperature
@@ -43,7 +49,8 @@ def sinkhorn_targets(
         row_factor = torch.exp(peak - highest)  # rows
         prototype_factor = scaled.new_ones(count)
         for _ in range(iterations):
-            mass = sum_over_ranks(row_factor @ similarity)  # K
+            weights = row_factor if valid is None else row_factor * valid
+            mass = sum_over_ranks(weights @ similarity)  # K
             prototype_factor = 1 / (count * mass).clamp_min(tiny)
             row_factor = 1 / (similarity @ prototype_factor).clamp_min(tiny)
         return similarity.mul_(prototype_factor).mul_(row_factor[:, None])
@@ -59,13 +66,18 @@ def centred_targets(
 
 @torch.no_grad()
 def moved_centre(
-    centre: Float[Tensor, " K"], logits: Float[Tensor, "rows K"], momentum: float = 0.9
+    centre: Float[Tensor, " K"], teacher: Projection, momentum: float = 0.9, valid: Float[Tensor, " rows"] | None = None
 ) -> Float[Tensor, " K"]:
-    """The exponential moving average of the mean teacher logits, over the rows of all ranks."""
-    sums = at_least_float32(logits).sum(dim=0)
-    total = sum_over_ranks(torch.cat([sums, sums.new_tensor([logits.shape[0]])]))  # K + 1
-    mean = total[:-1] / total[-1].clamp_min(1)
-    return torch.where(total[-1] > 0, torch.lerp(mean, centre, momentum), centre)
+    """The exponential moving average of the mean teacher logits, over the rows of all ranks.
+
+    The mean of logits is the product of the prototypes with the mean of the features; no logits are needed.
+    """
+    with torch.autocast(centre.device.type, enabled=False):
+        features, prototypes = at_least_float32(teacher.features), at_least_float32(teacher.prototypes)
+        weights = features.new_ones(features.shape[0]) if valid is None else valid.to(features.dtype)
+        total = sum_over_ranks(torch.cat([weights @ features, weights.sum()[None]]))  # E + 1
+        mean = prototypes @ (total[:-1] / total[-1].clamp_min(1))
+        return torch.where(total[-1] > 0, torch.lerp(mean, centre, momentum), centre)
 
 
 def cross_entropy_rows(
@@ -191,17 +203,23 @@ def koleo_loss(tokens: Float[Tensor, "B D"], group: int = 0) -> tuple[Float[Tens
 
 
 @torch.no_grad()
-def prototype_usage(targets: Float[Tensor, "rows K"]) -> Float[Tensor, ""]:
+def prototype_usage(targets: Float[Tensor, "rows K"], valid: Float[Tensor, " rows"] | None = None) -> Float[Tensor, ""]:
     """Entropy of the mean target over ln K, over the rows of all ranks: 1 all prototypes used alike, 0 collapse."""
-    mean = mean_over_ranks(targets.float().mean(dim=0) if targets.shape[0] else targets.new_zeros(targets.shape[1]))
-    return torch.special.entr(mean).sum() / torch.log(torch.tensor(float(mean.shape[0])))
+    weights = _row_weights(targets, valid)
+    mean = mean_over_ranks((weights @ targets.float()) / weights.sum().clamp_min(1))
+    return torch.special.entr(mean).sum() / math.log(mean.shape[0])
 
 
 @torch.no_grad()
-def target_entropy(targets: Float[Tensor, "rows K"]) -> Float[Tensor, ""]:
+def target_entropy(targets: Float[Tensor, "rows K"], valid: Float[Tensor, " rows"] | None = None) -> Float[Tensor, ""]:
     """Mean entropy of a target over ln K: 1 says nothing (no gradient), 0 a hard label. 0 when there are no rows."""
-    rows, count = targets.shape
-    return torch.special.entr(targets.float()).sum() / max(rows, 1) / torch.log(torch.tensor(float(count)))
+    weights = _row_weights(targets, valid)
+    entropies = torch.special.entr(targets.float()).sum(dim=1)
+    return (weights @ entropies) / weights.sum().clamp_min(1) / math.log(targets.shape[1])
+
+
+def _row_weights(targets: Tensor, valid: Tensor | None) -> Float[Tensor, " rows"]:
+    return targets.new_ones(targets.shape[0], dtype=torch.float32) if valid is None else valid.float()
 
 
 @torch.no_grad()
