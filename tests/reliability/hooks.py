@@ -58,6 +58,35 @@ def signal_as_step_begins(count: int, number: int) -> None:
     dinov2.teacher_forward = forward  # type: ignore[assignment]
 
 
+def signal_before_the_first_step(number: int) -> None:
+    """A signal while images are chosen, before networks are made."""
+    from hilum.pretraining import exposure
+
+    real = exposure.select
+
+    def select(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return real(*arguments, **options)
+
+    exposure.select = select  # type: ignore[assignment]
+
+
+def signal_in_probe(count: int, number: int) -> None:
+    """A signal while features are measured for the `count`-th time; the first is before the first step."""
+    from hilum.commands.pretrain_probe import Probe
+
+    real, calls = Probe.measure, 0
+
+    def measure(self: Probe, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), number)
+        return real(self, *arguments, **options)
+
+    Probe.measure = measure  # type: ignore[method-assign]
+
+
 def not_a_number(count: int, rank: int | None = None) -> None:
     """The loss of the `count`-th step is not a number."""
     from hilum.pretraining import dinov2

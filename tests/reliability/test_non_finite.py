@@ -113,7 +113,8 @@ def test_ranks_agree_on_a_value_that_one_of_them_met(bench: Bench, tmp_path: Pat
         record = json.loads((out / f"non_finite_step_{step:08d}_rank_{number}.json").read_text())
         assert (record["values"]["total"] == "nan") == (number == rank)
         assert len(record["images"]) == CONFIG.batch_size // 2
-    assert f"Step {step}: " in children[rank].errors
+    said = [line for child in children for line in child.errors.splitlines() if line.startswith("error: ")]
+    assert [line.startswith(f"error: Step {step}: ") for line in said] == [True], "one message for all"
 
 
 def test_a_step_that_is_finite_leaves_no_record(bench: Bench) -> None:

@@ -11,6 +11,7 @@ import pytest
 from warm import Child
 
 from hilum.commands.pretrain import STOPPED_STATUS
+from hilum.pretraining.probing import ProbeConfig
 from programs import STEPS, Bench, lines, newest, same_run, size
 
 SECONDS = 30.0
@@ -45,6 +46,23 @@ def test_a_signal_in_the_first_step_and_many_signals_are_one(bench: Bench, tmp_p
     assert check_stopped(bench.warm.run(bench.pretrain(out), hooks), out, STEPS) == 1
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_during_a_probe(bench: Bench, tmp_path: Path, count: int) -> None:
+    out, changes = tmp_path / "run", {"probe": ProbeConfig(every=2)}
+    child = bench.warm.run(bench.pretrain(out, **changes), [["signal_in_probe", count, signal.SIGTERM]])
+    assert check_stopped(child, out, STEPS) == (1, 2)[count - 1]
+    assert bench.warm.run(bench.pretrain(out, **changes)).status == 0
+    same_run(out, bench.straight(**changes))
+
+
+@pytest.mark.xfail(strict=True, reason="signals are noted from the first step on; before it they end the program")
+def test_a_signal_before_the_first_step_is_not_lost(bench: Bench, tmp_path: Path) -> None:
+    """A scheduler that takes the machine back while the program starts must learn that it is to be started again."""
+    out = tmp_path / "run"
+    child = bench.warm.run(bench.pretrain(out), [["signal_before_the_first_step", signal.SIGUSR1]])
+    assert check_stopped(child, out, STEPS) == 1
+
+
 def test_a_signal_in_the_last_step_ends_a_finished_run(bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert bench.warm.run(bench.pretrain(out), [["signal_in_step", STEPS, signal.SIGTERM]]).status == 0
@@ -58,10 +76,10 @@ def signalled(bench: Bench, folder: Path, seed: int, timings: int) -> tuple[int,
     sent, longest, out = 0, 0.0, folder / "run"
     while sent < timings:
         child = bench.warm.start(bench.pretrain(out, steps=steps))
-        while not (out / "metrics.jsonl").exists() and child.poll(0.005) is None:
-            pass  # before the loop there is nothing to save
-        began_at = len(lines(out)) if (out / "metrics.jsonl").exists() else 0
-        time.sleep(random_.uniform(0.02, 0.3))
+        while "Steps:" not in child.output:
+            assert child.poll(0.005) is None, child.said
+        time.sleep(random_.uniform(0.02, 0.4))
+        began_at = len(lines(out))
         asked = time.monotonic()
         if not child.send(random_.choice([signal.SIGTERM, signal.SIGUSR1])):
             continue

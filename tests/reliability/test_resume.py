@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from warm import Child
 
-from programs import Bench, model_digest, newest, same_run, size
+from hilum.pretraining.probing import ProbeConfig
+from programs import Bench, lines, model_digest, newest, same_run, size, weights
 
 LONG = {"steps": 12}
 """Long enough to be killed several times, with a checkpoint after every step."""
@@ -74,6 +75,38 @@ def test_a_hundred_random_kills(
     report(
         f"random kills: {kills} of {runs} runs, {ranks} ranks of {threads} threads: digests equal in {runs} of {runs}"
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"probe": ProbeConfig(every=2)},
+        {"accumulate": 2, "log_every": 2, "checkpoint_every": 2},
+        pytest.param({"workers": 1, **LONG}, marks=pytest.mark.slow),
+        pytest.param({"probe": ProbeConfig(every=3), "workers": 2, **LONG}, marks=pytest.mark.slow),
+    ],
+    ids=["probe", "accumulate", "workers", "probe and workers"],
+)
+def test_variants_that_are_stopped_and_killed(
+    bench: Bench, tmp_path: Path, changes: dict[str, Any], report: Callable[[str], None]
+) -> None:
+    """A stop in the second step, a kill in the second after it, and on to the end."""
+    out = tmp_path / "run"
+    statuses = [
+        bench.warm.run(bench.pretrain(out, **changes), [["signal_in_step", 2, number]]).status
+        for number in (signal.SIGTERM, signal.SIGKILL)
+    ]
+    assert statuses == [75, -signal.SIGKILL]
+    child = bench.warm.run(bench.pretrain(out, **changes))
+    assert child.status == 0, child.said
+    straight = bench.straight(**changes)
+    if "log_every" in changes:  # a run says how its first step went, and a resumed one too
+        assert weights(out) == weights(straight)
+        assert {line["step"]: line for line in lines(straight)}.items() <= {
+            line["step"]: line for line in lines(out)
+        }.items()
+    else:
+        same_run(out, straight)
 
 
 def test_another_number_of_threads_may_go_on_and_is_said(bench: Bench, tmp_path: Path) -> None:
