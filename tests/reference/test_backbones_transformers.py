@@ -200,3 +200,18 @@ def test_one_channel_with_a_described_normalisation_is_folded(tmp_path: Path) ->
         found = load_backbone(tmp_path)((pixels - GREY_MEAN) / GREY_STD)
     for a, b in zip(found, expected(model, (pixels - 0.4) / 0.3, 0), strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_rad_dino_at_full_size(tmp_path: Path) -> None:
+    """ViT-B/14 for 518 pixels, 12 blocks, as RAD-DINO is published (its own weights are not at hand)."""
+    model = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518, patch_size=14, layerscale_value=1.0))
+    redraw(model)
+    write(model.eval(), tmp_path)
+    pixels = torch.rand(1, 1, 518, 518, generator=torch_stream(0, "grey"))
+    loaded = load_backbone(tmp_path)
+    with torch.no_grad():
+        found = loaded((pixels - GREY_MEAN) / GREY_STD)
+    for a, b in zip(found, expected(model, (pixels.expand(-1, 3, -1, -1) - MEAN[0]) / STD[0], 0), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-5)  # twelve blocks of gain 1: rounding adds up
+    assert load_backbone(tmp_path, patch_size=16, image_size=512).config.grid == 32

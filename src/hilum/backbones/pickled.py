@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".pth", ".pt", ".bin")
 NOT_TENSORS = "hilum_not_tensors"
 """Entry of the header that `convert_in_child` writes: what else was in the pickle."""
+_ZIP = b"PK\x03\x04"
 _REFUSED_STATUS = 3
 _NEW_NETWORK, _NEW_USER = 0x40000000, 0x10000000  # CLONE_NEWNET, CLONE_NEWUSER of Linux
 _CHILD = "import sys; from hilum.backbones.pickled import child; child(*sys.argv[1:])"
@@ -42,12 +43,15 @@ def read_pickled(file: Path) -> tuple[dict[str, "Tensor"], list[str]]:
     """
     import torch
 
-    zipped = zipfile.is_zipfile(file)
-    if zipped:
-        _refuse_compressed(file)
+    with file.open("rb") as opened:
+        zipped = opened.read(len(_ZIP)) == _ZIP  # by which torch itself tells them apart
     try:
+        if zipped:
+            _refuse_compressed(file)
         # Explicit, so that no environment variable can turn it off.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
     except Exception as error:  # a hostile file can make the unpickler raise anything; all of it is refusal
         raise CheckpointError(_refusal(file, zipped, error)) from error
     tensors: dict[str, Tensor] = {}
