@@ -243,6 +243,18 @@ def pretrain(
     program.run(pretrain_recipe(recipe, overrides or []), data, out, init=init, devices=devices)
 
 
+@app.command(epilog=example("hilum inspect runs/ssl --data store"))
+def inspect(
+    run: Annotated[Path, typer.Argument(help="A run of hilum pretrain, finished or not.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Its store, for the pictures.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Write RUN/report.html again: curves, alarms, patches as colours, nearest neighbours."""
+    from hilum.commands import pretrain_report as program
+
+    program.run(run, data, device)
+
+
 @app.command(epilog=example("hilum fit decoder --data store --backbone runs/ssl --out model"))
 def fit(
     recipe: Annotated[str, typer.Argument(help="A recipe (hilum recipes lists them) or a config.yaml.")],

@@ -31,7 +31,7 @@ class Level:
     """A dotted line across a line chart: a value that a series is to be compared with."""
 
     name: str
-    """For the legend."""
+    """For the legend; "" leaves it out there."""
     y: float
     series: int
     """Position of the series whose colour it takes."""
@@ -92,7 +92,7 @@ def line_chart(
         for tick in ticks_y
     ]
     keys = [(f"series series-{index % 6 + 1}", line.name) for index, line, _, _ in drawn]
-    keys += [(f"level series-{level.series % 6 + 1}", level.name) for level in levels]
+    keys += [(f"level series-{level.series % 6 + 1}", level.name) for level in levels if level.name]
     legend = "".join(
         f'<li><svg class="key" viewBox="0 0 24 8" aria-hidden="true"><path class="{kind}" d="M0 4H24"/></svg>'
         f"{text(name)}</li>"
@@ -148,7 +148,8 @@ def _ends(values: Sequence[Float[np.ndarray, " _"]], margin: float = 0.0) -> tup
         return 0.0, 1.0
     low, high = float(together.min()), float(together.max())
     if low == high:
-        return low - 0.5, high + 0.5
+        around = abs(low) / 2 or 0.5
+        return low - around, high + around
     return low - margin * (high - low), high + margin * (high - low)
 
 

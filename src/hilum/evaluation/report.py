@@ -172,11 +172,16 @@ def _provenance(metrics: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     listed = [(name, value) for name, value in facts.items() if name not in HEADLINE_FACTS]
     shown = ("macro", "groups", "findings", "excluded", "unit", "stage", *COUNTS.values())
     listed += [(name.replace("_", " "), _words(value)) for name, value in metrics.items() if name not in shown]
-    if not listed:
+    return listing(listed)
+
+
+def listing(facts: Sequence[tuple[str, str]]) -> str:
+    """Names and values as recorded; values of several lines keep them."""
+    if not facts:
         return '<p class="note">Nothing was recorded.</p>'
     lines = "".join(
         f"<dt>{text(name)}</dt><dd><{tag}>{text(value)}</{tag}></dd>"
-        for name, value in listed
+        for name, value in facts
         for tag in ("pre" if "\n" in value else "code",)
     )
     return f'<dl class="provenance">{lines}</dl>'

@@ -85,17 +85,6 @@ def alarms(history: Sequence[Line], config: PretrainConfig) -> list[Alarm]:
     return [alarm for alarm in found if alarm is not None]
 
 
-def new_alarms(found: Sequence[Alarm], history: Sequence[Line]) -> list[Alarm]:
-    """Those that the line before did not have: what is still to be said aloud. A resumed run repeats nothing.
-
-    Args:
-        found: alarms at the newest line.
-        history: the lines before it, with their column `alarms`.
-    """
-    before = next((line["alarms"] for line in reversed(history) if "alarms" in line), ())
-    return [alarm for alarm in found if alarm.name not in before]
-
-
 def probe_guard(history: Sequence[Line]) -> Alarm | None:
     """Whether the features carry findings worse than before the first step, by more than noise.
 
@@ -148,7 +137,7 @@ def _prototypes(lines: Sequence[Line], config: PretrainConfig, kind: str) -> Ala
     if not len(usage):
         return None
     prototypes = config.heads.prototypes
-    rows = config.crops.global_crops * config.batch_size
+    rows = config.crops.global_crops * config.batch_size // config.accumulate  # one micro-batch is looked at
     if kind == "patch":
         patches = config.vit().grid ** 2
         rows = int(rows * config.mask_probability * sum(config.mask_ratio) / 2 * patches)

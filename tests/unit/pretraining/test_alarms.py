@@ -10,7 +10,7 @@ import pytest
 
 from hilum.core.config import to_dict
 from hilum.pretraining import alarms as module
-from hilum.pretraining.alarms import alarms, initial_losses, new_alarms, probe_guard
+from hilum.pretraining.alarms import alarms, initial_losses, probe_guard
 from hilum.pretraining.config import PretrainConfig
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.dinov2 import HeadConfig
@@ -150,17 +150,6 @@ def test_losses_of_uniform_predictions_are_those_of_the_method() -> None:
     assert expected["dino_local"] == pytest.approx(10.47, abs=0.01)
     assert expected["dino_global"] == pytest.approx(1.31, abs=0.01)
     assert expected["ibot"] == pytest.approx(5.89, abs=0.01)
-
-
-def test_an_alarm_is_said_once_until_it_clears() -> None:
-    bad = changed(healthy(), module.RECENT, teacher_effective_rank=1.0)
-    found = alarms(bad, CONFIG)
-    assert [alarm.name for alarm in new_alarms(found, bad[:-1])] == ["cls_collapse"]
-    told = [*bad[:-2], bad[-2] | {"alarms": ["cls_collapse"]}]
-    assert new_alarms(found, told) == []
-    assert new_alarms(found, [*told, {"step": 1200, "knn_mAP": 0.1}]) == []  # a probe's own line says nothing of it
-    cleared = [*told, bad[-1] | {"alarms": []}]
-    assert [alarm.name for alarm in new_alarms(found, cleared)] == ["cls_collapse"]
 
 
 def test_the_guard_needs_an_interval_below_zero() -> None:
