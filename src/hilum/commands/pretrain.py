@@ -12,7 +12,6 @@ loop is `pretrain_setup.py`, what a step is asked is `pretrain_watch.py`. The ru
     RUN/report.html        curves, feature maps and neighbours, written at the end
 """
 
-import hashlib
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
@@ -248,11 +247,7 @@ def _measure(
     named = dict(zip(("loss", *dinov2.Losses._fields[1:]), mean, strict=True))
     named |= {f"gradient_norm_{part}": norm.item() for part, norm in norms.items()}
     named |= {name: value.item() for name, value in dinov2.health(taught, targets).items()}
-    digest = hashlib.sha256()
-    for batch in content:
-        for tensor in (batch.indices, batch.masks, batch.global_crops, batch.local_crops):
-            digest.update(tensor.numpy().data)
-    return named | values._asdict() | {"batch": digest.hexdigest()[:16]}
+    return named | values._asdict() | {"batch": "-".join(batch.digest() for batch in content)}
 
 
 def _probe(probe: Probe, teacher: dinov2.Network, engine: Engine, step: int) -> dict[str, float]:
@@ -332,7 +327,7 @@ class _Clock:
         now = time.monotonic()
         rate = (step - self.step) * self.images / max(now - self.last, 1e-9)
         self.last, self.step = now, step
-        found = {"images_per_second": round(rate, 2), "tflops": round(rate * self.flops_per_image / 1e12, 4)}
+        found = {"images_per_second": round(rate, 2)}
         if self.peak:
             found["mfu"] = round(utilisation(rate / self.processes, self.flops_per_image, self.peak), 4)
         return found
