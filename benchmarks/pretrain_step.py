@@ -52,6 +52,7 @@ class Case:
     prototypes: int = 131072
     bottlenecks: tuple[int, int] = (256, 256)
     precision: str = "bf16"
+    """auto: what each side chooses by itself."""
     goal: str = ""
     """Of issue and documents, to print beside the figure."""
 
@@ -80,10 +81,13 @@ GPU_CASES = (
 )  # fmt: skip
 CPU_CASES = (
     Case(
-        "ViT-S/14 112/56, fp32", "vits14", (112, 56), (8,), True, 0.1, prototypes=8192, precision="fp32",
-        goal=">= 1.5x",
+        "ViT-S/14 112/56, each side's own precision", "vits14", (112, 56), (8,), True, 0.1, prototypes=8192,
+        precision="auto", goal=">= 1.5x",
     ),
-    Case("ViT-S/14 112/56, bf16", "vits14", (112, 56), (8,), True, 0.1, prototypes=8192, goal=">= 1.5x"),
+    Case(
+        "ViT-S/14 112/56, fp32", "vits14", (112, 56), (8,), True, 0.1, prototypes=8192, precision="fp32",
+    ),
+    Case("ViT-S/14 112/56, bf16", "vits14", (112, 56), (8,), True, 0.1, prototypes=8192),
 )  # fmt: skip
 
 
@@ -148,8 +152,8 @@ class Contestant:
 def peer_python() -> str | None:
     """The interpreter of the peer's environment."""
     named = os.environ.get("HILUM_PEER_PYTHON")
-    made = Path("outputs/peer/bin/python")
-    return named or (str(made) if made.exists() else None)
+    made = Path("outputs/peer")
+    return named or (str(made / "bin" / "python") if (made / ".ready").exists() else None)
 
 
 def measure(case: Case, device: str, rounds: int, steps: int, warm_up: int, peer: str | None) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def measure(case: Case, device: str, rounds: int, steps: int, warm_up: int, peer
     wanted = [("hilum", sys.executable, "hilum_step.py")]
     note = ""
     if case.peer and peer is None:
-        note = "no peer environment (HILUM_PEER_PYTHON)"
+        note = os.environ.get("HILUM_PEER_MISSING") or "no peer environment, see HILUM_PEER_PYTHON"
     elif case.peer:
         wanted.append(("peer", str(peer), "lightly_step.py"))
     tried = []

@@ -46,7 +46,10 @@ def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], to
         make_batch(sizes, architecture.patch_size, images, number, device) for number in range(chosen["batches"])
     ]
     turns = cycle(batches)
-    bf16 = chosen["precision"] == "bf16"
+    precision = chosen["precision"]
+    if precision == "auto":  # as `hilum.core.distributed.launch` chooses
+        precision = "bf16" if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else "fp32"
+    bf16 = precision == "bf16"
 
     def step() -> torch.Tensor:
         batch = next(turns)
@@ -67,6 +70,7 @@ def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], to
     facts = {
         "name": "hilum",
         "compiled": compiled,
+        "precision": precision,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "flops_per_image": flops.total / images,
         "masked": masked,

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import lightly_train
 import protocol
 import torch
+from lightly_train._commands.train_helpers import get_precision
 from lightly_train._methods.dinov2 import dinov2 as method_module
 from lightly_train._methods.dinov2.dinov2 import DINOv2, DINOv2AdamWViTArgs, DINOv2Args
 from lightly_train._models.dinov2_vit.dinov2_vit_package import DINOV2_VIT_PACKAGE
@@ -32,6 +33,7 @@ NAMES = {
     "vitl14": "vitl14-noreg-notpretrained",
     "vitl16": "vitl16-noreg-notpretrained",
 }
+PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true"}
 FEED_FORWARDS = {"mlp": "mlp", "swiglu": "swiglufused"}
 TOTAL_STEPS = 125_000
 
@@ -95,7 +97,8 @@ def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], to
     mask_seconds = (time.perf_counter() - began) / len(masks)
     masked = sum(len(mask["mask_indices_list"]) for mask in masks) / len(masks)
     mask_turns = cycle([{name: value.to(device) for name, value in mask.items()} for mask in masks])
-    bf16 = chosen["precision"] == "bf16"
+    precision = PRECISIONS.get(chosen["precision"]) or get_precision("auto")
+    bf16 = precision == "bf16-mixed"
 
     def step() -> torch.Tensor:
         batch = next(batches)
@@ -117,6 +120,7 @@ def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], to
     patch.object(type(method), "trainer", trainer).start()
     facts = {
         "name": f"lightly-train {lightly_train.__version__}",
+        "precision": precision,
         "xformers": attention.XFORMERS_AVAILABLE,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "mask_seconds": mask_seconds,
