@@ -20,6 +20,7 @@ from hilum.heads.config import FitConfig
 from hilum.pretraining.config import PretrainConfig
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.dinov2 import HeadConfig, LossConfig
+from hilum.pretraining.probing import ProbeConfig
 
 if TYPE_CHECKING:
     from hilum.commands.demo import DemoPlan
@@ -45,6 +46,7 @@ def _slides(architecture: str, resolution: int) -> PretrainConfig:
         batch_size=RELEASED_BATCH[resolution],
         steps=100 * 25_000,
         drop_path=0.4 if architecture == "vitl16" else 0.2,
+        probe=ProbeConfig(every=5000),
     )
 
 
@@ -118,6 +120,7 @@ def _chexfound(resolution: int, local: int, batch: int) -> PretrainConfig:
         batch_size=batch,
         steps=100 * 2_500,
         drop_path=0.4,
+        probe=ProbeConfig(every=5000),
     )
 
 
@@ -159,7 +162,8 @@ def chexfound_vitl16_512() -> PretrainConfig:
 
 
 def _short(stage: PretrainConfig) -> PretrainConfig:
-    return replace(stage, steps=10_000, crops=replace(stage.crops, augmentation="cxr"))
+    crops, probe = replace(stage.crops, augmentation="cxr"), ProbeConfig(every=1000)
+    return replace(stage, steps=10_000, crops=crops, probe=probe)
 
 
 def short_highres_vitl16_336() -> PretrainConfig:
@@ -214,6 +218,7 @@ def vits16_onegpu() -> PretrainConfig:
         teacher_temperature=(0.03, 0.05),
         momentum=(0.992, 1.0),
         drop_path=0.1,
+        probe=ProbeConfig(every=2000),
         crops_on="device",
         workers=2,
     )
@@ -240,6 +245,7 @@ def continued_224() -> PretrainConfig:
         momentum=(0.996, 1.0),
         weight_decay=(0.04, 0.04),
         drop_path=0.2,
+        probe=ProbeConfig(every=500),
     )
 
 
@@ -266,6 +272,7 @@ def laptop_128() -> PretrainConfig:
         momentum=(0.95, 1.0),
         patch_embed_factor=1.0,
         drop_path=0.0,
+        probe=ProbeConfig(every=200),
         precision="auto",
         checkpoint_every=200,
     )
@@ -276,6 +283,7 @@ def laptop_192() -> PretrainConfig:
     return replace(
         laptop_128(),
         crops=CropConfig(192, 96, local_crops=4, augmentation="cxr", rotation=0.0),
+        probe=ProbeConfig(every=40),
         steps=40,
         learning_rate=1e-3,
         batch_size=32,
@@ -284,7 +292,7 @@ def laptop_192() -> PretrainConfig:
 
 def demo_128() -> PretrainConfig:
     """First stage of `hilum demo`: 4 blocks of 128 at 128 pixels, under a minute on 2 cores."""
-    return replace(laptop_128(), steps=60, checkpoint_every=1000)
+    return replace(laptop_128(), steps=60, probe=ProbeConfig(), checkpoint_every=1000)
 
 
 def demo_160() -> PretrainConfig:

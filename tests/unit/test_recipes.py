@@ -104,7 +104,7 @@ def test_a_short_stage_is_its_stage_in_10_000_steps() -> None:
         short = recipes.pretrain_recipe(f"short_highres_vitl16_{resolution}")
         whole = recipes.pretrain_recipe(f"slides_vitl16_{resolution}")
         assert short.steps == 10_000
-        assert dataclasses.replace(short, steps=whole.steps, crops=whole.crops) == whole
+        assert dataclasses.replace(short, steps=whole.steps, crops=whole.crops, probe=whole.probe) == whole
 
 
 def test_every_pretraining_recipe_of_a_whole_network_tells_its_cost() -> None:
