@@ -58,14 +58,6 @@ print(json.dumps(said))
 FILES = (
     "table.parquet", "table.csv", "table.json", "model.safetensors", "exposure.npz", "seen.npz", "teacher.safetensors",
 )  # fmt: skip
-    "table.parquet",
-    "table.csv",
-    "table.json",
-    "model.safetensors",
-    "exposure.npz",
-    "seen.npz",
-    "teacher.safetensors",
-)
 
 
 @pytest.fixture(scope="module")
