@@ -45,9 +45,11 @@ def write_run(folder: Path, history: list[dict], backbone: bool = True) -> Path:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (36, 40), dtype=np.uint8) for _ in range(48)]
-    for image in images:
+    images = []
+    for _ in range(24):
+        image = rng.integers(1, 256, (36, 40), dtype=np.uint8)
         image[:, :10] = 0  # a black border
+        images += [image, image - (image > 200)]  # two that are nearly the same, of one patient
     return write_arrays(
         tmp_path_factory.mktemp("report") / "store", images, rng.integers(-1, 2, (48, 3)).astype(np.int8),
         ["Mass", "Edema", "Hernia"], patients=[f"secret-{index // 2}" for index in range(48)],
