@@ -117,6 +117,7 @@ MISTAKES = {
     "{}/nothing.safetensors --out {}/new": "does not exist",
     "{}/empty --out {}/new": "holds no backbone",
     "{}/several --out {}/new": "There are a.safetensors, b.pth: name the one you mean",
+    "{}/cut --out {}/new": "cut into several files; save them as one model.safetensors",
     "{}/notes.txt --out {}/new": "expected a .safetensors file, or a pickle of tensors",
 }
 
@@ -127,8 +128,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(state(), path / "plain.safetensors")
     save_file(state() | {"surprise": torch.zeros(2)}, path / "extra.safetensors")
     (path / "notes.txt").write_text("text")
-    for name in ("empty", "several"):
+    for name in ("empty", "several", "cut"):
         (path / name).mkdir()
+    (path / "cut" / "model.safetensors.index.json").write_text("{}")
     shutil.copyfile(path / "plain.safetensors", path / "several" / "a.safetensors")
     (path / "several" / "b.pth").write_bytes(b"")
     assert run("import-weights", path / "plain.safetensors", "--out", path / "own") == 0

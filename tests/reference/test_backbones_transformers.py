@@ -173,21 +173,26 @@ def test_the_description_says_what_was_done(pair: tuple[Any, Path, int]) -> None
     assert architecture["feed_forward"] == ("swiglu" if model.config.use_swiglu_ffn else "mlp")
 
 
-def test_a_classifier_on_top_is_left_out_by_name(tmp_path: Path) -> None:
-    config = transformers.Dinov2Config(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=1, image_size=SIDE, patch_size=PATCH, num_labels=3,
-        use_mask_token=False,
-    )  # fmt: skip
-    model = transformers.Dinov2ForImageClassification(config)
+@pytest.mark.parametrize("registers", [0, 4])
+def test_a_classifier_on_top_is_left_out_by_name(tmp_path: Path, registers: int) -> None:
+    options: dict[str, Any] = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "image_size": SIDE, "patch_size": PATCH,
+        "num_labels": 3,
+    }  # fmt: skip
+    if registers:
+        config = transformers.Dinov2WithRegistersConfig(num_register_tokens=registers, **options)
+        model = transformers.Dinov2WithRegistersForImageClassification(config)
+    else:
+        model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(use_mask_token=False, **options))
     redraw(model)
     write(model, tmp_path)
     described = read_backbone_config(tmp_path)
     assert described["left_out"] == {"a classifier": ["classifier.bias", "classifier.weight"]}
-    assert described["filled"].keys() == {"mask_token"}
+    assert described["filled"].keys() == (set() if registers else {"mask_token"})
     images = colours(SIDE, SIDE)
     with torch.no_grad():
         found = as_published(tmp_path)(images)
-    for a, b in zip(found, expected(model.dinov2.eval(), images, 0), strict=True):
+    for a, b in zip(found, expected(model.base_model.eval(), images, registers), strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 

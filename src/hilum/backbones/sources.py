@@ -201,6 +201,8 @@ def find_weights(path: Path) -> Path:
     for name in _NAMES:
         if (path / name).is_file():
             return path / name
+    if (path / "model.safetensors.index.json").is_file():
+        raise CheckpointError(f"{path}: the weights are cut into several files; save them as one model.safetensors.")
     weights = sorted(one.name for one in path.iterdir() if one.suffix in (".safetensors", *SUFFIXES))
     found = f" There are {shorten(weights)}: name the one you mean." if weights else ""
     raise CheckpointError(

@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,8 +80,6 @@ def test_shrinking_by_a_whole_number_is_the_mean(old: int, new: int) -> None:
 
 
 def test_shrinking_is_what_the_images_are_resized_with() -> None:
-    import numpy as np
-
     from hilum.data.transforms import resize
 
     x = torch.randint(0, 256, (16, 16), generator=torch_stream(0, "pixels")).double()
@@ -105,3 +106,25 @@ def test_the_own_size_is_left_alone() -> None:
 def test_a_normalisation_that_does_not_fit_is_refused(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="each of 3 channels"):
         fold_channels(kernel(4).float(), torch.zeros(8), mean, std)
+
+
+@pytest.mark.parametrize(("smooth", "limit"), [(False, 0.005), (True, 0.001)], ids=["white kernels", "smooth kernels"])
+def test_real_images_resized_as_a_whole_come_close(nih_sample: Path, smooth: bool, limit: float) -> None:
+    """518 to 592 pixels: what reaches over a patch's border is all that differs, and plain resizing is far worse."""
+    import cv2
+
+    w = torch.randn(32, 1, 14, 14, generator=torch_stream(0, "kernels"), dtype=torch.float64)
+    if smooth:
+        bell = torch.from_numpy(cv2.getGaussianKernel(9, 2.0))
+        w = F.conv2d(F.pad(w, (4, 4, 4, 4)), (bell @ bell.T)[None, None])
+    errors = []
+    for file in sorted(nih_sample.glob("**/*.png"))[:10]:
+        image = cv2.resize(cv2.imread(str(file), cv2.IMREAD_GRAYSCALE), (518, 518)).astype(np.float64) / 127.5 - 1
+        small = torch.from_numpy(image)[None, None]
+        large = torch.from_numpy(cv2.resize(image, (592, 592), interpolation=cv2.INTER_CUBIC))[None, None]
+        before = F.conv2d(small, w, stride=14)
+        kernels = (resample_patches(w, 16), resized(w, 16) * (14 / 16) ** 2)
+        errors.append([float((F.conv2d(large, one, stride=16) - before).norm() / before.norm()) for one in kernels])
+    ours, plain = np.median(errors, axis=0)
+    assert ours < limit
+    assert plain > 5 * ours
