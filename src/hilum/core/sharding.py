@@ -42,7 +42,7 @@ def shard(module: nn.Module, device: str, methods: Sequence[str] = (), reduce_bf
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
     units = [unit for part in lists for unit in part] + list(module.children()) + ([module] if trained else [])
     for unit in dict.fromkeys(units):
-        if isinstance(unit, nn.ModuleList) or not any(True for _ in unit.parameters()):
+        if isinstance(unit, nn.ModuleList | nn.ModuleDict) or not any(True for _ in unit.parameters()):
             continue
         fully_shard(unit, **options)
         for method in methods:
