@@ -7,10 +7,29 @@ import pytest
 from hilum.core.config import override
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.seeding import stream
+from hilum.data.transforms import crop_box, resize, shrink
 from hilum.pretraining import crops
-from hilum.pretraining.crops import AUGMENTATIONS, Augmentation, CropConfig, augment, gaussian_blur, make_crops
+from hilum.pretraining.crops import (
+    AUGMENTATIONS,
+    Augmentation,
+    CropConfig,
+    View,
+    change,
+    draw_changes,
+    draw_views,
+    gaussian_blur,
+    make_crops,
+)
 
 SMALL = CropConfig(global_size=32, local_size=16)
+
+
+def augment(
+    view: np.ndarray, preset: Augmentation, blur: float, solarise: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw a preset's photometric changes and apply them."""
+    size = view.shape[0]
+    return change(view, View(size, (0, 0, size, size), None, False, *draw_changes(preset, blur, solarise, rng)))
 
 
 def textured(side: int = 64, seed: int = 0) -> np.ndarray:
@@ -66,29 +85,29 @@ def realised_rates(monkeypatch: pytest.MonkeyPatch, name: str, samples: int = 30
     monkeypatch.setattr(crops, "gaussian_blur", lambda view, sigma: applied.append("blur") or real_blur(view, sigma))
 
     def table(view: np.ndarray, values: np.ndarray) -> np.ndarray:
-        if values is crops._SOLARISED:
+        if values is crops.SOLARISED:
             applied.append("solarise")
         return real_table(view, values)
 
     monkeypatch.setattr(crops.cv2, "LUT", table)
     counts = {"blur": np.zeros(10), "solarise": np.zeros(10)}
-    real_augment = crops.augment
+    real_change = crops.change
     view_number = 0
 
     def counted(*arguments: object) -> np.ndarray:
         nonlocal view_number
         applied.clear()
-        result = real_augment(*arguments)  # type: ignore[arg-type]
-        for change in applied:
-            counts[change][view_number % 10] += 1
+        result = real_change(*arguments)  # type: ignore[arg-type]
+        for step in applied:
+            counts[step][view_number % 10] += 1
         view_number += 1
         return result
 
-    monkeypatch.setattr(crops, "augment", counted)
+    monkeypatch.setattr(crops, "change", counted)
     rng = stream(0, "rates")
     for _ in range(samples):
         make_crops(textured(24), SMALL if name == "cxr" else replace(SMALL, augmentation=name), rng)
-    return {change: (values / samples).tolist() for change, values in counts.items()}
+    return {step: (values / samples).tolist() for step, values in counts.items()}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +216,83 @@ def test_settings_can_be_overridden_and_are_checked() -> None:
         override(CropConfig(), ["augmentation=crx"])
     for bad in (
         {"global_scale": (0.5, 0.3)}, {"local_scale": (0.0, 0.3)}, {"flip": 1.5}, {"global_crops": 0},
-        {"ratio": (2.0, 1.0)},
+        {"ratio": (2.0, 1.0)}, {"rotation": -1.0}, {"rotation": 181.0},
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             replace(CropConfig(), **bad)
+
+
+def straight(pixels: np.ndarray, config: CropConfig, rng: np.random.Generator) -> list[np.ndarray]:
+    """The views as they were made before drawing and doing were apart: each drawn number is used where it is drawn."""
+    preset, made = AUGMENTATIONS[config.augmentation], []
+    for index in range(config.global_crops + config.local_crops):
+        far = index >= config.global_crops
+        size, scale = (config.local_size, config.local_scale) if far else (config.global_size, config.global_scale)
+        top, left, height, width = crop_box(*pixels.shape, scale, config.ratio, rng)
+        box = pixels[top : top + height, left : left + width]
+        view = (shrink if min(height, width) >= size else resize)(box, size, size)
+        if config.rotation:
+            angle = rng.uniform(-config.rotation, config.rotation)
+            turn = cv2.getRotationMatrix2D(((size - 1) / 2, (size - 1) / 2), angle, 1.0)
+            view = cv2.warpAffine(view, turn, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        if rng.random() < config.flip:
+            view = cv2.flip(view, 1)
+        jitters, windows, blurs, noises, solarises, a, b, c, d, e, f, g, h, i, j = rng.random(15).tolist()
+        if jitters < preset.jitter:
+            brightness, contrast = 1 + preset.brightness * (2 * a - 1), 1 + preset.contrast * (2 * b - 1)
+            if c < 0.5:
+                view = cv2.convertScaleAbs(view, alpha=brightness)
+            view = cv2.addWeighted(view, contrast, view, 0.0, (1 - contrast) * cv2.mean(view)[0])
+            if c >= 0.5:
+                view = cv2.convertScaleAbs(view, alpha=brightness)
+        if windows < preset.window:
+            gamma, width_factor = np.exp((2 * d - 1) * preset.gamma), np.exp((2 * e - 1) * preset.width)
+            view = cv2.LUT(view, crops.window_table(float(gamma), float(width_factor), (2 * f - 1) * preset.level))
+        if blurs < preset.blur[2 if far else min(index, 1)]:
+            sigma = preset.sigma[0] + (preset.sigma[1] - preset.sigma[0]) * g
+            kernel = np.exp(-0.5 * np.arange(-4, 5, dtype=np.float64) ** 2 * (1 / (sigma * sigma)))
+            kernel /= kernel.sum()
+            view = cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+        if noises < preset.noise:
+            room, factor = 1024 - size + 1, preset.noise_sigma * h / 24.0
+            row, column = int(i * room), int(j * room)
+            normal = stream(0, "noise field").standard_normal((1024, 1024))
+            field = np.clip(np.rint(128 + 24.0 * normal), 0, 255).astype(np.uint8)
+            field = field[row : row + size, column : column + size]
+            view = cv2.addWeighted(view, 1.0, field, factor, -128 * factor)
+        if index == 1 and solarises < preset.solarise:
+            view = np.where(view < 128, view, 255 - view)
+        made.append(view)
+    return made
+
+
+@pytest.mark.parametrize("rotation", [0.0, 5.0])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_drawing_apart_from_doing_changes_no_bit(name: str, rotation: float) -> None:
+    """The same numbers from the generator in the same order, the same pixels to the bit, the same state afterwards."""
+    config = CropConfig(48, 24, augmentation=name, rotation=rotation)
+    for seed, shape in enumerate(((64, 64), (96, 150), (30, 24), (200, 180))):
+        pixels = stream(seed, "straight").integers(0, 256, shape, dtype=np.uint8)
+        one, other = stream(seed, "drawn"), stream(seed, "drawn")
+        global_views, local_views = make_crops(pixels, config, one)
+        for found, expected in zip([*global_views, *local_views], straight(pixels, config, other), strict=True):
+            assert np.array_equal(found, expected)
+        assert one.random() == other.random()
+
+
+def test_the_preset_says_how_far_views_turn_unless_a_number_does() -> None:
+    def angles(**settings: object) -> list[float | None]:
+        views = [draw_views(64, 64, replace(SMALL, **settings), stream(seed, "angles")) for seed in range(20)]
+        return [view.angle for image in views for view in image]
+
+    own = angles()
+    assert all(angle is not None for angle in own)
+    assert 4.5 < max(own) <= 5  # type: ignore[type-var]
+    assert -5 <= min(own) < -4.5  # type: ignore[type-var]
+    assert 15 < max(angles(rotation=20.0)) <= 20  # type: ignore[type-var]
+    assert set(angles(rotation=0.0)) == {None}
+    for other in ("dinov2", "dinov2_as_released", "none"):
+        assert set(angles(augmentation=other)) == {None}
+        assert None not in angles(augmentation=other, rotation=3.0)
+    assert override(CropConfig(), ["rotation=null"]).rotation is None
+    assert override(CropConfig(), ["rotation=0"]).largest_rotation == 0
