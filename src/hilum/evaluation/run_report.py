@@ -152,6 +152,8 @@ PANELS: tuple[_Panel, ...] = (
            "factor"),
     _Panel("Speed", "Over all processes; dips are probes, checkpoints, or a slow disk.",
            (("images_per_second", "speed"),), "images / s"),
+    _Panel("Use of the GPU", "Operations that a step needs, over what the device could do at its peak.",
+           (("mfu", "MFU"),), "share of the peak"),
 )  # fmt: skip
 
 
