@@ -156,8 +156,8 @@ def test_every_panel_is_of_columns_that_a_run_writes():
     from hilum.pretraining.schedules import Values
 
     written = {
-        "loss", *Losses._fields, *Values._fields, *(f"gradient_norm_{part}" for part in PARTS), "images_per_second", "mfu",
-        "knn_mAP", "knn_mAUC", "linear_mAP", "linear_mAUC", "cls_prototype_usage", "patch_prototype_usage",
+        "loss", *Losses._fields, *Values._fields, *(f"gradient_norm_{part}" for part in PARTS), "images_per_second",
+        "mfu", "knn_mAP", "knn_mAUC", "linear_mAP", "linear_mAUC", "cls_prototype_usage", "patch_prototype_usage",
         "cls_target_entropy", "patch_target_entropy", "teacher_feature_deviation", "teacher_effective_rank",
     }  # fmt: skip
     assert {column for panel in PANELS for column, _ in panel.columns} <= written
