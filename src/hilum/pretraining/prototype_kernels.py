@@ -22,6 +22,8 @@ from hilum.pretraining.projection import Projection
 TILE_ROWS, TILE_COLUMNS, TILE_INNER = 128, 128, 64
 """Tile of a product, and the part of its inner dimension that is loaded at a time; powers of two."""
 _LAUNCH = {"num_warps": 8, "num_stages": 3}
+_TARGET_SCALE = 2.0**15
+"""Targets are 0 to 1; times this, float16 holds them with three bits more than bfloat16, down to 2e-12."""
 _PROGRAMS = 528
 """Programs that keep a large GPU busy; fewer row tiles share each row among several."""
 
@@ -51,7 +53,7 @@ def _products(
 @triton.jit
 def _wanted(
     targets, pairing, rows, columns, row_count, column_count, units,
-    views: tl.constexpr,
+    views: tl.constexpr, target_scale: tl.constexpr,
 ):  # fmt: skip
     """The targets of student rows, summed over the views that supervise their crop; and how many views those are."""
     inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
@@ -64,7 +66,7 @@ def _wanted(
         read = inside & (share[:, None] != 0.0)
         total += tl.load(targets + place, mask=read, other=0.0).to(tl.float32) * share[:, None]
         mass += share
-    return total, mass
+    return total / target_scale, mass
 
 
 @triton.jit
@@ -94,9 +96,9 @@ def _log_mass_kernel(
 def _targets_kernel(
     left, right, row_bias, column_bias, out, row_count, column_count, scale,
     width: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr, tile_inner: tl.constexpr,
-    precision: tl.constexpr,
+    precision: tl.constexpr, target_scale: tl.constexpr,
 ):  # fmt: skip
-    """exp(scale left_i . right_j + row_bias_i + column_bias_j), written out."""
+    """target_scale exp(scale left_i . right_j + row_bias_i + column_bias_j), written out."""
     rows = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
     columns = tl.program_id(1) * tile_columns + tl.arange(0, tile_columns)
     logits = _products(left, right, rows, columns, row_count, column_count, width, tile_inner, precision) * scale
@@ -104,7 +106,7 @@ def _targets_kernel(
     logits += tl.load(column_bias + columns, mask=columns < column_count, other=0.0)[None, :]
     place = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
     inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
-    tl.store(out + place, tl.exp(logits).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place, (tl.exp(logits) * target_scale).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -112,7 +114,7 @@ def _agreement_kernel(
     left, right, targets, pairing, log_mass, agreement, row_count, column_count, units, scale, tiles,
     views: tl.constexpr,
     width: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr, tile_inner: tl.constexpr,
-    precision: tl.constexpr,
+    precision: tl.constexpr, target_scale: tl.constexpr,
 ):  # fmt: skip
     """Log sum_j exp(z_ij) and sum_j t_ij z_ij of student logits z, over some tiles of columns."""
     rows = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
@@ -123,7 +125,7 @@ def _agreement_kernel(
     for tile in range(part * tiles, (part + 1) * tiles):
         columns = tile * tile_columns + tl.arange(0, tile_columns)
         logits = _products(left, right, rows, columns, row_count, column_count, width, tile_inner, precision) * scale
-        wanted, _ = _wanted(targets, pairing, rows, columns, row_count, column_count, units, views)
+        wanted, _ = _wanted(targets, pairing, rows, columns, row_count, column_count, units, views, target_scale)
         agreed += tl.sum(wanted * logits, axis=1)
         logits = tl.where(columns[None, :] < column_count, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, axis=1))
@@ -139,13 +141,13 @@ def _gradient_kernel(
     left, right, targets, pairing, log_mass, weights, out, row_count, column_count, units, scale,
     views: tl.constexpr,
     width: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr, tile_inner: tl.constexpr,
-    precision: tl.constexpr,
+    precision: tl.constexpr, target_scale: tl.constexpr,
 ):  # fmt: skip
     """weight_i scale (views_i softmax_ij - t_ij), written out."""
     rows = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
     columns = tl.program_id(1) * tile_columns + tl.arange(0, tile_columns)
     logits = _products(left, right, rows, columns, row_count, column_count, width, tile_inner, precision) * scale
-    wanted, mass = _wanted(targets, pairing, rows, columns, row_count, column_count, units, views)
+    wanted, mass = _wanted(targets, pairing, rows, columns, row_count, column_count, units, views, target_scale)
     log_total = tl.load(log_mass + rows, mask=rows < row_count, other=0.0)
     weight = tl.load(weights + rows, mask=rows < row_count, other=0.0) * scale
     gradient = weight[:, None] * (mass[:, None] * tl.exp(logits - log_total[:, None]) - wanted)
@@ -155,7 +157,7 @@ def _gradient_kernel(
 
 
 class FusedPasses:
-    """Passes over the teacher's logits for Sinkhorn-Knopp."""
+    """Passes over the teacher's logits for Sinkhorn-Knopp; see `prototype_chunks.ChunkedPasses`."""
 
     products = None
     """Kept nowhere."""
@@ -184,8 +186,10 @@ class FusedComparison:
 
     def __init__(
         self, prototypes: Tensor, teacher: Projection, factors: tuple[Tensor, Tensor],
-        temperatures: tuple[float, float], pairing: tuple[tuple[int, ...], ...], longest: int, learns: bool,
+        temperatures: tuple[float, float], pairing: tuple[tuple[int, ...], ...], most: int, learns: bool,
+        _products: None,
     ) -> None:  # fmt: skip
+        """See `prototype_chunks.ChunkedComparison`."""
         crops, views = len(pairing), len(pairing[0])
         self.prototypes = prototypes.contiguous()
         self.teacher_prototypes = teacher.prototypes.contiguous()
@@ -196,23 +200,26 @@ class FusedComparison:
         self.mass = self.pairing.sum(dim=1, keepdim=True)  # crops 1
         self.learns = learns
         count = prototypes.shape[0]
-        self.targets = prototypes.new_empty(views * longest, count)
-        self.gradient = prototypes.new_empty(crops * longest if learns else 0, count)
+        exact = prototypes.dtype == torch.float32
+        self.targets = prototypes.new_empty(views * most, count, dtype=torch.float32 if exact else torch.float16)
+        self.target_scale = 1.0 if exact else _TARGET_SCALE
+        self.gradient = prototypes.new_empty(crops * most if learns else 0, count)
 
     def compare(self, rows: Tensor, span: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropies (crops x chunk), and weights x their gradients (crops chunk x K), in product precision."""
         crops, views = self.pairing.shape
         units, (count, width) = span.stop - span.start, self.prototypes.shape
-        shape = _tile(rows.dtype, width)
+        shape = _tile(rows.dtype, width) | {"target_scale": self.target_scale}
         taught = self.teacher_rows[:, span].flatten(0, 1).contiguous()  # views*chunk E
+        row_bias = self.log_rows[:, span].flatten().contiguous()  # flattened, one unit of each view is a strided vector
         targets = self.targets[: views * units]
         grid = (_tiles(views * units, TILE_ROWS), _tiles(count, TILE_COLUMNS))
         _targets_kernel[grid](
-            taught, self.teacher_prototypes, self.log_rows[:, span].flatten(), self.log_prototypes, targets,
-            views * units, count, self.teacher_scale, **shape,
+            taught, self.teacher_prototypes, row_bias, self.log_prototypes, targets, views * units, count,
+            self.teacher_scale, **shape,
         )  # fmt: skip
         rows = rows.contiguous()
-        total = crops * units
+        total, flat_weights = crops * units, weights.flatten().contiguous()
         parts, tiles = _split(total, count)
         log_mass, agreement = weights.new_empty(2, parts, total)
         _agreement_kernel[(_tiles(total, TILE_ROWS), parts)](
@@ -224,7 +231,7 @@ class FusedComparison:
         gradient = self.gradient[:total]
         if self.learns:
             _gradient_kernel[(_tiles(total, TILE_ROWS), _tiles(count, TILE_COLUMNS))](
-                rows, self.prototypes, targets, self.pairing, log_total, weights.flatten(), gradient, total, count,
+                rows, self.prototypes, targets, self.pairing, log_total, flat_weights, gradient, total, count,
                 units, self.scale, views=views, **shape,
             )  # fmt: skip
         return losses, gradient

@@ -3,8 +3,10 @@
 With 131,072 prototypes the matrices of a step are tens of gigabytes, and moving them takes longer than the products
 that make them. Here the teacher's targets are kept as two vectors (`Assignment`), logits are multiplied out again
 where they are needed, a chunk of rows at a time, and the loss leaves its gradients behind, so that nothing waits for
-the backward pass. Numbers are those of `losses.py`, up to rounding. Plain PyTorch; `prototype_kernels.py` has the same
-steps as Triton kernels for a CUDA device. Which rows meet which is `dinov2.py`'s business.
+the backward pass. Numbers are those of `losses.py`, up to rounding. Which rows meet which is `dinov2.py`'s business.
+
+The steps on a chunk are in `prototype_chunks.py`, in plain PyTorch, and in `prototype_kernels.py`, as Triton kernels
+for a CUDA device.
 
 Half precision is for products only: their results, targets, losses and sums are float32. float64 stays float64.
 """
@@ -12,7 +14,7 @@ Half precision is for products only: their results, targets, losses and sums are
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,15 +25,17 @@ from torch.autograd.function import once_differentiable
 
 from hilum.core.distributed import max_over_ranks, mean_over_ranks, sum_over_ranks
 from hilum.pretraining.projection import Projection, at_least_float32
+from hilum.pretraining.prototype_chunks import (
+    ChunkedComparison,
+    ChunkedPasses,
+    Logits,
+    add_product,
+    longest,
+    product,
+    spans_of,
+)
 
 Method = Literal["chunked", "triton"]
-
-_CPU_ELEMENTS = 2**24
-"""Logits held at once on a CPU, 64 MB: few enough to stay near the cache, enough to make the products worth while."""
-_KEPT_ELEMENTS = 2**26
-"""Teacher logits that a CPU keeps between passes, 256 MB: there a product costs more than the room."""
-_GPU_ELEMENTS = (2**24, 2**27)
-"""Least and most logits held at once on a GPU; between them, a sixteenth of all."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Assignment:
     def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "chunk K"]]]:
         """Q some rows at a time; a block is overwritten by the next."""
         rows, count = self.log_rows.shape[0], self.log_prototypes.shape[0]
-        spans = _spans(rows, count, 1, self.chunk, self.log_rows.device)
-        logits = _Logits(self.teacher.prototypes, self.temperature, _longest(spans))
+        spans = spans_of(rows, count, 1, self.chunk, self.log_rows.device)
+        logits = Logits(self.teacher.prototypes, self.temperature, longest(spans))
         for span in spans:
             products = None if self.products is None else self.products[span]
             block = logits.of(self.teacher.features[span], self.log_prototypes, products)
@@ -202,16 +206,16 @@ class _Comparison(torch.autograd.Function):
             per_crop = targets.log_rows.new_zeros(crops)
             feature_gradient = torch.zeros_like(rows, dtype=per_crop.dtype) if learns else None
             prototype_gradient = torch.zeros_like(prototypes, dtype=per_crop.dtype) if learns else None
-            spans = _spans(units, count, crops + views, targets.chunk * (crops + views) // crops, features.device)
-            chunks = _comparison(targets, student.prototypes, pairing, temperature, _longest(spans), learns)
+            spans = spans_of(units, count, crops + views, targets.chunk * (crops + views) // crops, features.device)
+            chunks = _comparison(targets, student.prototypes, pairing, temperature, longest(spans), learns)
             for span in spans:
                 part = rows[:, span].flatten(0, 1)  # crops*chunk E
                 share = weights[:, span].to(per_crop.dtype)  # crops chunk
                 losses, gradient = chunks.compare(part, span, share)
                 per_crop += (losses * share).sum(dim=1)
                 if feature_gradient is not None and prototype_gradient is not None:
-                    feature_gradient[:, span] = _product(gradient, student.prototypes).unflatten(0, (crops, -1))
-                    _add_product(prototype_gradient, gradient.T, part)
+                    feature_gradient[:, span] = product(gradient, student.prototypes).unflatten(0, (crops, -1))
+                    add_product(prototype_gradient, gradient.T, part)
         if feature_gradient is not None and prototype_gradient is not None:
             ctx.save_for_backward(feature_gradient.flatten(0, 1), prototype_gradient)
         ctx.mark_non_differentiable(per_crop)
@@ -230,159 +234,17 @@ def triton_available() -> bool:
 
 
 def _passes(method: Method) -> Any:
-    if method == "chunked":
-        return _Passes
-    return importlib.import_module("hilum.pretraining.prototype_kernels").FusedPasses
+    return ChunkedPasses if method == "chunked" else _kernels().FusedPasses
 
 
 def _comparison(
-    targets: Assignment, prototypes: Tensor, pairing: tuple[tuple[int, ...], ...], temperature: float, longest: int,
+    targets: Assignment, prototypes: Tensor, pairing: tuple[tuple[int, ...], ...], temperature: float, most: int,
     learns: bool,
 ) -> Any:  # fmt: skip
-    if targets.method == "chunked":
-        return _ChunkComparison(prototypes, targets, pairing, temperature, longest, learns)
-    kernels = importlib.import_module("hilum.pretraining.prototype_kernels")
     factors, temperatures = (targets.log_rows, targets.log_prototypes), (temperature, targets.temperature)
-    return kernels.FusedComparison(prototypes, targets.teacher, factors, temperatures, pairing, longest, learns)
+    kind = ChunkedComparison if targets.method == "chunked" else _kernels().FusedComparison
+    return kind(prototypes, targets.teacher, factors, temperatures, pairing, most, learns, targets.products)
 
 
-class _ChunkComparison:
-    """Losses of a chunk of student rows, and the gradients with respect to their logits, in plain PyTorch."""
-
-    def __init__(
-        self, prototypes: Tensor, targets: Assignment, pairing: tuple[tuple[int, ...], ...], temperature: float,
-        longest: int, learns: bool,
-    ) -> None:  # fmt: skip
-        crops, views = len(pairing), len(pairing[0])
-        self.targets, self.pairing, self.temperature, self.learns = targets, pairing, temperature, learns
-        self.teacher_rows = targets.teacher.features.unflatten(0, (views, -1))  # views units E
-        self.products = None if targets.products is None else targets.products.unflatten(0, (views, -1))
-        self.log_rows = targets.log_rows.unflatten(0, (views, -1))  # views units
-        self.student_logits = _Logits(prototypes, temperature, crops * longest)
-        self.teacher_logits = _Logits(targets.teacher.prototypes, targets.temperature, views * longest)
-
-    def compare(self, rows: Tensor, span: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropies (crops x chunk), and weights x their gradients (crops chunk x K), in product precision."""
-        crops, views = len(self.pairing), len(self.pairing[0])
-        products = self.products[:, span].flatten(0, 1) if self.products is not None else None
-        features = self.teacher_rows[:, span].flatten(0, 1)
-        teacher = self.teacher_logits.of(features, self.targets.log_prototypes, products)
-        taught = teacher.add_(self.log_rows[:, span].reshape(-1, 1)).exp_().unflatten(0, (views, -1))  # views chunk K
-        logits = self.student_logits.of(rows)
-        losses = torch.empty_like(weights)
-        sums: dict[tuple[int, ...], Tensor] = {}
-        for crop, (said, share) in enumerate(zip(logits.unflatten(0, (crops, -1)), weights, strict=True)):  # chunk K
-            chosen = self.pairing[crop]
-            if chosen not in sums:
-                views_of = [taught[view] for view in range(views) if chosen[view]]
-                sums[chosen] = views_of[0] if len(views_of) == 1 else torch.stack(views_of).sum(dim=0)
-            wanted, mass = sums[chosen], sum(chosen)
-            agreement = (said[:, None] @ wanted[:, :, None]).flatten()
-            peak = said.amax(dim=1)
-            total = said.sub_(peak[:, None]).exp_().sum(dim=1)
-            losses[crop] = mass * (peak + total.log()) - agreement
-            if self.learns:  # in the logits' memory: weight (mass softmax - target) / temperature
-                scale = share / self.temperature
-                said.mul_((scale * mass / total)[:, None]).addcmul_(wanted, scale[:, None], value=-1)
-        return losses, logits.to(rows.dtype)
-
-
-class _Passes:
-    """Passes over the teacher's logits for Sinkhorn-Knopp, some rows at a time, in plain PyTorch."""
-
-    def __init__(self, teacher: Projection, temperature: float, valid: Tensor | None, chunk: int) -> None:
-        self.features = teacher.features
-        rows, count = self.features.shape[0], teacher.prototypes.shape[0]
-        self.spans = _spans(rows, count, 1, chunk, self.features.device)
-        self.logits = _Logits(teacher.prototypes, temperature, _longest(self.spans))
-        self.count, self.dtype = count, self.logits.buffer.dtype
-        self.valid = self.logits.buffer.new_ones(rows) if valid is None else valid.to(self.dtype)
-        keep = not self.features.is_cuda and rows * count <= _KEPT_ELEMENTS
-        self.products = self.features @ teacher.prototypes.T if keep else None
-
-    def _logits(self, span: slice, bias: Tensor | None = None) -> Tensor:
-        return self.logits.of(self.features[span], bias, None if self.products is None else self.products[span])
-
-    def log_column_mass(self) -> Float[Tensor, " K"]:
-        """Log sum_i exp(z_ik / T); -inf without a row."""
-        peak = self.valid.new_full((self.count,), -torch.inf)
-        mass = self.valid.new_zeros(self.count)
-        for span in self.spans:
-            logits = self._logits(span)
-            higher = torch.maximum(peak, logits.amax(dim=0))
-            mass = mass * torch.exp(peak - higher) + self.valid[span] @ logits.sub_(higher).exp_()
-            peak = higher
-        return peak + mass.log()
-
-    def row_factors(self, log_prototypes: Float[Tensor, " K"], columns: bool) -> tuple[Tensor, Tensor]:
-        """Log row factors that make rows sum to 1; and, if `columns`, the column sums of what results."""
-        log_rows = torch.empty_like(self.valid)
-        mass = torch.zeros_like(log_prototypes)
-        for span in self.spans:
-            logits = self._logits(span, log_prototypes)
-            peak = logits.amax(dim=1)
-            similarity = logits.sub_(peak[:, None]).exp_()
-            total = similarity.sum(dim=1)
-            log_rows[span] = -(peak + total.log())
-            if columns:
-                mass += (self.valid[span] / total) @ similarity
-        return log_rows, mass
-
-
-class _Logits:
-    """Products of rows with all prototypes over a temperature, always in the same memory."""
-
-    def __init__(self, prototypes: Float[Tensor, "K E"], temperature: float, longest: int) -> None:
-        self.prototypes, self.temperature = prototypes, temperature
-        exact = torch.float64 if prototypes.dtype == torch.float64 else torch.float32
-        shape = (longest, prototypes.shape[0])
-        self.buffer = prototypes.new_empty(shape, dtype=exact)  # once: fresh memory costs a CPU as much as a pass
-        self.rounded = prototypes.new_empty(shape) if exact != prototypes.dtype and not prototypes.is_cuda else None
-
-    def of(
-        self, features: Float[Tensor, "rows E"], bias: Float[Tensor, " K"] | None = None,
-        products: Float[Tensor, "rows K"] | None = None,
-    ) -> Float[Tensor, "rows K"]:  # fmt: skip
-        """Features @ prototypes.T / temperature + bias; overwritten by the next call.
-
-        `products` may hold features @ prototypes.T from before.
-        """
-        out, transposed, scale = self.buffer[: features.shape[0]], self.prototypes.T, 1 / self.temperature
-        if products is None and self.rounded is not None:  # a CPU rounds the products of half precision
-            products = torch.mm(features, transposed, out=self.rounded[: features.shape[0]])
-        if products is not None:
-            return torch.add(out.new_zeros(()) if bias is None else bias, products, alpha=scale, out=out)
-        if features.dtype != out.dtype:
-            torch.mm(features, transposed, out_dtype=out.dtype, out=out).mul_(scale)
-            return out if bias is None else out.add_(bias)
-        if bias is None:
-            return torch.mm(features * scale, transposed, out=out)
-        return torch.addmm(bias, features, transposed, alpha=scale, out=out)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Left @ right, in at least float32; on a CPU half precision rounds it."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return at_least_float32(left @ right)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(_product(left, right))
-
-
-def _spans(units: int, prototypes: int, rows_of_unit: int, chunk: int, device: torch.device) -> list[slice]:
-    """Cut `units` so that about `chunk` rows, 0: as many as suits the device, are held at a time."""
-    if chunk < 1:
-        least, most = _GPU_ELEMENTS if device.type == "cuda" else (_CPU_ELEMENTS, _CPU_ELEMENTS)
-        chunk = min(max(units * rows_of_unit * prototypes // 16, least), most) // prototypes
-    step = max(chunk // rows_of_unit, 1)
-    return [slice(start, min(start + step, units)) for start in range(0, units, step)]
-
-
-def _longest(spans: Sequence[slice]) -> int:
-    return max((span.stop - span.start for span in spans), default=0)
+def _kernels() -> Any:
+    return importlib.import_module("hilum.pretraining.prototype_kernels")
