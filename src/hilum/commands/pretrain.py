@@ -26,10 +26,12 @@ from hilum.backbones.vit import ViTConfig
 from hilum.backbones.weights import WEIGHTS_NAME, save_backbone
 from hilum.commands import pretrain_setup as setup
 from hilum.commands.pretrain_probe import Probe, open_probe
+from hilum.commands.pretrain_report import write_report
 from hilum.commands.pretrain_watch import Watch, stop_signals
 from hilum.core import checkpoint
 from hilum.core.config import write_yaml
 from hilum.core.distributed import Engine, launch, max_over_ranks, mean_over_ranks
+from hilum.core.errors import HilumError
 from hilum.core.locks import folder_lock
 from hilum.core.seeding import torch_stream
 from hilum.core.sharding import whole_tensors
@@ -220,6 +222,10 @@ def run(
             say(f"{config.steps} steps done in {duration(clock.seconds())}; backbone: {out / WEIGHTS_NAME}")
             if loader.replaced:
                 say(f"{len(loader.replaced)} damaged image(s) were replaced; `hilum verify {data}` lists them.")
+            try:
+                say(f"Report: {write_report(out, store, engine.device.type)}")
+            except HilumError as error:  # the run itself is whole
+                warn(f"no report: {error} `hilum inspect {out} --data {data}` writes it again.")
             next_step(f"hilum fit RECIPE --data {data} --backbone {out} --out MODEL")
     return out
 
