@@ -243,6 +243,39 @@ def pretrain(
     program.run(pretrain_recipe(recipe, overrides or []), data, out, init=init, devices=devices)
 
 
+@app.command(epilog=example("hilum slurm slides_vitl16_224 --data store --out runs/ssl --nodes 2 --gpus-per-node 8"))
+def slurm(
+    recipe: Annotated[str, typer.Argument(help="A recipe (hilum recipes lists them) or a config.yaml.")],
+    overrides: Overrides = None,
+    data: Store = Path("store"),
+    out: Out = Path("run"),
+    init: Annotated[str | None, typer.Option(help="A run or weights to start from.")] = None,
+    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs, and processes, on each.")] = 1,
+    cpus_per_gpu: Annotated[int, typer.Option(help="Processor cores for each process.")] = 8,
+    time: Annotated[str, typer.Option(help="Limit of one turn; at its end the job queues itself again.")] = "24:00:00",
+    partition: Annotated[str, typer.Option(help="As in sbatch.")] = "",
+    account: Annotated[str, typer.Option(help="As in sbatch.")] = "",
+    constraint: Annotated[str, typer.Option(help="As in sbatch.")] = "",
+    name: Annotated[str, typer.Option(help="Of the job.")] = "",
+    setup: Annotated[
+        list[str] | None, typer.Option(help='A line of shell to run first, as in "module load cuda"; may be repeated.')
+    ] = None,
+    out_script: Annotated[Path, typer.Option(help="Where to write the script; logs go beside it.")] = Path(
+        "pretrain.sbatch"
+    ),
+) -> None:
+    """Write a batch script that runs `hilum pretrain` on a SLURM cluster, again and again until it is finished."""
+    from hilum.commands import slurm as program
+    from hilum.recipes import pretrain_recipe
+
+    config = pretrain_recipe(recipe, overrides or [])
+    resources = program.Resources(
+        nodes, gpus_per_node, cpus_per_gpu, time, partition, account, constraint, name, tuple(setup or ())
+    )
+    program.run(config, recipe, overrides or [], data, out, init, resources, out_script)
+
+
 @app.command(epilog=example("hilum inspect runs/ssl --data store"))
 def inspect(
     run: Annotated[Path, typer.Argument(help="A run of hilum pretrain, finished or not.")],
