@@ -479,6 +479,44 @@ def test_kernels_under_the_interpreter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+ARGUMENTS = {  # of each kernel at run time; X: the type of the operands, T: of the targets
+    "_log_mass_kernel": "*X *X *fp32 *fp32 i32 i32 fp32 i32",
+    "_targets_kernel": "*X *X *fp32 *fp32 *T i32 i32 fp32",
+    "_agreement_kernel": "*X *X *T *fp32 *fp32 *fp32 i32 i32 i32 fp32 i32",
+    "_gradient_kernel": "*X *X *T *fp32 *fp32 *fp32 *X i32 i32 i32 fp32",
+}
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("dtype", "capability"), [("bf16", 90), ("bf16", 80), ("fp32", 89)])
+@pytest.mark.parametrize("kernel", ARGUMENTS)
+def test_kernels_compile_for_gpus_that_are_not_here(
+    kernel: str, dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to machine code, in the shared memory of that generation; the compiler needs no device."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hilum.pretraining import prototype_kernels
+
+    function = getattr(prototype_kernels, kernel)
+    operands = torch.float32 if dtype == "fp32" else torch.bfloat16
+    constants = prototype_kernels._tile(operands, 384) | {"views": 2, "target_scale": 1.0}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    types = iter(ARGUMENTS[kernel].replace("X", dtype).replace("T", "fp32" if dtype == "fp32" else "fp16").split())
+    signature = {name: "constexpr" if name in constants else next(types) for name in function.arg_names}
+    assert next(types, None) is None
+    source = ASTSource(function, signature, {(function.arg_names.index(name),): constants[name] for name in constants})
+    options = prototype_kernels._LAUNCH
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 99 * 1024  # the least of these generations
+
+
 @pytest.mark.gpu
 @needs_triton
 def test_kernels_on_a_gpu() -> None:

@@ -11,6 +11,7 @@ from hilum.core.errors import ConfigError
 from hilum.pretraining import dinov2
 from hilum.pretraining.dinov2 import Batch, HeadConfig, LossConfig, Network
 from hilum.pretraining.projection import Projection
+from hilum.pretraining.prototype_loss import Assignment
 
 TINY = ViTConfig(16, 2, 2, patch_size=4, image_size=16, registers=1, layer_scale=1.0)
 HEADS = HeadConfig(prototypes=12, hidden=16, dino_bottleneck=8, ibot_bottleneck=6)
@@ -143,6 +144,51 @@ def test_chunks_change_nothing(networks: tuple[Network, Network]) -> None:
         found.append([losses.total.detach(), *[parameter.grad.clone() for parameter in student.parameters()]])
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "centre"])
+@pytest.mark.parametrize("masked_crops", [0, IMAGES])
+def test_chunked_losses_are_the_plain_ones(
+    networks: tuple[Network, Network], centering: dinov2.Centering, masked_crops: int
+) -> None:
+    student, teacher = networks
+    batch = make_batch(masked_crops)
+    batch = batch._replace(  # two rows that only fill the batch up
+        masked=torch.cat([batch.masked, torch.tensor([0, 5])]),
+        mask_weights=torch.cat([batch.mask_weights, torch.zeros(2)]),
+    )
+    with torch.no_grad():
+        for network in networks:
+            for head in (network.dino_head, network.ibot_head):
+                head.last_layer.weight_g.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(3))
+    centres = dinov2.Centres(torch.linspace(-0.1, 0.1, 12), torch.linspace(0.2, 0, 12))
+    found = []
+    for form, chunk in (("plain", 0), ("chunked", 0), ("chunked", 3)):
+        config = LossConfig(centering=centering, prototype_loss=form, chunk=chunk)  # type: ignore[arg-type]
+        taught = dinov2.teacher_forward(teacher, batch)
+        targets = dinov2.teacher_targets(taught, centres, 0.05, config)
+        assert isinstance(targets.cls, Assignment) == (form == "chunked")
+        losses = dinov2.compute_losses(student(batch, 0.0, None), targets, batch, config)
+        student.zero_grad()
+        losses.total.backward()
+        gradients = [parameter.grad.clone() for parameter in student.parameters()]
+        found.append([*[loss.detach() for loss in losses], *dinov2.health(taught, targets).values(), *gradients])
+    for other in found[1:]:
+        for left, right in zip(found[0], other, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5 * max(1.0, float(left.abs().max())))
+
+
+def test_large_matrices_are_never_made_by_default(
+    networks: tuple[Network, Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, teacher = networks
+    taught = dinov2.teacher_forward(teacher, make_batch())
+    assert dinov2.prototype_method(LossConfig(), taught) == "plain"
+    monkeypatch.setattr(dinov2, "_LARGE", 2 * IMAGES * HEADS.prototypes)
+    assert dinov2.prototype_method(LossConfig(), taught) == "chunked"
+    assert dinov2.prototype_method(LossConfig(prototype_loss="plain"), taught) == "plain"
+    with pytest.raises(ConfigError, match=r"prototype_loss=triton.*CUDA"):
+        dinov2.prototype_method(LossConfig(prototype_loss="triton"), taught)
 
 
 def test_losses_are_float32_under_autocast(networks: tuple[Network, Network]) -> None:
