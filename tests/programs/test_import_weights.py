@@ -161,3 +161,20 @@ def test_a_hostile_file_and_a_bad_one_are_named_as_they_were_given(
         assert message in last
     assert not (tmp_path / "it_ran").exists()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_heads_are_fitted_on_imported_weights(tmp_path: Path, world: Path) -> None:
+    """On the folder of import-weights, and, without any import, on the public file itself: the same model."""
+    from hilum.data.phantoms.writing import write_phantoms
+
+    write_phantoms(tmp_path / "nih", "nih", 30, seed=0, size=64, minimum_patients=2, workers=1)
+    assert run("manifest", f"nih={tmp_path}/nih", "--out", tmp_path / "m.parquet") == 0
+    assert run("build", tmp_path / "m.parquet", "--out", tmp_path / "store", "--size", 56, "--workers", 1) == 0
+    models = []
+    for name, backbone in (("a", world / "own"), ("b", world / "plain.safetensors")):
+        settings = "blocks=1 resolution=56 search_epochs=1 refit_epochs=1 learning_rates=[0.01] threads=1".split()
+        words = ["--data", tmp_path / "store", "--backbone", backbone, "--out", tmp_path / name, "--device", "cpu"]
+        assert run("fit", "linear", *settings, *words) == 0
+        models.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])

@@ -11,7 +11,8 @@ from pathlib import Path
 from hilum.core.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"^(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w.-]+))?$")
-_DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
+_DESCRIPTIONS = ["config.json", "preprocessor_config.json", "seen.npz"]
+"""Beside weights: what they are, how their images were normalised, and, of Hilum's own, which images they have met."""
 _WEIGHTS = ["model.safetensors", "teacher.safetensors"]
 _PICKLED = ["pytorch_model.bin"]
 """Taken only from a repository without safetensors."""

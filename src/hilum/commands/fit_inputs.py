@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64
 
 from hilum.backbones.vit import SIZES, VisionTransformer
-from hilum.backbones.weights import load_backbone, read_backbone_config
+from hilum.backbones.weights import load_backbone, read_backbone_config, resolve_weights
 from hilum.core.errors import ConfigError, LeakageError, PreprocessingMismatchError, UnknownNameError
 from hilum.core.seeding import forked
 from hilum.core.types import POSITIVE, UNKNOWN
@@ -157,7 +157,7 @@ def open_backbone(backbone: Path | str, resolution: int | None, store: Store, se
             model = VisionTransformer(replace(SIZES[size], image_size=resolution or SIZES[size].image_size))
         nothing = Seen(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
         return OpenBackbone(model, store.preprocess_id, nothing, "", {"kind": "random", "size": size})
-    path = Path(name)
+    path = resolve_weights(name)
     described = read_backbone_config(path)
     if described["preprocess_id"] != store.preprocess_id:
         raise PreprocessingMismatchError(
@@ -168,7 +168,7 @@ def open_backbone(backbone: Path | str, resolution: int | None, store: Store, se
     folder = path if path.is_dir() else path.parent
     provenance = {
         "kind": described["format"],
-        "name": path.name,
+        "name": Path(name).name,
         "seen_recorded": (folder / SEEN_NAME).exists(),
         "seen": described.get("seen"),
     }
