@@ -173,7 +173,7 @@ def test_heads_are_fitted_on_imported_weights(tmp_path: Path, world: Path) -> No
     assert run("build", tmp_path / "m.parquet", "--out", tmp_path / "store", "--size", 56, "--workers", 1) == 0
     models = []
     for name, backbone in (("a", world / "own"), ("b", world / "plain.safetensors")):
-        settings = "blocks=1 resolution=56 search_epochs=1 refit_epochs=1 learning_rates=[0.01] threads=1".split()
+        settings = ["blocks=1", "resolution=56", "search_epochs=1", "refit_epochs=1", "learning_rates=[0.01]"]
         words = ["--data", tmp_path / "store", "--backbone", backbone, "--out", tmp_path / name, "--device", "cpu"]
         assert run("fit", "linear", *settings, *words) == 0
         models.append(load_file(tmp_path / name / "model.safetensors"))
