@@ -23,6 +23,7 @@ import torch
 from lightly_train._commands.train_helpers import get_precision
 from lightly_train._methods.dinov2 import dinov2 as method_module
 from lightly_train._methods.dinov2.dinov2 import DINOv2, DINOv2AdamWViTArgs, DINOv2Args
+from lightly_train._methods.method import TrainingStepResult
 from lightly_train._models.dinov2_vit.dinov2_vit_package import DINOV2_VIT_PACKAGE
 from lightly_train._models.dinov2_vit.dinov2_vit_src.layers import attention
 from lightly_train._models.embedding_model import EmbeddingModel
@@ -47,10 +48,12 @@ class Step:
         self.estimated_stepping_batches = TOTAL_STEPS
 
 
-def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], torch.Tensor], dict[str, Any]]:
-    """One step of its DINOv2, and what it is."""
+def make_method(chosen: dict[str, Any], device: torch.device) -> DINOv2:
+    """Its method with both networks, and a stand-in for the trainer; for the life of this process."""
     torch.manual_seed(0)
     sizes, images = chosen["sizes"], chosen["images"]
+    if chosen["bottlenecks"][0] != chosen["bottlenecks"][1]:
+        raise ValueError("lightly-train has one width of bottleneck for both heads")
     model = DINOV2_VIT_PACKAGE.get_model(
         NAMES[chosen["model"]],
         num_input_channels=1,
@@ -63,8 +66,6 @@ def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], to
         },
         load_weights=False,
     )
-    if chosen["bottlenecks"][0] != chosen["bottlenecks"][1]:
-        raise ValueError("lightly-train has one width of bottleneck for both heads")
     arguments = DINOv2Args(
         ibot_separate_head=True,
         dino_bottleneck_dim=chosen["bottlenecks"][0],
@@ -79,21 +80,46 @@ def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], to
     method.train()
     method.teacher_embedding_model.eval()
     method.teacher_head.eval()
-    trainer = Step()
-    with patch.object(type(method), "trainer", trainer):
-        [optimizer], [schedule] = method.configure_optimizers()
+    patch.object(DINOv2, "trainer", Step()).start()
+    return method
+
+
+def loss_of(method: DINOv2, views: list[torch.Tensor], masks: dict[str, torch.Tensor]) -> TrainingStepResult:
+    """Its training step up to the loss, on masks that are given."""
+    with patch.object(method_module, "create_collated_masks", lambda **_: masks):
+        return method.training_step_impl({"views": views}, method.trainer.global_step)
+
+
+def teacher_temperature(method: DINOv2) -> float:
+    """What its training step takes at this point of the run."""
+    arguments = method.method_args
+    return method_module.linear_warmup_schedule(
+        step=method.trainer.global_step,
+        warmup_steps=arguments.teacher_temp_warmup_steps,
+        start_value=arguments.teacher_temp_start,
+        end_value=arguments.teacher_temp_end,
+    )
+
+
+def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], torch.Tensor], dict[str, Any]]:
+    """One step of its DINOv2, and what it is."""
+    sizes, images = chosen["sizes"], chosen["images"]
+    method = make_method(chosen, device)
+    arguments, trainer = method.method_args, method.trainer
+    [optimizer], [schedule] = method.configure_optimizers()
     scheduler = schedule["scheduler"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     generator = torch.Generator().manual_seed(0)
-    batches = cycle(
+    sides = [sizes[0]] * 2 + [sizes[1]] * 8
+    turns = cycle(
         [
-            {"views": [torch.randn(images, 1, size, size, generator=generator).to(device) for size in sides]}
-            for sides in [[sizes[0]] * 2 + [sizes[1]] * 8] * chosen["batches"]
+            [torch.randn(images, 1, size, size, generator=generator).to(device) for size in sides]
+            for _ in range(chosen["batches"])
         ]
     )
     began = time.perf_counter()
-    masks = [draw_masks(arguments, model.patch_size, sizes[0], images) for _ in range(chosen["batches"])]
+    masks = [draw_masks(arguments, method._patch_size, sizes[0], images) for _ in range(chosen["batches"])]
     mask_seconds = (time.perf_counter() - began) / len(masks)
     masked = sum(len(mask["mask_indices_list"]) for mask in masks) / len(masks)
     mask_turns = cycle([{name: value.to(device) for name, value in mask.items()} for mask in masks])
@@ -101,9 +127,9 @@ def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], to
     bf16 = precision == "bf16-mixed"
 
     def step() -> torch.Tensor:
-        batch = next(batches)
+        views = next(turns)
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            loss = method.training_step_impl(batch, trainer.global_step).loss
+            loss = loss_of(method, views, next(mask_turns)).loss
         optimizer.zero_grad()
         loss.backward()
         method.on_before_optimizer_step(optimizer)
@@ -112,12 +138,9 @@ def build(chosen: dict[str, Any], device: torch.device) -> tuple[Callable[[], to
         scheduler.step()
         trainer.global_step += 1
         with patch.object(method_module.Method, "on_train_batch_end", lambda *_, **__: None):  # its timing log
-            method.on_train_batch_end(None, batch, trainer.global_step)
+            method.on_train_batch_end(None, {"views": views}, trainer.global_step)
         return loss
 
-    # For the life of this process: the masks drawn beforehand, and no Lightning.
-    patch.object(method_module, "create_collated_masks", lambda **_: next(mask_turns)).start()
-    patch.object(type(method), "trainer", trainer).start()
     facts = {
         "name": f"lightly-train {lightly_train.__version__}",
         "precision": precision,

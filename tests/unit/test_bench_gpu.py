@@ -29,7 +29,7 @@ SCRIPTS = {
     "good": ROWS,
     "broken": "print('| c |'); raise SystemExit('no')",
     "hanging": "import time; print('| d |', flush=True); time.sleep(60)",
-    "last": "from os import environ; print('| peer', *(environ.get(f'HILUM_PEER_{n}') for n in ('PYTHON', 'MISSING')), '|')",
+    "last": "import os; print('|', *(os.environ.get(f'HILUM_PEER_{name}') for name in ('PYTHON', 'MISSING')), '|')",
 }
 
 
@@ -55,7 +55,7 @@ def test_each_stage_ends_by_itself_and_all_rows_are_kept(
     assert stages["good"]["results"] == {"a": 1}
     assert stages["broken"]["lines"] == ["| c |", "no"]
     assert stages["hanging"]["lines"] == ["| d |"]
-    assert stages["last"]["lines"] == ["| peer None no network |"]
+    assert stages["last"]["lines"] == ["| None no network |"]
     text = (tmp_path / "gpu-bench.md").read_text()
     assert "## good: ok" in text
     assert "| a |\n| b |" in text
@@ -67,7 +67,7 @@ def test_all_well_is_status_0(bench: ModuleType, monkeypatch: pytest.MonkeyPatch
     staged(bench, monkeypatch, ["good", "last"])
     monkeypatch.setenv("HILUM_PEER_PYTHON", "/somewhere/python")
     assert bench.main(tmp_path, anyway=True) == 0
-    assert "| peer /somewhere/python None |" in (tmp_path / "gpu-bench.md").read_text()
+    assert "| /somewhere/python None |" in (tmp_path / "gpu-bench.md").read_text()
 
 
 def test_rows_survive_when_the_whole_program_is_killed(tmp_path: Path) -> None:
