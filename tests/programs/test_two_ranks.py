@@ -6,7 +6,9 @@ averages gradients in bfloat16, and `fail FOLDER WHAT RANK` fails.
 More than 300 lines: the training of one process and of two is the same lines, and stands beside what they must equal.
 """
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,17 +19,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hilum.backbones.vit import ViTConfig
+from hilum.commands import pretrain
 from hilum.core.checkpoint import CheckpointWriter, flatten_optimizer, load_newest, load_strictly, restore_optimizer
+from hilum.core.config import write_yaml
 from hilum.core.distributed import Engine, launch, mean_over_ranks, sum_over_ranks
 from hilum.core.errors import ConfigError, HilumError
 from hilum.core.sharding import whole, whole_tensors
+from hilum.data.store import write_arrays
 from hilum.pretraining import dinov2, losses
+from hilum.pretraining.config import PretrainConfig
+from hilum.pretraining.crops import CropConfig
 
 IMAGES, LOCALS, SIDE = 8, 3, 4
 VIT = ViTConfig(16, 2, 2, patch_size=4, image_size=16, layer_scale=1.0)
@@ -250,6 +258,37 @@ def test_gradients_averaged_in_bfloat16_are_right_to_its_precision(alone: Any, t
     qkv_bias = {name for name in off if name.endswith("qkv.bias")}  # a third of it has no gradient but rounding
     assert max(error for name, error in off.items() if name not in qkv_bias) < 2**-7
     assert min(off.values()) > 2**-13  # float32 would come closer
+
+
+@pytest.mark.slow
+def test_the_program_ends_alike_with_both_strategies(tmp_path: Path) -> None:
+    """`hilum pretrain` itself, with real crops, masks and files; and a run of two processes that one finishes."""
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (40, 44), dtype=np.uint8) for _ in range(12)]
+    write_arrays(tmp_path / "store", images, np.zeros((12, 1), np.int8), ["x"])
+    config = PretrainConfig(
+        architecture="demo8", embed_dim=16, depth=2, num_heads=2, layer_scale=0.1, heads=HEADS, batch_size=4, steps=4,
+        crops=CropConfig(global_size=32, local_size=16, local_crops=2), learning_rate=0.02, momentum=(0.6, 1.0),
+        losses=dinov2.LossConfig(koleo_group=2), precision="fp32", accelerator="cpu", threads=1, checkpoint_every=2,
+    )  # fmt: skip
+    write_yaml(tmp_path / "tiny.yaml", config)
+    found = {}
+    for strategy in ("ddp", "fsdp2"):
+        command = ["pretrain", "tiny.yaml", f"strategy={strategy}", "--data", "store", "--out", strategy]
+        program = [str(Path(sys.executable).with_name("hilum")), *command, "--devices", "2"]
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+        found[strategy] = load_newest(tmp_path / strategy / "checkpoints").tensors
+    assert found["ddp"].keys() == found["fsdp2"].keys()
+    for name, tensor in found["ddp"].items():
+        torch.testing.assert_close(found["fsdp2"][name], tensor, rtol=0, atol=1e-5, msg=name)
+    shutil.rmtree(tmp_path / "fsdp2" / "checkpoints" / "step_00000004")
+    pretrain.run(config, tmp_path / "store", tmp_path / "fsdp2")
+    last = load_newest(tmp_path / "fsdp2" / "checkpoints")
+    assert last.step == 4
+    lines = (tmp_path / "fsdp2" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines][-1] == 4
 
 
 def fail(folder: Path, what: str, rank: int) -> None:

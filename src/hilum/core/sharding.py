@@ -6,6 +6,7 @@ reads a norm (`whole`), and what writes or reads a checkpoint (`whole_tensors`, 
 divided each of them is the identity, so that callers have one way. `core.distributed` alone calls `shard`.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def shard(module: nn.Module, device: str, methods: Sequence[str] = (), reduce_bf
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # Said of every output that is a view. Nothing here changes one in place, which is what it warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     module.to(device)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device, (torch.distributed.get_world_size(),)),

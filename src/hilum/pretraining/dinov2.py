@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.core.errors import ConfigError
 from hilum.core.seeding import forked
+from hilum.core.sharding import local_parameters, whole
 from hilum.pretraining import prototype_loss
 from hilum.pretraining.losses import (
     centred_targets,
@@ -302,8 +303,7 @@ def update_teacher(teacher: Network, student: Network, momentum: float, skip: Te
         skip: 0-dimensional, on the device; where it is 1 the teacher stays as it is, bit for bit, whatever the student
             holds. The host does not wait for it.
     """
-    before = [_shard(parameter) for parameter in teacher.parameters()]
-    after = [_shard(parameter) for parameter in student.parameters()]
+    before, after = local_parameters(teacher), local_parameters(student)
     if skip is None:
         torch._foreach_lerp_(before, after, 1.0 - momentum)
         return
@@ -315,16 +315,10 @@ def update_teacher(teacher: Network, student: Network, momentum: float, skip: Te
     )  # fmt: skip
 
 
-def _shard(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter that is spread over several; else the parameter."""
-    to_local: Callable[[], Tensor] | None = getattr(parameter, "to_local", None)  # of a DTensor, whose import is slow
-    return to_local() if to_local else parameter
-
-
 def clip_gradients(student: Network, limit: float) -> dict[str, Tensor]:
     """Scale the gradient of each part to norm `limit` at most, each part by itself; returns the norms before."""
     clip: Callable[..., Tensor] = nn.utils.clip_grad_norm_
-    return {part: clip(getattr(student, part).parameters(), limit or float("inf")) for part in PARTS}
+    return {part: whole(clip(getattr(student, part).parameters(), limit or float("inf"))) for part in PARTS}
 
 
 @torch.no_grad()
