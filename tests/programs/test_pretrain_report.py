@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from hilum.backbones.vit import VisionTransformer
+from hilum.backbones.vit import SIZES, VisionTransformer
 from hilum.backbones.weights import save_backbone
 from hilum.commands import pretrain_report
 from hilum.commands.pretrain_report import choose, past_alarms, patch_colours, run, write_report
@@ -158,6 +159,14 @@ def test_colours_are_components_of_all_images_together_and_black_takes_no_part()
     assert flipped.shape == colours.shape
     nothing, _ = patch_colours(tokens, np.zeros((2, 16), bool))
     assert not nothing.any()
+
+
+def test_large_networks_on_a_cpu_are_asked_about_fewer_images() -> None:
+    with torch.device("meta"):
+        small, large = VisionTransformer(SIZES["demo16"]), VisionTransformer(SIZES["vitl16"])
+    assert pretrain_report._corpus_size(small, 128) == 500
+    assert 50 <= pretrain_report._corpus_size(large, 224) < 300
+    assert pretrain_report._corpus_size(large, 512) == 50
 
 
 def test_a_damaged_image_is_left_out(store: Store, tmp_path: Path, monkeypatch) -> None:

@@ -38,8 +38,10 @@ MAPS = 8
 """X-rays shown with their patch colours."""
 LARGEST_MAP_SIDE = 512
 QUERIES, FOUND = 4, 5
-CORPUS = 500
-"""Images among which neighbours are looked for: enough to see, few enough for a CPU."""
+LARGEST_CORPUS, SMALLEST_CORPUS = 500, 50
+"""Images among which neighbours are looked for; fewer for large networks on a CPU."""
+CPU_OPERATIONS = 2e13
+"""What a page may cost there: a few minutes."""
 BLACK = 12
 """A patch without a brighter pixel is collimation or padding: no part of the patient."""
 _RECENT_LINES = 20
@@ -223,7 +225,7 @@ def _pictures(folder: Path, store: Store, config: PretrainConfig, saved: Mapping
     backbone = load_backbone(folder).to(choose_device(device))
     patch, side = backbone.config.patch_size, config.crops.global_size
     large = max(side, min(2 * side, LARGEST_MAP_SIDE) // patch * patch)
-    chosen, corpus = choose(store, config.seed, MAPS), choose(store, config.seed + 1, CORPUS)
+    chosen, corpus = choose(store, config.seed, MAPS), choose(store, config.seed + 1, _corpus_size(backbone, side))
     maps, shares = _patch_maps(backbone, store, chosen, large)
     rows = _neighbour_rows(backbone, store, corpus, side)
     grid = large // patch
@@ -239,6 +241,14 @@ def _pictures(folder: Path, store: Store, config: PretrainConfig, saved: Mapping
         "share are green; blank labels are not negative. The teacher has seen no label.",
         () if len(maps) else ("No pictures: the store has no images outside its test split.",),
     )  # fmt: skip
+
+
+def _corpus_size(backbone: VisionTransformer, side: int) -> int:
+    if backbone.pos_embed.device.type == "cuda":
+        return LARGEST_CORPUS
+    tokens = (side // backbone.config.patch_size) ** 2
+    cost = 2 * tokens * sum(parameter.numel() for parameter in backbone.parameters())  # of one image, without attention
+    return min(max(int(CPU_OPERATIONS / cost), SMALLEST_CORPUS), LARGEST_CORPUS)
 
 
 def choose(store: Store, seed: int, most: int) -> Int[np.ndarray, " n"]:

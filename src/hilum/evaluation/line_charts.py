@@ -37,7 +37,7 @@ class Level:
     """Position of the series whose colour it takes."""
 
 
-FEW_POINTS = 40
+FEW_POINTS = 24
 """Series with as many points or fewer show each of them."""
 
 

@@ -210,7 +210,8 @@ def _alarms(alarms: Sequence[RunAlarm]) -> str:
         state = "standing" if alarm.standing else "cleared"
         rows.append(
             f'<li class="{state}"><b>{text(alarm.what)}</b> <small>{text(over)}, {state}</small>'
-            f"<p>{text(alarm.evidence)}.</p><p>Try: {_settings(alarm.advice)}.</p></li>"
+            f"<p>{text(alarm.evidence[:1].upper() + alarm.evidence[1:])}.</p>"
+            f"<p>Try: {_settings(alarm.advice)}.</p></li>"
         )
     return f'<ul class="alarms">{"".join(rows)}</ul>'
 

@@ -194,7 +194,7 @@ def _gradient(lines: Sequence[Line], part: str) -> Alarm | None:
     if len(values) < RECENT:
         return None
     recent, before = values[-RECENT:], values[-RECENT - LOOK_BACK : -RECENT]
-    usual = float(np.median(before)) if len(before) >= RECENT else math.nan
+    usual, high = np.quantile(before, (0.5, 0.9)).tolist() if len(before) >= RECENT else (math.nan, math.nan)
     if recent.min() > GRADIENT_GROWTH * usual and recent.min() > 1:
         return Alarm(
             f"gradient_grows_{part}",
@@ -203,11 +203,11 @@ def _gradient(lines: Sequence[Line], part: str) -> Alarm | None:
             "a lower `learning_rate`, `clip` at 3 or less, `precision` fp32; it often comes before a loss that is not "
             "finite",
         )
-    if recent.max() < SMALLEST_GRADIENT or recent.max() < GRADIENT_LOSS * usual:
+    if recent.max() < SMALLEST_GRADIENT or recent.max() < GRADIENT_LOSS * high:  # a median would soon get used to it
         return Alarm(
             f"gradient_vanishes_{part}",
             f"The gradient of {part} has all but vanished",
-            f"norm {_last(recent)}, usually {usual:.3g}",
+            f"norm {_last(recent)}, before up to {high:.3g}",
             "see whether targets still differ (cls_target_entropy, patch_target_entropy); a higher loss weight "
             "(`losses.dino`, `losses.ibot`), a lower `teacher_temperature`",
         )
