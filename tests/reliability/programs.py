@@ -8,6 +8,8 @@ import functools
 import hashlib
 import json
 import os
+import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 from warm import Child, Warm
 
+from hilum.commands.pretrain import STOPPED_STATUS
 from hilum.core.checkpoint import Checkpoint, digest, load_checkpoint, load_newest
 from hilum.core.config import override, write_yaml
 from hilum.core.errors import CheckpointError
@@ -87,6 +90,18 @@ class Bench:
         for child in children:
             assert child.wait() == 0, child.said
         self.seconds[out] = time.monotonic() - began
+        return out
+
+    @functools.cache  # noqa: B019
+    def _stopped(self, steps: int) -> Path:
+        out = self.folder / f"stopped_{steps}"
+        child = self.warm.run(self.pretrain(out), [["signal_in_step", steps, signal.SIGTERM]])
+        assert child.status == STOPPED_STATUS, child.said
+        return out
+
+    def stopped(self, out: Path, steps: int) -> Path:
+        """A run that was told to stop after some steps, in a folder of its own."""
+        shutil.copytree(self._stopped(steps), out)
         return out
 
     @functools.cache  # noqa: B019

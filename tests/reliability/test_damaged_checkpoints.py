@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,17 +16,17 @@ LEGACY = Path(__file__).parent / "checkpoints"
 """One run folder for each form that checkpoints have had, cut after its first steps."""
 
 
-def cut_run(bench: Bench, out: Path, steps: int, **changes: object) -> Path:
-    """A run that was stopped after some steps."""
-    child = bench.warm.run(bench.pretrain(out, **changes), [["signal_in_step", steps, signal.SIGTERM]])
-    assert child.status == 75, child.said
-    return out
-
-
+@pytest.mark.parametrize(
+    ("flips", "cuts"), [(40, 10), pytest.param(size("FLIPS", 200), size("CUTS", 50), marks=pytest.mark.slow)]
+)
 def test_every_flipped_bit_and_every_cut_of_a_run_is_found(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str], report: Callable[[str], None]
+    bench: Bench,
+    tmp_path: Path,
+    flips: int,
+    cuts: int,
+    capsys: pytest.CaptureFixture[str],
+    report: Callable[[str], None],
 ) -> None:
-    flips, cuts = size("FLIPS", 200), size("CUTS", 50)
     out = tmp_path / "run"
     shutil.copytree(bench.straight(), out)
     folder, last = out / "checkpoints", out / "checkpoints" / f"step_{STEPS:08d}"
@@ -51,9 +50,9 @@ def test_every_flipped_bit_and_every_cut_of_a_run_is_found(
     report(f"damaged checkpoints: {found} of {flips + cuts} found, one line each")
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "index.json"])
+@pytest.mark.parametrize("name", ["state.safetensors", pytest.param("index.json", marks=pytest.mark.slow)])
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(bench: Bench, tmp_path: Path, name: str) -> None:
-    out = cut_run(bench, tmp_path / "run", 3)
+    out = bench.stopped(tmp_path / "run", 3)
     path = out / "checkpoints" / "step_00000003" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -80,7 +79,7 @@ def test_a_whole_checkpoint_is_never_dropped_for_damaged_ones(tmp_path: Path) ->
 
 def test_the_clock_does_not_choose(bench: Bench, tmp_path: Path) -> None:
     """Times of files that a copy or a wrong clock has shuffled: the newest is the one of the highest step."""
-    out = cut_run(bench, tmp_path / "run", 4)
+    out = bench.stopped(tmp_path / "run", 4)
     for year, path in enumerate(sorted((out / "checkpoints").rglob("*"), reverse=True)):
         os.utime(path, (year * 3.2e7, year * 3.2e7))
     child = bench.warm.run(bench.pretrain(out))
@@ -88,27 +87,20 @@ def test_the_clock_does_not_choose(bench: Bench, tmp_path: Path) -> None:
     same_run(out, bench.straight())
 
 
-def test_a_run_that_was_moved_goes_on(bench: Bench, tmp_path: Path) -> None:
+def test_a_run_and_a_store_that_were_moved_go_on(bench: Bench, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "run"
     moved.parent.mkdir()
-    shutil.move(cut_run(bench, tmp_path / "run", 3), moved)
-    child = bench.warm.run(bench.pretrain(moved))
+    shutil.move(bench.stopped(tmp_path / "run", 3), moved)
+    shutil.copytree(bench.data, tmp_path / "store")
+    child = bench.warm.run(["pretrain", bench.config(), "--data", tmp_path / "store", "--out", moved])
     assert child.status == 0, child.said
     same_run(moved, bench.straight())
 
 
-def test_a_store_that_was_moved_is_the_same_store(bench: Bench, tmp_path: Path) -> None:
-    out = cut_run(bench, tmp_path / "run", 3)
-    shutil.copytree(bench.data, tmp_path / "store")
-    child = bench.warm.run(["pretrain", bench.config(), "--data", tmp_path / "store", "--out", out])
-    assert child.status == 0, child.said
-    same_run(out, bench.straight())
-
-
-@pytest.mark.parametrize("damage", ["cut", "text"])
+@pytest.mark.parametrize("damage", [pytest.param("cut", marks=pytest.mark.slow), "text"])
 def test_a_damaged_log_stops_no_run(bench: Bench, tmp_path: Path, damage: str) -> None:
     """A line that a crash of the machine left half written is dropped; one that is no JSON is named."""
-    out = cut_run(bench, tmp_path / "run", 3)
+    out = bench.stopped(tmp_path / "run", 3)
     log = out / "metrics.jsonl"
     if damage == "cut":
         log.write_text(log.read_text() + '{"step": 4, "lo')
@@ -148,7 +140,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_or_is_refused_by_name(
 
 
 def test_a_checkpoint_of_a_later_version_is_refused_by_name(bench: Bench, tmp_path: Path) -> None:
-    out = cut_run(bench, tmp_path / "run", 3)
+    out = bench.stopped(tmp_path / "run", 3)
     for path in (out / "checkpoints").glob("*/index.json"):
         path.write_text(path.read_text().replace(checkpoint.FORMAT, "hilum-checkpoint-9"))
     child = bench.warm.run(bench.pretrain(out))

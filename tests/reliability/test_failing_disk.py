@@ -4,7 +4,6 @@ Three ways: a limit on the size of files, a small file system, and system calls 
 """
 
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,15 +20,6 @@ MUST_NOT_PASS = ("write", "fsync", "ftruncate", "rename", "renameat")
 """Calls whose failure loses something. Where one fails, the program must not end as if nothing had happened."""
 
 
-@pytest.fixture(scope="module")
-def begun(bench: Bench) -> Path:
-    """A run with three steps behind it."""
-    out = bench.folder / "begun"
-    child = bench.warm.run(bench.pretrain(out), [["signal_in_step", BEGUN, signal.SIGTERM]])
-    assert child.status == 75, child.said
-    return out
-
-
 def check_failed(child: Child, out: Path) -> None:
     """It says in one line which file could not be written, and does not end as if all were well."""
     assert child.status == 1, child.said
@@ -39,11 +29,19 @@ def check_failed(child: Child, out: Path) -> None:
     assert "Traceback" not in child.errors
 
 
-@pytest.mark.parametrize("limit", ["config.yaml", "metrics.jsonl", 20_000, 100_000])
-def test_no_file_may_grow_past_a_limit(bench: Bench, begun: Path, tmp_path: Path, limit: str | int) -> None:
+@pytest.mark.parametrize(
+    "limit",
+    [
+        pytest.param("config.yaml", marks=pytest.mark.slow),
+        "metrics.jsonl",
+        pytest.param(20_000, marks=pytest.mark.slow),
+        100_000,
+    ],
+)
+def test_no_file_may_grow_past_a_limit(bench: Bench, tmp_path: Path, limit: str | int) -> None:
     """The limit lets the named file stay as it is and no more; or lies below the backbone, the checkpoint."""
     out = tmp_path / "run"
-    shutil.copytree(begun, out)
+    bench.stopped(out, BEGUN)
     if isinstance(limit, str):
         limit = (out / limit).stat().st_size
     check_failed(bench.warm.run(bench.pretrain(out), [["file_size_limit", limit]]), out)
@@ -122,9 +120,7 @@ def failing_calls(
 
 
 @pytest.mark.slow
-def test_every_file_call_of_a_run_fails(
-    bench: Bench, begun: Path, tmp_path: Path, report: Callable[[str], None]
-) -> None:
+def test_every_file_call_of_a_run_fails(bench: Bench, tmp_path: Path, report: Callable[[str], None]) -> None:
     tracing.require()
 
     def check(out: Path) -> None:
@@ -135,7 +131,7 @@ def test_every_file_call_of_a_run_fails(
         same_run(out, bench.straight())
 
     out = tmp_path / "run"
-    prepare = lambda out: shutil.copytree(begun, out)  # noqa: E731
+    prepare = lambda out: bench.stopped(out, BEGUN)  # noqa: E731
     faults, outcomes = failing_calls(bench, bench.pretrain(out), out, prepare, size("FAULTS", 100), check)
     report(f"failing calls of `hilum pretrain`: {faults}, {outcomes}; the last checkpoint whole in all")
 

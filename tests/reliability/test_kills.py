@@ -47,15 +47,6 @@ def reference(bench: Bench) -> Reference:
     return Reference(bench)
 
 
-@pytest.fixture(scope="module")
-def begun(bench: Bench) -> Path:
-    """A run that was stopped after `BEGUN` steps."""
-    out = bench.folder / "begun"
-    child = bench.warm.run(bench.pretrain(out), [["signal_in_step", BEGUN, signal.SIGTERM]])
-    assert child.status == 75, child.said
-    return out
-
-
 def check_what_is_there(out: Path, reference: Reference, least: int) -> int:
     """Everything that a kill left can be read and is of one step; returns the step that a resumed run goes on from."""
     saved = newest(out)
@@ -106,22 +97,22 @@ def sweep(
 
 
 def test_a_slice_of_the_kills(
-    bench: Bench, reference: Reference, begun: Path, tmp_path: Path, report: Callable[[str], None]
+    bench: Bench, reference: Reference, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
     tracing.require()
     count, kills, steps = sweep(
-        bench, reference, tmp_path / "s", lambda out: shutil.copytree(begun, out), BEGUN, size("KILLS_SLICE", 6)
+        bench, reference, tmp_path / "s", lambda out: bench.stopped(out, BEGUN), BEGUN, size("KILLS_SLICE", 4)
     )
     report(f"kills: {kills} of {count} file calls of the last two steps, resumed from steps {sorted(steps)}")
 
 
 @pytest.mark.slow
 def test_killed_before_every_file_call_of_two_steps(
-    bench: Bench, reference: Reference, begun: Path, tmp_path: Path, report: Callable[[str], None]
+    bench: Bench, reference: Reference, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
     tracing.require()
     count, kills, steps = sweep(
-        bench, reference, tmp_path / "s", lambda out: shutil.copytree(begun, out), BEGUN, size("KILLS", 10_000)
+        bench, reference, tmp_path / "s", lambda out: bench.stopped(out, BEGUN), BEGUN, size("KILLS", 10_000)
     )
     report(f"kills: {kills} before {count} file calls of two steps, 0 unloadable, 0 mixed; from {sorted(steps)}")
     assert {BEGUN, BEGUN + 1} <= steps

@@ -98,7 +98,7 @@ def replay(bench: Bench, saved: Checkpoint, step: int, images: list[str]) -> dic
     return {name: value if math.isfinite(value) else str(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_ranks_agree_on_a_value_that_one_of_them_met(bench: Bench, tmp_path: Path, rank: int) -> None:
     out, step = tmp_path / "run", 3
     children = bench.warm.ranks(bench.pretrain(out), [["not_a_number", step, rank], ["print_weights_at_end"]])

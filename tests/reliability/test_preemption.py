@@ -29,8 +29,7 @@ def check_stopped(child: Child, out: Path, steps: int) -> int:
     return found.step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("operation", [1, 4, 8])
+@pytest.mark.parametrize(("operation", "number"), [(1, signal.SIGTERM), (4, signal.SIGUSR1), (8, signal.SIGTERM)])
 def test_a_signal_during_a_save_is_obeyed_after_it(bench: Bench, tmp_path: Path, number: int, operation: int) -> None:
     """While it is written, training goes on: the step that is saved may be a later one."""
     out = tmp_path / "run"

@@ -40,13 +40,15 @@ def killed_at_random(start: Callable[[], list[Child]], random_: random.Random, l
         assert -signal.SIGKILL in statuses, said
 
 
-def kill_runs(bench: Bench, folder: Path, seed: int, runs: int, kills: int, ranks: int, **changes: Any) -> int:
-    """Pretraining runs that are killed about `kills` times each, compared with the straight one; returns the kills."""
+def kill_runs(
+    bench: Bench, folder: Path, seed: int, runs: int, kills: int, ranks: int, **changes: Any
+) -> tuple[int, int]:
+    """Runs of pretraining, killed about `kills` times each, compared with the straight one; returns kills and runs."""
     straight = bench.straight(ranks, **changes)
     random_, total = random.Random(seed), 0
     for run in itertools.count():
         if run >= runs and total >= runs * kills:  # a kill may come too late to be one
-            return total
+            return total, run
         out = folder / f"run{seed}_{run}"
         command = bench.pretrain(out, **changes)
         start = (lambda c=command: [bench.warm.start(c)]) if ranks == 1 else (lambda c=command: bench.warm.ranks(c))
@@ -57,8 +59,8 @@ def kill_runs(bench: Bench, folder: Path, seed: int, runs: int, kills: int, rank
 
 
 def test_a_few_random_kills(bench: Bench, tmp_path: Path, report: Callable[[str], None]) -> None:
-    kills = kill_runs(bench, tmp_path, 0, size("RUNS_SLICE", 1), 2, 1)
-    report(f"random kills: {kills} of one run, digests equal")
+    kills, runs = kill_runs(bench, tmp_path, 0, size("RUNS_SLICE", 1), 2, 1)
+    report(f"random kills: {kills} of {runs} runs, digests equal")
 
 
 @pytest.mark.slow
@@ -69,7 +71,7 @@ def test_a_hundred_random_kills(
     bench: Bench, tmp_path: Path, ranks: int, threads: int, share: int, report: Callable[[str], None]
 ) -> None:
     runs = max(size("RUNS", 20) * share // 20, 1)
-    kills = kill_runs(
+    kills, runs = kill_runs(
         bench, tmp_path, 10 * ranks + threads, runs, size("KILLS_A_RUN", 5), ranks, threads=threads, **LONG
     )
     report(
@@ -117,12 +119,13 @@ def test_another_number_of_threads_may_go_on_and_is_said(bench: Bench, tmp_path:
     assert "Threads: 1 before, 2 now" in child.output
 
 
-def kill_fits(bench: Bench, folder: Path, seed: int, runs: int, kills: int, **changes: Any) -> int:
+def kill_fits(bench: Bench, folder: Path, seed: int, runs: int, kills: int, **changes: Any) -> tuple[int, int]:
+    """As `kill_runs`, of `hilum fit`."""
     model = bench.straight_fit(**changes)
     straight, random_, total = model_digest(model), random.Random(seed), 0
     for run in itertools.count():
         if run >= runs and total >= runs * kills:
-            return total
+            return total, run
         out = folder / f"model{seed}_{run}"
         command = bench.fit(out, **changes)
         total += killed_at_random(lambda c=command: [bench.warm.start(c)], random_, 0.9 * bench.seconds[model], kills)
@@ -136,19 +139,21 @@ def test_a_head_that_was_killed_is_fitted_again_to_the_same_bytes(
     bench: Bench, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
     """`hilum fit` keeps nothing of a run that was cut: it starts again, and every file of the model is the same."""
-    kills = kill_fits(bench, tmp_path, 0, 1, 1)
-    report(f"random kills of `hilum fit`: {kills} of one model, every file equal")
+    kills, runs = kill_fits(bench, tmp_path, 0, 1, 1)
+    report(f"random kills of `hilum fit`: {kills} of {runs} models, every file equal")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"threads": 2}, {"head": "ml_decoder", "augmented_views": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"threads": 2}, {"head": "ml_decoder", "augmented_views": 2}], ids=["linear", "threads", "decoder"]
+)
 def test_many_random_kills_of_heads(
     bench: Bench, tmp_path: Path, changes: dict[str, Any], report: Callable[[str], None]
 ) -> None:
     if "head" in changes:
         changes = changes | {"decoder_dim": 8, "decoder_feed_forward": 12, "decoder_heads": 2}
     runs = size("FITS", 2)
-    kills = kill_fits(bench, tmp_path, 1, runs, size("KILLS_A_RUN", 5), **changes)
+    kills, runs = kill_fits(bench, tmp_path, 1, runs, size("KILLS_A_RUN", 5), **changes)
     report(f"random kills of `hilum fit` {changes}: {kills} of {runs} models, every file equal")
 
 

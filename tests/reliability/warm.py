@@ -115,6 +115,8 @@ class Warm:
             env: of the program, beside this process's.
         """
         folder = Path(tempfile.mkdtemp(dir=self.folder))
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         environment = {name: str(value) for name, value in env.items()}
         pid = self.ask(
             {
