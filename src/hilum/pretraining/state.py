@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from hilum.backbones.pos_embed import resize_positions
 from hilum.backbones.vit import VisionTransformer, ViTConfig
-from hilum.backbones.weights import load_backbone, read_backbone_config
+from hilum.backbones.weights import load_backbone, read_backbone_config, resolve_weights
 from hilum.core.checkpoint import (
     Checkpoint,
     flatten_optimizer,
@@ -128,6 +128,7 @@ def start_from(init: Path, student: Network, teacher: Network, preprocess_id: st
         CheckpointError: nothing there, damaged, or of another architecture.
         PreprocessingMismatchError: trained with another normalisation.
     """
+    init = resolve_weights(init)
     checkpoint = load_newest(init / CHECKPOINTS)
     if checkpoint is None:
         _start_from_weights(init, student, teacher, preprocess_id)
@@ -175,7 +176,9 @@ def _check_architecture(found: dict[str, object], expected: ViTConfig, where: st
         if name not in free and found.get(name) != value
     ]
     if differences:
-        raise CheckpointError(f"{where} has another architecture: {'; '.join(differences)}.")
+        raise CheckpointError(
+            f"{where} has another architecture: {'; '.join(differences)}. architecture=init takes that of the weights."
+        )
 
 
 def _check_preprocessing(found: str, expected: str, where: str) -> None:
