@@ -29,9 +29,9 @@ from hilum.backbones.vit import ViTConfig
 from hilum.commands import pretrain
 from hilum.core.checkpoint import CheckpointWriter, flatten_optimizer, load_newest, load_strictly, restore_optimizer
 from hilum.core.config import write_yaml
-from hilum.core.distributed import Engine, launch, mean_over_ranks, sum_over_ranks
+from hilum.core.distributed import Engine, launch, max_over_ranks, mean_over_ranks, sum_over_ranks
 from hilum.core.errors import ConfigError, HilumError
-from hilum.core.sharding import whole, whole_tensors
+from hilum.core.sharding import is_divided, whole, whole_tensors
 from hilum.data.store import write_arrays
 from hilum.pretraining import dinov2, losses
 from hilum.pretraining.config import PretrainConfig
@@ -119,6 +119,8 @@ def train(engine: Engine, case: Case, saved: Path, read: Path | None = None) -> 
                     targets = dinov2.teacher_targets(taught, centres, 0.05, case.losses)
                     result = dinov2.compute_losses(model(batch, 0.0, None), targets, batch, case.losses)
                     engine.backward(result.total / len(mine))
+                if part != mine[-1] and engine.world_size > 1:
+                    assert_nothing_was_exchanged(student)
                 if case.losses.centering == "centre":
                     centres = dinov2.update_centres(centres, taught, 0.9)
                 found.append(torch.stack(list(result)).detach())
@@ -136,6 +138,14 @@ def train(engine: Engine, case: Case, saved: Path, read: Path | None = None) -> 
                     writer.save(saved, HALF, tensors, {})
     tensors = whole_tensors(state())
     return tensors | {"totals": torch.stack(totals)} if engine.rank == 0 else {}
+
+
+def assert_nothing_was_exchanged(student: torch.nn.Module) -> None:
+    """Between micro-batches: gradients of each process (DDP), or not yet any part of their mean (FSDP2)."""
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    for gradient in gradients[:1]:
+        assert max_over_ranks(gradient.clone()).ne(-max_over_ranks(-gradient)).any()
+    assert bool(gradients) != any(is_divided(parameter) for parameter in student.parameters())
 
 
 def programs(folder: Path, strategy: str) -> None:
