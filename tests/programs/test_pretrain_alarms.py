@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,27 @@ def test_a_probe_changes_no_weight_and_is_logged_from_before_the_first_step(data
     assert "loss" not in first
     assert all(line["probe_findings"] == 1 for line in (first, *rest))
     assert all(line["knn_change"] == pytest.approx(line["knn_mAP"] - first["knn_mAP"], abs=1e-6) for line in rest)
+
+
+@pytest.mark.slow
+def test_two_processes_probe_together(data: Path, tmp_path: Path) -> None:
+    """The first probe looks at the same network, whoever embeds its images."""
+    program = str(Path(sys.executable).with_name("hilum"))  # a file, so that it can start its second process
+    settings = ["steps=2", "batch_size=16", "accelerator=cpu", "precision=fp32", "threads=1"]
+    settings += ["probe.every=1", "probe.images=41"]
+    found = []
+    for devices in ("1", "2"):
+        out = tmp_path / devices
+        command = [program, "pretrain", "demo_128", *settings, "--data", str(data)]
+        done = subprocess.run(
+            [*command, "--out", str(out), "--devices", devices], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(history(out))
+    one, two = found
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2]
+    for column in ("knn_mAP", "knn_mAUC", "linear_mAP", "linear_mAUC"):
+        assert one[0][column] == pytest.approx(two[0][column], abs=1e-6)
 
 
 @pytest.mark.slow
