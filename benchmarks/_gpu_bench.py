@@ -7,7 +7,8 @@ measured are there.
 
 The peer's environment is HILUM_PEER_PYTHON; or `outputs/peer`, which is made here, while the tests run, from the
 network, or from the wheels in HILUM_PEER_WHEELS on top of the packages of this interpreter. Without it the column of
-ratios says why it was not measured.
+ratios says why it was not measured. HILUM_BENCH_STAGES chooses stages by a regular expression, as HILUM_BENCH_ROWS does
+rows of the step benchmark.
 """
 
 import contextlib
@@ -77,6 +78,8 @@ def main(out: Path, anyway: bool) -> int:
     with ThreadPoolExecutor(1) as pool:
         peer = pool.submit(find_peer, out)
         for name, limit in STAGES:
+            if not re.search(os.environ.get("HILUM_BENCH_STAGES", ""), name):
+                continue
             if name == "pretrain-step":
                 machine["peer"] = peer.result()[1]
             outcomes[name] = Outcome()
@@ -136,7 +139,19 @@ def command_of(name: str, out: Path) -> list[str] | None:
     if name == "equality tests":
         files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
         unhooked = [] if has("beartype") else ["--noconftest"]
-        return [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "-p", "no:cacheprovider", *unhooked, *files]
+        return [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-rA",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            *unhooked,
+            *files,
+        ]
     found = {path.stem.replace("_", "-"): path for path in HERE.glob("[a-z]*.py")}
     path = found.get(name) or (found.get("loading") if name == "loader" else None)
     return path and [sys.executable, __file__, "--one", str(path), str(results_file(name, out))]

@@ -59,9 +59,9 @@ class Case:
 
 GPU_CASES = (
     Case("ViT-L/16 224/96", "vitl16", (224, 96), (64, 32), True, 0.4, goal=">= 1.8x and >= 410 images/s"),
-    Case("ViT-L/16 512/144", "vitl16", (512, 144), (24, 16, 8), True, 0.4, goal=">= 2.0x"),
+    Case("ViT-L/16 512/144", "vitl16", (512, 144), (16, 8), True, 0.4, goal=">= 2.0x"),
     Case("ViT-B/14 224/98", "vitb14", (224, 98), (64, 32), True, 0.2, "swiglu", goal=">= 2.0x"),
-    Case("ViT-B/14 518/140", "vitb14", (518, 140), (32, 16, 8), True, 0.2, "swiglu", goal=">= 2.0x"),
+    Case("ViT-B/14 518/140", "vitb14", (518, 140), (16, 8), True, 0.2, "swiglu", goal=">= 2.0x"),
     Case(
         "ViT-L/16 512/144, largest batch", "vitl16", (512, 144), (60, 48, 32), False, 0.4, registers=4,
         bottlenecks=(384, 256), goal=">= 90 images/s; batch >= 60",
@@ -190,17 +190,17 @@ def _alternate(
     failures: dict[str, str] = {}
     times: dict[str, list[dict[str, float]]] = {}
     try:
-        for name, python, script in wanted:
+        for name, python, script in reversed(wanted):  # ours last: compiled for nothing if the peer has no room
             running[name] = Contestant(python, script, settings)
             try:
                 running[name].start()
-                times[name] = []
             except OutOfMemoryError as error:
                 raise OutOfMemoryError(f"{name} {error}") from error
             except ContestantError as error:
                 if name == "hilum":
                     raise
                 failures[name] = str(error)
+        times = {name: [] for name, _, _ in wanted if name not in failures}
         for number in range(rounds):  # who begins alternates as well
             for name in list(times) if number % 2 == 0 else list(times)[::-1]:
                 times[name].append(running[name].run(steps))
@@ -260,7 +260,7 @@ def table_row(row: dict[str, Any]) -> str:
     digits = 0 if ours["images_per_second"] > 20 else 2
     cells = [
         case["name"],
-        str(row["images"]),
+        f"{row['images']}" + (f" ({row['note']})" if "out of memory" in row["note"] else ""),
         f"{ours['images_per_second']:.{digits}f} ({ours['lowest']:.{digits}f} to {ours['highest']:.{digits}f})",
         "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
         f"{row['product_share']:.0%}",
