@@ -8,7 +8,8 @@ a float tensor and back, which is what torchvision runs on a PIL image.
 
 What differs besides channels: the resampling filter. PIL's bicubic is antialiased over the crop's full support;
 Hilum's is OpenCV's area average when shrinking and cubic when growing. The row "equal filter" is Hilum with PIL's
-filter on one-channel images, so the gain that is due to the filter can be seen.
+filter on one-channel images, so the gain that is due to the filter can be seen. The `cxr` preset turns its views, the
+others do not. The last row is what is left to a CPU where the device cuts the views: decoding, and drawing them.
 
 Times are CPU time of one thread; pipelines alternate, and the table shows medians over the rounds.
 """
@@ -30,12 +31,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from hilum.core.seeding import stream
 from hilum.data.store import Store, write_arrays
 from hilum.data.transforms import crop_box, normalise, preprocessing
 from hilum.pretraining import crops as hilum_crops
-from hilum.pretraining.crops import CropConfig, make_crops
+from hilum.pretraining.crops import CropConfig, draw_views, make_crops
+from hilum.pretraining.device_crops import stack_views
 
 SIZES = ((224, 96), (512, 144))
 IMAGES, WARM_UP, ROUNDS, SAMPLES_A_ROUND = 16, 4, 9, 12
@@ -45,11 +48,11 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 BLUR = {"global 1": 0.0, "global 2": 0.9, "local": 0.5}
 
 
-def example_images() -> list[np.ndarray]:
+def example_images(count: int = IMAGES) -> list[np.ndarray]:
     """Smooth anatomy-like fields with film grain; about 1.6 bits a pixel as JPEG, like radiographs."""
     rng = stream(0, "benchmark images")
     images = []
-    for _ in range(IMAGES):
+    for _ in range(count):
         coarse = cv2.resize(
             rng.uniform(20, 235, (8, 8)).astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC
         )
@@ -57,6 +60,19 @@ def example_images() -> list[np.ndarray]:
         grain = rng.normal(0, 1.7, (SIDE, SIDE))
         images.append(np.clip(coarse + fine + grain, 0, 255).astype(np.uint8))
     return images
+
+
+class PeerImages(Dataset[list[torch.Tensor]]):
+    """The peer's pipeline as a loader sees it: an endless supply of samples of a few files."""
+
+    def __init__(self, files: list[bytes], config: CropConfig, length: int) -> None:
+        self.files, self.config, self.length = files, config, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return peer_sample(self.files[index % len(self.files)], self.config, stream(0, "peer", index))
 
 
 def peer_sample(content: bytes, config: CropConfig, rng: np.random.Generator) -> list[torch.Tensor]:
@@ -133,6 +149,12 @@ def measure(global_size: int, local_size: int, images: list[np.ndarray], folder:
 
         return sample
 
+    def drawn(index: int, rng: np.random.Generator) -> None:
+        pixels = stores["jpeg95"].read(index)
+        views = draw_views(pixels.shape[0], pixels.shape[1], cxr, rng)
+        stack_views([views[: cxr.global_crops]], cxr.global_size)
+        stack_views([views[cxr.global_crops :]], cxr.local_size)
+
     def equal_filter(index: int, rng: np.random.Generator) -> None:
         with patch.multiple(hilum_crops, resize=pil_resize, shrink=pil_resize):
             make_crops(stores["jpeg95"].read(index), released, rng)
@@ -144,6 +166,7 @@ def measure(global_size: int, local_size: int, images: list[np.ndarray], folder:
         "  normalised to float on the CPU": ours(stores["jpeg95"], released, floats=True),
         "  raw store": ours(stores["raw"], released),
         "  cxr preset, JPEG store": ours(stores["jpeg95"], cxr),
+        "  cxr preset, cut on the device": drawn,
     }
     times: dict[str, list[float]] = {name: [] for name in rows}
     for round_number in range(-WARM_UP, ROUNDS):

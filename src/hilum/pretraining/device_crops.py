@@ -31,7 +31,7 @@ from hilum.pretraining.crops import (
     window_table,
 )
 
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
 """About how much memory `render` uses beside its input and output."""
 _CUBIC = -0.75
 """Coefficient of OpenCV's cubic kernel."""

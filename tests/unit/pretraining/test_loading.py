@@ -149,6 +149,21 @@ def test_the_same_image_in_the_next_epoch_is_cut_anew(store: Store) -> None:
     assert not torch.equal(first.global_crops[a], second.global_crops[b])
 
 
+def test_a_place_of_the_order_is_cut_anew_in_each_epoch() -> None:
+    class Same:
+        uids = np.array([str(index) for index in range(10)])
+
+        def read(self, index: int) -> np.ndarray:
+            return stream(0, "same").integers(0, 256, (60, 60), dtype=np.uint8)
+
+        def expect(self, indices: np.ndarray) -> None:
+            pass
+
+    crops = [source(Same(), batch=10)[step].global_crops for step in range(2)]
+    assert not (crops[0] == crops[1]).flatten(1).all(dim=1).any()
+    assert len(torch.unique(crops[0].flatten(1), dim=0)) == 20
+
+
 def test_processes_share_one_global_batch(store: Store) -> None:
     whole = source(store, batch=4)[1]
     parts = [source(store, batch=2, rank=rank, world=2)[1] for rank in range(2)]
