@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hilum.pretraining.projection import Projection, at_least_float32
 
-_CPU_ELEMENTS = 2**24
-"""Logits held at once on a CPU, 64 MB: few enough to stay near the cache, enough to make the products worth while."""
+_CPU_ELEMENTS = 2**25
+"""Logits held at once on a CPU, 128 MB: few enough to stay near the cache, enough to make the products worth while."""
 _KEPT_ELEMENTS = 2**26
 """Teacher logits that a CPU keeps between passes, 256 MB: there a product costs more than the room."""
 _ROWS_OF_PRODUCT = 16384
@@ -86,7 +86,7 @@ class ChunkedPasses:
         self.count, self.dtype = count, self.logits.buffer.dtype
         self.valid = self.logits.buffer.new_ones(rows) if valid is None else valid.to(self.dtype)
         keep = not self.features.is_cuda and rows * count <= _KEPT_ELEMENTS
-        self.products = self.features @ teacher.prototypes.T if keep else None
+        self.products = at_least_float32(self.features @ teacher.prototypes.T) if keep else None
 
     def _logits(self, span: slice, bias: Tensor | None = None) -> Tensor:
         return self.logits.of(self.features[span], bias, None if self.products is None else self.products[span])
@@ -137,9 +137,9 @@ class Logits:
         """
         out, transposed, scale = self.buffer[: features.shape[0]], self.prototypes.T, 1 / self.temperature
         if products is None and self.rounded is not None:  # a CPU rounds the products of half precision
-            products = torch.mm(features, transposed, out=self.rounded[: features.shape[0]])
+            products = out.copy_(torch.mm(features, transposed, out=self.rounded[: features.shape[0]]))
         if products is not None:
-            shift = out.new_zeros(1) if bias is None else bias  # not 0-dimensional: the sum would have half precision
+            shift = out.new_zeros(()) if bias is None else bias
             return torch.add(shift, products, alpha=scale, out=out)
         if features.dtype != out.dtype:
             torch.mm(features, transposed, out_dtype=out.dtype, out=out).mul_(scale)
@@ -156,13 +156,19 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return at_least_float32(left @ right)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total`; in half precision some rows at a time, for the products need memory of their own."""
+def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """Add left @ right to `total`, or, if it is the first, write it there.
+
+    In half precision some rows at a time, for the products need memory of their own.
+    """
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
         return
     for rows, part in zip(total.split(_ROWS_OF_PRODUCT), left.split(_ROWS_OF_PRODUCT), strict=True):
-        rows.add_(product(part, right))
+        if first:
+            rows.copy_(product(part, right))
+        else:
+            rows.add_(product(part, right))
 
 
 def spans_of(units: int, prototypes: int, rows_of_unit: int, chunk: int, device: torch.device) -> list[slice]:

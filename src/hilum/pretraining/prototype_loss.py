@@ -205,7 +205,8 @@ class _Comparison(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             per_crop = targets.log_rows.new_zeros(crops)
             feature_gradient = torch.zeros_like(rows, dtype=per_crop.dtype) if learns else None
-            prototype_gradient = torch.zeros_like(prototypes, dtype=per_crop.dtype) if learns else None
+            empty = torch.zeros_like if units == 0 else torch.empty_like  # the first chunk writes, the others add
+            prototype_gradient = empty(prototypes, dtype=per_crop.dtype) if learns else None
             spans = spans_of(units, count, crops + views, targets.chunk * (crops + views) // crops, features.device)
             chunks = _comparison(targets, student.prototypes, pairing, temperature, longest(spans), learns)
             for span in spans:
@@ -215,7 +216,7 @@ class _Comparison(torch.autograd.Function):
                 per_crop += (losses * share).sum(dim=1)
                 if feature_gradient is not None and prototype_gradient is not None:
                     feature_gradient[:, span] = product(gradient, student.prototypes).unflatten(0, (crops, -1))
-                    add_product(prototype_gradient, gradient.T, part)
+                    add_product(prototype_gradient, gradient.T, part, span.start == 0)
         if feature_gradient is not None and prototype_gradient is not None:
             ctx.save_for_backward(feature_gradient.flatten(0, 1), prototype_gradient)
         ctx.mark_non_differentiable(per_crop)
