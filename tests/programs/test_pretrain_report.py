@@ -9,8 +9,9 @@ import torch
 
 from hilum.backbones.vit import SIZES, VisionTransformer
 from hilum.backbones.weights import save_backbone
-from hilum.commands import pretrain_report
-from hilum.commands.pretrain_report import choose, past_alarms, patch_colours, run, write_report
+from hilum.commands import pretrain_pictures
+from hilum.commands.pretrain_pictures import choose, patch_colours
+from hilum.commands.pretrain_report import past_alarms, run, write_report
 from hilum.core.config import write_yaml
 from hilum.core.errors import ConfigError
 from hilum.core.seeding import forked
@@ -130,9 +131,9 @@ def test_pictures_are_of_validation_images_if_there_are_enough_and_never_of_test
 def test_neighbours_are_never_of_the_same_patient_and_in_the_order_of_their_cosine(store: Store) -> None:
     with forked(0, "test"):
         network = VisionTransformer(CONFIG.vit()).eval()
-    rows = pretrain_report._neighbour_rows(network, store, np.arange(8, 48), 32)
-    assert len(rows) == pretrain_report.QUERIES
-    films = {pretrain_report._film(store, index, 32).tobytes(): store.patients[index] for index in range(48)}
+    rows = pretrain_pictures._neighbour_rows(network, store, np.arange(8, 48), 32)
+    assert len(rows) == pretrain_pictures.QUERIES
+    films = {pretrain_pictures._film(store, index, 32).tobytes(): store.patients[index] for index in range(48)}
     for asked, found in rows:
         cosines = [one.similarity for one in found]
         assert cosines == sorted(cosines, reverse=True)
@@ -164,9 +165,9 @@ def test_colours_are_components_of_all_images_together_and_black_takes_no_part()
 def test_large_networks_on_a_cpu_are_asked_about_fewer_images() -> None:
     with torch.device("meta"):
         small, large = VisionTransformer(SIZES["demo16"]), VisionTransformer(SIZES["vitl16"])
-    assert pretrain_report._corpus_size(small, 128) == 500
-    assert 50 <= pretrain_report._corpus_size(large, 224) < 300
-    assert pretrain_report._corpus_size(large, 512) == 50
+    assert pretrain_pictures._corpus_size(small, 128) == 500
+    assert 50 <= pretrain_pictures._corpus_size(large, 224) < 300
+    assert pretrain_pictures._corpus_size(large, 512) == 50
 
 
 def test_a_damaged_image_is_left_out(store: Store, tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from hilum.core.types import RESEARCH_NOTICE
-from hilum.evaluation.run_report import PANELS, Neighbour, PatchMap, RunAlarm, RunPage, render_run
+from hilum.evaluation.run_panels import PANELS
+from hilum.evaluation.run_report import Neighbour, PatchMap, RunAlarm, RunPage, render_run
 
 VOID = {"meta", "link", "input", "br", "img"}
 
