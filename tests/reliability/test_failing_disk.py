@@ -94,15 +94,15 @@ def failing_calls(
     check: Callable[[Path], None],
 ) -> tuple[int, dict[str, int]]:  # fmt: skip
     """Let up to `points` calls fail, the errors in turn; returns faults and how often each outcome was seen."""
-    log, outcomes = out.parent / "log", {"error": 0, "harmless": 0}
+    log, outcomes, hooks = out.parent / "log", {"error": 0, "harmless": 0}, [["fixed_temporary_names"]]
     prepare(out)
-    found = tracing.places(tracing.calls(bench.warm, command, log), out)
+    found = tracing.places(tracing.calls(bench.warm, command, log, hooks), out)
     step = max(len(found) // points, 1)
     for number, place in enumerate(found[::step]):
         shutil.rmtree(out)
         prepare(out)
         fault = ERRORS[number % 3]
-        child = tracing.disturbed(bench.warm, command, log, f"error={fault}", place, on=place.name == "write")
+        child = tracing.disturbed(bench.warm, command, log, f"error={fault}", place, hooks)
         if not any(f"{fault} " in line and "INJECTED" in line for line in log.read_text().splitlines()):
             continue  # a call less than before
         where = f"{place} {fault}:\n{log.read_text()[-400:]}\n{child.said}"
@@ -132,7 +132,7 @@ def test_every_file_call_of_a_run_fails(bench: Bench, tmp_path: Path, report: Ca
 
     out = tmp_path / "run"
     prepare = lambda out: bench.stopped(out, BEGUN)  # noqa: E731
-    faults, outcomes = failing_calls(bench, bench.pretrain(out), out, prepare, size("FAULTS", 100), check)
+    faults, outcomes = failing_calls(bench, bench.pretrain(out), out, prepare, size("FAULTS", 70), check)
     report(f"failing calls of `hilum pretrain`: {faults}, {outcomes}; the last checkpoint whole in all")
 
 
@@ -148,5 +148,5 @@ def test_every_file_call_of_a_fit_fails(bench: Bench, tmp_path: Path, report: Ca
     out = tmp_path / "model"
     bench.straight_fit()
     prepare = lambda out: out.mkdir()  # noqa: E731
-    faults, outcomes = failing_calls(bench, bench.fit(out), out, prepare, size("FAULTS_FIT", 40), check)
+    faults, outcomes = failing_calls(bench, bench.fit(out), out, prepare, size("FAULTS_FIT", 30), check)
     report(f"failing calls of `hilum fit`: {faults}, {outcomes}; no half model in any")

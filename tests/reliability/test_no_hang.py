@@ -110,7 +110,7 @@ def test_the_disk_of_one_rank_is_full(bench: Bench, tmp_path: Path) -> None:
         assert [child.wait(45.0) for child in children] == [1, 1], [child.said for child in children]
         assert str(out) in one_error(children[0])
         assert "Traceback" not in children[1].errors
-    goes_on(bench, out, 2)
+    assert newest(out) is None, "the first checkpoint did not fit"
 
 
 @pytest.mark.parametrize("how", ["cut", "gone"])
@@ -184,7 +184,6 @@ def test_one_rank_alone_is_told_to_stop(bench: Bench, tmp_path: Path) -> None:
     found = newest(out)
     assert found is not None
     assert found.step == 3 < STEPS
-    goes_on(bench, out, 2)
 
 
 def test_one_rank_alone_has_a_mistake(bench: Bench, tmp_path: Path) -> None:

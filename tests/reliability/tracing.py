@@ -48,6 +48,10 @@ class Call:
     number: int
     """Among the calls of that name of its thread."""
 
+    def paths(self) -> set[str]:
+        """Names in its arguments, and of the files that it is given by number."""
+        return {quoted or opened for quoted, opened in re.findall(r'"([^"]*)"|<(/[^>]*)>', self.text)}
+
 
 def _attach(child: Child, log: Path, *options: str) -> subprocess.Popen[bytes]:
     command = ["strace", "-f", "-y", "-qq", "-o", str(log), "-e", "signal=none", *options, "-p", str(child.pid)]
@@ -83,26 +87,27 @@ class Place:
 def places(found: Sequence[Call], folder: Path) -> list[Place]:
     """A place for every call on files of a folder.
 
-    The main thread's are counted among all of its calls; those of another thread among the calls on its own files,
-    because otherwise the main thread would come first.
+    The main thread's are counted among all of its calls. Those of another thread are counted among the calls on files
+    that no thread before it has touched: strace counts in every thread, and an earlier one would come first.
     """
-    main, made = found[0].thread, []
-    for thread in sorted({call.thread for call in found}):
+    main, made, touched = found[0].thread, [], set[str]()
+    for thread in dict.fromkeys(call.thread for call in found):
         ours = [call for call in found if call.thread == thread and str(folder) in call.text]
-        if thread == main:
-            made += [Place(call.name, call.number) for call in ours]
-            continue
-        named = {part for call in ours for part in call.text.split('"')[1::2] if part.startswith(str(folder))}
-        only, numbers = tuple(Path(path) for path in sorted(named)), Counter[str]()
+        named = {path for call in ours for path in call.paths() if path.startswith(str(folder))}
+        own, numbers = sorted(named - touched), Counter[str]()
+        touched |= named
         for call in ours:
-            numbers[call.name] += 1
-            made.append(Place(call.name, numbers[call.name], only))
+            if thread == main:
+                made.append(Place(call.name, call.number))
+            elif not call.paths().isdisjoint(own):
+                numbers[call.name] += 1
+                made.append(Place(call.name, numbers[call.name], tuple(Path(path) for path in own)))
     return made
 
 
 def disturbed(
     warm: Warm, command: Sequence[object], log: Path, fault: str, place: Place,
-    hooks: Sequence[Sequence[object]] = (), on: bool = False,
+    hooks: Sequence[Sequence[object]] = (),
 ) -> Child:  # fmt: skip
     """Run a program that meets a fault.
 
@@ -113,12 +118,12 @@ def disturbed(
         fault: "signal=KILL", "error=ENOSPC", ...
         place: where.
         hooks: as of `Warm.start`.
-        on: at every later call of that name, too.
     """
     child = warm.start(command, hooks, traced=True)
     only = [option for path in place.only for option in ("-P", str(path))]
-    when = f"{place.number}{'+' * on}"
-    tracer = _attach(child, log, *only, "-e", f"trace={place.name}", "-e", f"inject={place.name}:{fault}:when={when}")
+    tracer = _attach(
+        child, log, *only, "-e", f"trace={place.name}", "-e", f"inject={place.name}:{fault}:when={place.number}"
+    )
     try:
         child.wait()
     finally:
