@@ -87,6 +87,13 @@ def test_divided_weights_learn_as_whole_ones_do(group: None) -> None:
     )
     for name, tensor in whole_tensors(fresh.state_dict() | flatten_optimizer(other, names)).items():
         assert torch.equal(tensor, found[name]), name
+    for module, optimizer in ((divided, optimizers[1]), (fresh, other)):
+        optimizer.zero_grad()
+        module(inputs).square().sum().backward()
+        optimizer.step()
+    again = whole_tensors(divided.state_dict())
+    for name, tensor in whole_tensors(fresh.state_dict()).items():
+        assert torch.equal(tensor, again[name]), name
     with pytest.raises(CheckpointError, match="of the wrong shape"):
         load_strictly(fresh, {name: torch.zeros(1) for name in fresh.state_dict()}, "the test")
 
