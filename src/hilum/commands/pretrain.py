@@ -77,6 +77,7 @@ def run(
         ConfigError: settings that do not fit each other, the store or the machine; `out` holds a run with others.
         CheckpointError: `init` or the saved state is damaged or does not fit.
         NonFiniteLossError: a loss or gradient is not finite; no weight has moved since the step before.
+        PeerError: another process of the run was killed or does not answer.
         HilumError: another process writes `out`; the disk is full.
     """
     data, out = Path(data), Path(out)
@@ -194,6 +195,8 @@ def run(
                 line = _measure(found, norms, values, taught, targets, content)
                 watch.settle()
                 line |= clock.speed(done)
+                made = (done - start) * config.batch_size // engine.world_size
+                line["damaged_share"] = round(sum(loader.replaced.values()) / made, 6)
                 bar.note(f"loss {line['loss']:.3f}, {line['images_per_second']:.0f} images/s")
                 if probe and probing:
                     line |= _probe(probe, teacher, engine, done)
@@ -288,6 +291,7 @@ class _Output:
             "init": self.facts["init"],
             "seen": {"images": len(seen.uids), "sha256": exposure.write_seen(self.out, seen)},
             "accepted_leak": self.facts["accepted_leak"],
+            "hardware": self.facts["hardware"],
         }
         save_backbone(teacher_backbone(tensors, self.architecture), self.out, self.store.preprocess_id, extra)
 
@@ -308,7 +312,9 @@ class _Log:
                 warn(f"step {step}: {alarm}")
         self.raised = {alarm.name for alarm in found}
         self.log.write(step, **line, **({"alarms": sorted(self.raised)} if self.raised else {}))
-        del self.history[: -(LOOK_BACK + RECENT)]
+        recent = LOOK_BACK + RECENT
+        probed = [line for line in self.history[:-recent] if "knn_mAP" in line][-1:]  # what an alarm compares with
+        self.history = probed + self.history[-recent:]
 
     def close(self) -> None:
         self.log.close()

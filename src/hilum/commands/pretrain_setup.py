@@ -24,8 +24,10 @@ from hilum.pretraining.state import CHECKPOINTS, architecture_of
 CONFIG_NAME = "config.yaml"
 MAY_CHANGE = (
     "workers", "checkpoint_every", "keep", "log_every", "threads", "tensorboard", "strategy", "gradients", "compile",
+    "probe.every", "probe.batch_size", "probe.resamples",
 )  # fmt: skip
-"""Settings that a resumed run may have otherwise: no result depends on them, or in the last bits only."""
+"""Settings that a resumed run may have otherwise: no result depends on them, or in the last bits only (of bfloat16, for
+`gradients`)."""
 
 
 def refuse_another_run(config: PretrainConfig, out: Path, resume: bool) -> None:
@@ -45,10 +47,7 @@ def refuse_another_run(config: PretrainConfig, out: Path, resume: bool) -> None:
     if not resume:
         raise ConfigError(f"{out} already holds a run; choose another folder, or let it resume.")
     before, now = _flat(to_dict(earlier)), _flat(to_dict(config))
-    different = [
-        key for key in now
-        if before.get(key) != now[key] and key not in MAY_CHANGE and not key.startswith("probe.")
-    ]  # fmt: skip
+    different = [key for key in now if before.get(key) != now[key] and key not in MAY_CHANGE]
     if different:
         listed = "; ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in different)
         raise ConfigError(
@@ -122,9 +121,14 @@ def facts(
         "processes": engine.world_size,
         "micro_batch": source.sampler.batch_size,
         "threads": torch.get_num_threads(),
+        "hardware": f"{engine.world_size} x {_device(engine)}",
         "init": _named(init),
         "accepted_leak": exposure.join_leaks(store.accepted_leak, exposure.leak_of(init) if init else ""),
     }
+
+
+def _device(engine: Engine) -> str:
+    return torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU process"
 
 
 def _named(init: Path | None) -> str | None:

@@ -138,6 +138,8 @@ class Watch:
         path = self.out / f"non_finite_step_{number:08d}_rank_{self.engine.rank}.json"
         write_json(path, record)
         bad = [name for name, value in written.items() if isinstance(value, str)]
+        if self.engine.world_size > 1:  # whichever process is heard, the record to read may be another's
+            path = path.with_name(f"non_finite_step_{number:08d}_rank_*.json")
         raise NonFiniteLossError(
             f"Step {number}: {', '.join(bad) or 'a value on another process'} is not finite; no weight was moved. "
             f"The step's images and values are in {path}. Start another run from the last checkpoint (--init) with a "
