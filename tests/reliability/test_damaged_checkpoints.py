@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hilum.core import checkpoint
+from hilum.core.errors import CheckpointError
 from programs import CONFIG, STEPS, Bench, lines, same_run, size, weights, whole_steps
 
 LEGACY = Path(__file__).parent / "checkpoints"
@@ -75,6 +76,20 @@ def test_a_whole_checkpoint_is_never_dropped_for_damaged_ones(tmp_path: Path) ->
     loaded = checkpoint.load_newest(folder)
     assert loaded is not None
     assert loaded.step == 95
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the run would begin again, over the one that is there."""
+    checkpoint.save_checkpoint(tmp_path, 1, {"value": torch.tensor(1)}, {})
+
+    def refused(_path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refused)
+    for question in (checkpoint.load_newest, checkpoint.any_in):
+        with pytest.raises(CheckpointError, match="cannot be listed: Permission denied"):
+            question(tmp_path)
 
 
 def test_the_clock_does_not_choose(bench: Bench, tmp_path: Path) -> None:

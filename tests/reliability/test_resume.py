@@ -19,8 +19,13 @@ LONG = {"steps": 12}
 """Long enough to be killed several times, with a checkpoint after every step."""
 
 
-def killed_at_random(start: Callable[[], list[Child]], random_: random.Random, longest: float, kills: int) -> int:
-    """Start, kill at a random moment up to `longest` seconds later, start again, to the end; returns the kills."""
+def killed_at_random(
+    start: Callable[[], list[Child]], random_: random.Random, longest: float, kills: int, watch: Callable[[], object]
+) -> int:
+    """Start, kill at a random moment up to `longest` seconds later, start again, to the end; returns the kills.
+
+    `watch` is called after each.
+    """
     done = 0
     while True:
         children = start()
@@ -38,6 +43,13 @@ def killed_at_random(start: Callable[[], list[Child]], random_: random.Random, l
         if done and "already holds config.json" in said[0]:  # a head was whole when the last kill came
             return done
         assert -signal.SIGKILL in statuses, said
+        watch()
+
+
+def newest_step(out: Path) -> int:
+    """Steps that a run can go on from."""
+    found = newest(out)
+    return found.step if found else 0
 
 
 def kill_runs(
@@ -45,14 +57,17 @@ def kill_runs(
 ) -> tuple[int, int]:
     """Runs of pretraining, killed about `kills` times each, compared with the straight one; returns kills and runs."""
     straight = bench.straight(ranks, **changes)
-    random_, total = random.Random(seed), 0
+    random_, total, found = random.Random(seed), 0, set[int]()
     for run in itertools.count():
-        if run >= runs and total >= runs * kills:  # a kill may come too late to be one
+        # A kill may come too late to be one, or before there is a checkpoint to go on from.
+        if run >= runs and total >= runs * kills and found - {0, newest_step(straight)}:
             return total, run
         out = folder / f"run{seed}_{run}"
         command = bench.pretrain(out, **changes)
         start = (lambda c=command: [bench.warm.start(c)]) if ranks == 1 else (lambda c=command: bench.warm.ranks(c))
-        total += killed_at_random(start, random_, 0.8 * bench.seconds[straight], kills)
+        total += killed_at_random(
+            start, random_, 0.8 * bench.seconds[straight], kills, lambda o=out: found.add(newest_step(o))
+        )
         same_run(out, straight)
         shutil.rmtree(out)
     raise AssertionError
@@ -128,7 +143,9 @@ def kill_fits(bench: Bench, folder: Path, seed: int, runs: int, kills: int, **ch
             return total, run
         out = folder / f"model{seed}_{run}"
         command = bench.fit(out, **changes)
-        total += killed_at_random(lambda c=command: [bench.warm.start(c)], random_, 0.9 * bench.seconds[model], kills)
+        total += killed_at_random(
+            lambda c=command: [bench.warm.start(c)], random_, 0.9 * bench.seconds[model], kills, bool
+        )
         found = model_digest(out)
         assert {name: found[name] for name in straight} == straight
         shutil.rmtree(out)

@@ -13,6 +13,7 @@ More than 300 lines: both ways of writing share every step after the copy, and t
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 import threading
@@ -263,8 +264,18 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first, whole or not."""
-    return sorted((path for path in folder.glob("step_*") if path.name[5:].isdigit()), reverse=True)
+    """Newest first, whole or not.
+
+    Raises:
+        CheckpointError: the folder cannot be listed. `glob` would take it for empty, and the run would begin again.
+    """
+    try:
+        names = os.listdir(folder)  # noqa: PTH208
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error.strerror or error}.") from error
+    return sorted((folder / name for name in names if name.startswith("step_") and name[5:].isdigit()), reverse=True)
 
 
 def any_in(folder: Path) -> bool:
