@@ -5,6 +5,8 @@
 
 Takes batches that are already on the device; `commands/pretrain.py` owns the loop. Dimensions: G global and L local
 crops an image, GB rows of global crops, N patches of a global crop, M masked patches, K prototypes.
+
+More than 300 lines: the settings, the data that pass between the parts, and the parts of a step, in one place.
 """
 
 from collections.abc import Callable
