@@ -32,7 +32,7 @@ SIZES = [(38, 2234), (32, 9830), (64, 19661)] if CUDA else [(4, 480)]
 WARM_UP, ROUNDS = (3, 15) if CUDA else (0, 3)
 _PLAIN_BYTES = 30
 """What the plain form needs for each pair of a row and a prototype, about."""
-METHODS = (["triton"] if CUDA and prototype_loss.triton_available() else []) + ["chunked"]
+METHODS = ([] if prototype_loss.triton_failure(DEVICE) else ["triton"]) + ["chunked"]
 
 
 class Step(NamedTuple):

@@ -518,6 +518,13 @@ def test_kernels_compile_for_gpus_that_are_not_here(
 
 
 @pytest.mark.gpu
+def test_the_kernels_are_found_good_on_this_device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert prototype_loss.triton_failure(torch.device("cuda", torch.cuda.current_device())) == ""
+
+
+@pytest.mark.gpu
 @needs_triton
 def test_kernels_on_a_gpu() -> None:
     check_kernels("cuda")

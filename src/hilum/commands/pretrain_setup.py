@@ -90,6 +90,11 @@ def make_source(
             f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
         )
         raise ConfigError(f"batch_size={config.batch_size} does not divide among {parts}.")
+    share, group = config.batch_size // shares, config.losses.koleo_group
+    if group and share % group:
+        raise ConfigError(
+            f"losses.koleo_group={group} does not divide the {share} images of a process and micro-batch."
+        )
     if config.batch_size > len(pool.indices):
         raise ConfigError(
             f"batch_size={config.batch_size} is more than the {len(pool.indices)} images to train on: an image would "

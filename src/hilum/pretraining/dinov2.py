@@ -11,6 +11,7 @@ More than 300 lines: the settings, the data that pass between the parts, and the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.core.errors import ConfigError
 from hilum.core.seeding import forked
 from hilum.core.sharding import local_parameters, whole
+from hilum.core.tracking import warn
 from hilum.pretraining import prototype_loss
 from hilum.pretraining.losses import (
     centred_targets,
@@ -249,16 +251,22 @@ def prototype_method(config: LossConfig, output: TeacherOutput) -> Literal["plai
     Raises:
         ConfigError: triton is asked for and cannot run.
     """
-    on_gpu = output.cls.features.is_cuda
-    if config.prototype_loss == "triton" and not (on_gpu and prototype_loss.triton_available()):
-        raise ConfigError(
-            "losses.prototype_loss=triton: needs a CUDA device and the package triton; use chunked or auto."
-        )
-    if config.prototype_loss != "auto":
-        return config.prototype_loss
-    if output.cls.features.shape[0] * output.cls.prototypes.shape[0] < _LARGE:  # of [CLS]: masked patches vary by rank
-        return "plain"
-    return "triton" if on_gpu and prototype_loss.triton_available() else "chunked"
+    wanted, features = config.prototype_loss, output.cls.features
+    if wanted in ("plain", "chunked"):
+        return wanted
+    if wanted == "auto" and features.shape[0] * output.cls.prototypes.shape[0] < _LARGE:
+        return "plain"  # by the rows of [CLS]: masked patches vary by rank
+    reason = prototype_loss.triton_failure(features.device)
+    if wanted == "triton" and reason:
+        raise ConfigError(f"losses.prototype_loss=triton: the kernels cannot be used ({reason}). Use chunked or auto.")
+    if reason and features.is_cuda:
+        _warn_once(f"the fused kernels of the losses cannot be used ({reason}); training goes on without, more slowly")
+    return "chunked" if reason else "triton"
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warn(text)
 
 
 def compute_losses(student: StudentOutput, targets: Targets, batch: Batch, config: LossConfig) -> Losses:

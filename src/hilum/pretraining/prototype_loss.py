@@ -16,14 +16,17 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
 
 from hilum.core.distributed import max_over_ranks, mean_over_ranks, sum_over_ranks
+from hilum.core.seeding import torch_stream
 from hilum.pretraining.projection import Projection, at_least_float32
 from hilum.pretraining.prototype_chunks import (
     ChunkedComparison,
@@ -36,6 +39,8 @@ from hilum.pretraining.prototype_chunks import (
 )
 
 Method = Literal["chunked", "triton"]
+_EXAMPLE_TOLERANCE = 0.02
+"""Of a relative difference in norm; rounding logits to bfloat16 costs some 0.003."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Assignment:
 @torch.no_grad()
 def balanced_assignment(
     teacher: Projection, temperature: float, iterations: int = 3, method: Method = "chunked", chunk: int = 0,
-    valid: Float[Tensor, " rows"] | None = None,
+    valid: Float[Tensor, " rows"] | None = None, across_ranks: bool = True,
 ) -> Assignment:  # fmt: skip
     """Sinkhorn-Knopp over the rows of all ranks, as `losses.sinkhorn_targets`, from features instead of logits.
 
@@ -94,13 +99,15 @@ def balanced_assignment(
         method: chunked or triton.
         chunk: rows at a time, 0: chosen from the size.
         valid: 1, or 0 for rows of padding, which then weigh nothing.
+        across_ranks: False balances the rows of this rank alone.
     """
+    highest_of, sum_of = (max_over_ranks, sum_over_ranks) if across_ranks else (_alone, _alone)
     operands = in_product_precision(teacher)
     passes = _passes(method)(operands, temperature, valid, chunk)
     with torch.autocast(teacher.features.device.type, enabled=False):
         log_mass = passes.log_column_mass()
-        highest = max_over_ranks(log_mass.clone()).clamp_min(torch.finfo(log_mass.dtype).min)
-        log_mass = highest + sum_over_ranks(torch.exp(log_mass - highest)).log()
+        highest = highest_of(log_mass.clone()).clamp_min(torch.finfo(log_mass.dtype).min)
+        log_mass = highest + sum_of(torch.exp(log_mass - highest)).log()
         log_count = math.log(operands.prototypes.shape[0])
         log_prototypes = torch.where(log_mass == -torch.inf, 0.0, -log_mass - log_count)  # no row anywhere: any will do
         tiny = torch.finfo(log_mass.dtype).tiny
@@ -108,7 +115,7 @@ def balanced_assignment(
             more = iteration + 1 < iterations
             log_rows, mass = passes.row_factors(log_prototypes, more)
             if more:
-                log_prototypes = log_prototypes - log_count - sum_over_ranks(mass).clamp_min(tiny).log()
+                log_prototypes = log_prototypes - log_count - sum_of(mass).clamp_min(tiny).log()
     return Assignment(operands, temperature, log_rows, log_prototypes, valid, method, chunk, passes.products)
 
 
@@ -229,9 +236,48 @@ class _Comparison(torch.autograd.Function):
         return features * gradient, prototypes * gradient, None, None, None, None
 
 
-def triton_available() -> bool:
-    """Whether the kernels can be imported; they run on a CUDA device."""
-    return importlib.util.find_spec("triton") is not None
+@cache
+def triton_failure(device: torch.device) -> str:
+    """Why the kernels are not to be used on a device; "" where they run, and agree with plain PyTorch on an example.
+
+    Tried once a process: compilers, drivers and devices are too many to trust.
+    """
+    if device.type != "cuda":
+        return "they need a CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        expected, found = (_example(device, method) for method in ("chunked", "triton"))
+    except Exception as error:  # of a compiler or a driver, of any kind
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    for ours, theirs in zip(found, expected, strict=True):
+        difference = ((ours - theirs).norm() / theirs.norm()).item()
+        if not difference < _EXAMPLE_TOLERANCE:
+            return f"on a small example they differ from plain PyTorch by {difference:.2g}, relative"
+    return ""
+
+
+def _example(device: torch.device, method: Method) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients of 100 masked patches against 300 prototypes, in the precision of training."""
+    generator = torch_stream(0, "example of the kernels")
+    rows, count, width = 100, 300, 64
+
+    def drawn(number: int) -> Tensor:
+        return normalize(torch.randn(number, width, generator=generator), dim=-1).to(device)
+
+    features, prototypes = drawn(rows).requires_grad_(), drawn(count).requires_grad_()
+    teacher, weights = Projection(drawn(rows), drawn(count)), torch.full((rows,), 0.1, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        targets = balanced_assignment(teacher, 0.05, method=method, across_ranks=False)
+        loss = ibot_loss(Projection(features, prototypes), targets, weights, 10)
+    loss.backward()
+    assert features.grad is not None
+    assert prototypes.grad is not None
+    return loss.detach(), features.grad, prototypes.grad
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
 
 
 def _passes(method: Method) -> Any:

@@ -1,6 +1,7 @@
 """Which tokens meet in which loss, what learns and what does not, and the EMA."""
 
 import dataclasses
+import importlib.util
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from hilum.backbones.vit import ViTConfig
 from hilum.core.errors import ConfigError
-from hilum.pretraining import dinov2
+from hilum.pretraining import dinov2, prototype_loss
 from hilum.pretraining.dinov2 import Batch, HeadConfig, LossConfig, Network
 from hilum.pretraining.projection import Projection
 from hilum.pretraining.prototype_loss import Assignment
@@ -294,3 +295,37 @@ def test_unusable_loss_settings_are_refused(setting: dict[str, int]) -> None:
 def test_unusable_head_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="prototypes"):
         dataclasses.replace(HEADS, prototypes=0)
+
+
+def test_fused_kernels_are_used_only_where_they_agree(
+    networks: tuple[Network, Network], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a device that looks like a GPU, with kernels that work, crash, or compute something else."""
+    pretended = torch.device("cuda:0")
+    real, fault = prototype_loss._example, ""
+
+    def example(device: torch.device, method: prototype_loss.Method) -> tuple[torch.Tensor, ...]:
+        loss, *gradients = real(torch.device("cpu"), "chunked")
+        if method == "triton" and fault == "crash":
+            raise RuntimeError("no kernel image is available\nfor this device")
+        return (loss, *(gradient * (1.1 if method == "triton" and fault == "wrong" else 1.0) for gradient in gradients))
+
+    monkeypatch.setattr(prototype_loss, "_example", example)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    expected = {
+        "": "", "crash": "RuntimeError: no kernel image is available",
+        "wrong": "on a small example they differ from plain PyTorch by 0.1, relative",
+    }  # fmt: skip
+    for fault in expected:  # noqa: B007  # `example` reads it
+        prototype_loss.triton_failure.cache_clear()
+        assert prototype_loss.triton_failure(pretended) == expected[fault]
+    assert prototype_loss.triton_failure(torch.device("cpu")) == "they need a CUDA device"
+    prototype_loss.triton_failure.cache_clear()
+
+
+def test_the_example_of_the_kernels_says_the_same_as_the_plain_losses() -> None:
+    loss, features, prototypes = prototype_loss._example(torch.device("cpu"), "chunked")
+    assert 0 < loss.item() < 10
+    assert features.shape == (100, 64)
+    assert prototypes.shape == (300, 64)
+    assert min(features.norm().item(), prototypes.norm().item()) > 0
