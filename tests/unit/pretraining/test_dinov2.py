@@ -316,7 +316,7 @@ def test_fused_kernels_are_used_only_where_they_agree(
         "": "", "crash": "RuntimeError: no kernel image is available",
         "wrong": "on a small example they differ from plain PyTorch by 0.1, relative",
     }  # fmt: skip
-    for fault in expected:  # noqa: B007  # `example` reads it
+    for fault in expected:  # `example` reads it
         prototype_loss.triton_failure.cache_clear()
         assert prototype_loss.triton_failure(pretended) == expected[fault]
     assert prototype_loss.triton_failure(torch.device("cpu")) == "they need a CUDA device"
