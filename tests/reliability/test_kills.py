@@ -154,7 +154,6 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {*kept, ".folder.tmp"}
 
 
-@pytest.mark.xfail(strict=True, reason="a run does not yet remove what killed writers have left beside its checkpoints")
 def test_a_run_removes_what_its_killed_writers_have_left(bench: Bench, tmp_path: Path) -> None:
     """As large as the backbone, one for each kill during its export."""
     out = bench.stopped(tmp_path / "run", STEPS - 1)

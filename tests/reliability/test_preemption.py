@@ -55,7 +55,6 @@ def test_a_signal_during_a_probe(bench: Bench, tmp_path: Path, count: int) -> No
     same_run(out, bench.straight(**changes))
 
 
-@pytest.mark.xfail(strict=True, reason="signals are noted from the first step on; before it they end the program")
 def test_a_signal_before_the_first_step_is_not_lost(bench: Bench, tmp_path: Path) -> None:
     """A scheduler that takes the machine back while the program starts must learn that it is to be started again."""
     out = tmp_path / "run"

@@ -32,6 +32,7 @@ from hilum.core import checkpoint
 from hilum.core.config import write_yaml
 from hilum.core.distributed import Engine, launch, max_over_ranks, mean_over_ranks
 from hilum.core.errors import HilumError
+from hilum.core.files import remove_leftovers
 from hilum.core.locks import folder_lock
 from hilum.core.seeding import torch_stream
 from hilum.core.sharding import whole_tensors
@@ -89,9 +90,11 @@ def run(
         ExitStack() as held,
     ):
         main = engine.rank == 0
+        stop = held.enter_context(stop_signals())  # from here on: a signal while the run starts is not lost either
         if main:
             held.enter_context(folder_lock(out))
             setup.refuse_another_run(config, out, resume)
+            remove_leftovers(out)
         engine.barrier()
 
         # Data: which images, in which order.
@@ -144,7 +147,6 @@ def run(
         log = held.enter_context(closing(_Log(out, start, config))) if main else None
         clock = _Clock(start, config, architecture, engine)
         writer = held.enter_context(checkpoint.CheckpointWriter())
-        stop = held.enter_context(stop_signals())
         bar = held.enter_context(_bar(config.steps - start, main))
         watch = Watch(out, engine, stop)
         if probe and start == 0:

@@ -32,7 +32,10 @@ def atomic_path(path: Path, failure: type[Exception] = OSError) -> Iterator[Path
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask gives; some writers make files that only their owner may read
         yield temporary
+        temporary.chmod(mode)
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)
