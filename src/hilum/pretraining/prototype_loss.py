@@ -257,6 +257,7 @@ def triton_failure(device: torch.device) -> str:
     return ""
 
 
+@torch.enable_grad()  # the first to ask are the teacher's targets, which take no gradient
 def _example(device: torch.device, method: Method) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients of 100 masked patches against 300 prototypes, in the precision of training."""
     generator = torch_stream(0, "example of the kernels")
