@@ -22,6 +22,7 @@ from hilum.commands import pretrain, pretrain_setup
 from hilum.commands.pretrain import PretrainConfig, run
 from hilum.core.checkpoint import Checkpoint, digest, load_newest
 from hilum.core.config import override, read_yaml
+from hilum.core.distributed import launch
 from hilum.core.errors import (
     CheckpointError,
     ConfigError,
@@ -584,6 +585,19 @@ def test_a_damaged_record_of_what_was_seen_is_refused(tmp_path: Path) -> None:
         exposure.read_seen(tmp_path)
     with pytest.raises(ConfigError, match="16 hex"):
         exposure.uid_numbers(np.array(["patient-1"]))
+
+
+def test_views_are_cut_where_the_settings_say(straight: Path, data: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, crops_on="device", steps=2)
+    out = run(config, data, tmp_path / "run")
+    with launch(accelerator="cpu") as engine:
+        store = Store.open(data)
+        pool = exposure.select(store, config.train_on)
+        batch = pretrain_setup.make_source(config, config.vit(), store, pool, engine)[0]
+    assert batch.uncut is not None
+    ours, theirs = lines(out)[0], lines(straight)[0]
+    assert ours["batch"] == batch.digest() != theirs["batch"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)  # views differ by a grey level here and there
 
 
 def test_every_setting_is_read_somewhere() -> None:

@@ -109,7 +109,9 @@ def make_source(
     sampler = EndlessSampler(
         indices, config.batch_size // shares, config.seed, engine.rank, engine.world_size, draw, window
     )
-    return PretrainSource(store, sampler, config.crops, vit.patch_size, config.mask_ratio, config.mask_probability)
+    return PretrainSource(
+        store, sampler, config.crops, vit.patch_size, config.mask_ratio, config.mask_probability, config.crops_on
+    )
 
 
 def facts(
