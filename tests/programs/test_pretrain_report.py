@@ -1,5 +1,6 @@
 """`hilum inspect`: a page from whatever a run's folder holds."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [], backbone=False)
     (folder / "metrics.jsonl").unlink()
     assert "No step has been logged yet." in write_report(folder, None).read_text()
+
+
+def test_a_run_from_weights_has_a_page_before_it_has_saved_its_network(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", lines(10), backbone=False)
+    write_yaml(folder / "config.yaml", dataclasses.replace(CONFIG, architecture="init"))
+    assert "init: that of the weights it starts from" in write_report(folder, None).read_text()
 
 
 def test_what_is_no_run_or_another_store_is_refused(store: Store, tmp_path: Path) -> None:

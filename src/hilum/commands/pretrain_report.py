@@ -22,7 +22,7 @@ from hilum.data.store import Store
 from hilum.evaluation.markup import count, decimal, finite, signed
 from hilum.evaluation.run_report import RunAlarm, RunPage, render_run
 from hilum.pretraining.alarms import Alarm, alarms, initial_losses
-from hilum.pretraining.config import PretrainConfig
+from hilum.pretraining.config import FROM_INIT, PretrainConfig
 
 REPORT_NAME, CONFIG_NAME, METRICS_NAME = "report.html", "config.yaml", "metrics.jsonl"
 _RECENT_LINES = 20
@@ -124,11 +124,14 @@ def _again(history: Sequence[Mapping[str, Any]], config: PretrainConfig, name: s
 
 
 def _facts(config: PretrainConfig, saved: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    vit = ViTConfig(**saved["architecture"]) if "architecture" in saved else config.vit()
+    network = "that of the weights it starts from"
+    if "architecture" in saved or config.architecture != FROM_INIT:
+        vit = ViTConfig(**saved["architecture"]) if "architecture" in saved else config.vit()
+        network = f"{vit.depth} blocks of {vit.embed_dim}, patch {vit.patch_size}"
     done = int(history[-1]["step"]) if history else int(saved.get("step", 0))
     rate = _rate(history)
     facts = {
-        "Network": f"{config.architecture}: {vit.depth} blocks of {vit.embed_dim}, patch {vit.patch_size}",
+        "Network": f"{config.architecture}: {network}",
         "Resolution": f"{config.crops.global_size} px, {config.crops.local_crops} local crops of "
         f"{config.crops.local_size} px",
         "Objective": f"DINOv2, {count(config.heads.prototypes)} prototypes",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hilum.pretraining.config import PretrainConfig
+from hilum.pretraining.config import FROM_INIT, PretrainConfig
 from hilum.pretraining.dinov2 import PARTS
 
 Line = Mapping[str, Any]
@@ -139,7 +139,7 @@ def _prototypes(lines: Sequence[Line], config: PretrainConfig, kind: str) -> Ala
     prototypes = config.heads.prototypes
     rows = config.crops.global_crops * config.batch_size // config.accumulate  # one micro-batch is looked at
     if kind == "patch":
-        patches = config.vit().grid ** 2
+        patches = (config.crops.global_size // _patch_size(config)) ** 2
         rows = int(rows * config.mask_probability * sum(config.mask_ratio) / 2 * patches)
     possible = min(rows, prototypes)
     used = float(prototypes ** usage.max())
@@ -153,6 +153,13 @@ def _prototypes(lines: Sequence[Line], config: PretrainConfig, kind: str) -> Ala
         "`losses.centering` sinkhorn, fewer prototypes (`heads.prototypes`), a higher `teacher_temperature`, a lower "
         f"`learning_rate` or weight `losses.{loss}`, a longer `freeze_last_layer`",
     )
+
+
+def _patch_size(config: PretrainConfig) -> int:
+    """Side of a patch, pixels; with architecture=init the weights know it, and 16 is near enough to count rows."""
+    if config.architecture == FROM_INIT:
+        return config.patch_size or 16
+    return config.vit().patch_size
 
 
 def _empty_targets(lines: Sequence[Line], kind: str) -> Alarm | None:

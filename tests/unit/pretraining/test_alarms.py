@@ -79,6 +79,13 @@ def test_no_lines_and_lines_without_columns_are_silent() -> None:
     assert alarms([{"step": step, "loss": 1.0, "ibot": None} for step in range(1, 400)], CONFIG) == []
 
 
+@pytest.mark.parametrize("patch_size", [None, 14])
+def test_a_network_that_the_weights_decide_is_judged_too(patch_size: int | None) -> None:
+    config = dataclasses.replace(CONFIG, architecture="init", patch_size=patch_size)
+    assert names(healthy(), config) == []
+    assert names(changed(healthy(), 10, patch_prototype_usage=0.1), config) == ["patch_prototypes_collapse"]
+
+
 PLANTED = [
     ("cls_collapse", {"teacher_effective_rank": 1.02}),
     ("cls_collapse", {"teacher_feature_deviation": 0.004}),
