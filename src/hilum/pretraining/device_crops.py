@@ -212,7 +212,10 @@ class _Chosen:
         }
         places = [mask.nonzero().flatten() for mask in masks.values()]
         self.counts = dict(zip(masks, map(len, places), strict=True))
-        moved = torch.cat(places).to(device, non_blocking=True).split([len(place) for place in places])
+        joined = torch.cat(places)
+        if device.type == "cuda":
+            joined = joined.pin_memory()  # from other memory the copy would wait for the GPU
+        moved = joined.to(device, non_blocking=True).split([len(place) for place in places])
         self._places = dict(zip(masks, moved, strict=True))
 
     def some(self, step: str) -> bool:

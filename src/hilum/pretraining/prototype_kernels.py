@@ -13,6 +13,7 @@ TRITON_INTERPRET=1 runs all of it on a CPU, slowly; tests do.
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -205,7 +206,7 @@ class FusedComparison:
         self.teacher_rows = teacher.features.unflatten(0, (views, -1))  # views units E
         self.log_rows, self.log_prototypes = factors[0].unflatten(0, (views, -1)), factors[1]
         self.scale, self.teacher_scale = 1 / temperatures[0], 1 / temperatures[1]
-        self.pairing = torch.tensor(pairing, dtype=torch.float32).to(prototypes.device, non_blocking=True)
+        self.pairing = _on_device(pairing, prototypes.device)
         self.mass = self.pairing.sum(dim=1, keepdim=True)  # crops 1
         self.learns = learns
         count = prototypes.shape[0]
@@ -259,6 +260,12 @@ def log_mass(
         left, right, bias, out, rows, columns, scale, tiles, **_tile(left.dtype, left.shape[1])
     )
     return torch.logsumexp(out, dim=0)
+
+
+@cache
+def _on_device(pairing: tuple[tuple[int, ...], ...], device: torch.device) -> Float[Tensor, "crops views"]:
+    """Sent once: a copy from memory that is not page-locked waits for the GPU."""
+    return torch.tensor(pairing, dtype=torch.float32, device=device)
 
 
 def _split(rows: int, columns: int) -> tuple[int, int]:
