@@ -235,10 +235,10 @@ def test_a_finished_run_stays_as_it_is_and_its_backbone_comes_back(
 
 
 def test_what_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(dataclasses.replace(CONFIG, steps=6), data, tmp_path / "run")
+    run(dataclasses.replace(CONFIG, steps=12), data, tmp_path / "run")
     output = capsys.readouterr().out
     assert "Images: 22 (left out: 6 held out, 1 of held-out patients, 1 not allowed for pretraining)" in output
-    assert "Steps: 6 of 4 images (1.1 passes)" in output
+    assert "Steps: 12 of 4 images (2.2 passes)" in output
     assert "About" in output
     assert output.splitlines()[-1].startswith("Next: hilum fit")
 
@@ -422,6 +422,19 @@ def test_a_stage_at_another_resolution_runs_and_remembers_what_was_seen(
     run(grown(48), data, out, init=straight)
     with pytest.raises(ConfigError, match="started from"):
         run(grown(48), data, out, init=tmp_path)
+
+
+def test_a_stage_that_goes_on_without_its_origin_remembers_it(
+    straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = dataclasses.replace(grown(48), steps=2), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run(config, data, out, init=straight)
+    run(config, data, out)
+    assert final(out).values["init"] == str(straight.resolve())
+    assert json.loads((out / "config.json").read_text())["init"] == str(straight.resolve())
 
 
 def test_a_stage_of_another_network_is_refused(straight: Path, data: Path, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ from hilum.pretraining.state import CHECKPOINTS, TrainingState, all_seen, start_
 METRICS_NAME = "metrics.jsonl"
 STOPPED_STATUS = 75
 """Exit status after SIGTERM or SIGUSR1: saved, run the same command again (EX_TEMPFAIL)."""
-_STEPS_BEFORE_ESTIMATE = 5
+_STEPS_BEFORE_ESTIMATE = 10
+"""Without the first, which compiles and waits for the first batch."""
 
 
 def run(
@@ -123,11 +124,10 @@ def run(
         seen = torch.zeros(len(store), dtype=torch.bool)
         state = TrainingState(student, teacher, optimizer, centres, seen, inherited)
         facts = setup.facts(config, architecture, store, source, engine, init)
-        if saved is not None:
-            facts["accepted_leak"] = saved.values.get("accepted_leak", "")
         start = 0
         if saved is not None:
             setup.check_same_run(saved, facts, init)
+            facts |= {"init": saved.values["init"], "accepted_leak": saved.values.get("accepted_leak", "")}
             state.restore(saved)
             start = saved.step
         output = _Output(out, store, architecture, config, facts)
@@ -151,6 +151,7 @@ def run(
         watch = Watch(out, engine, stop)
         if probe and start == 0:
             measured = _probe(probe, teacher, engine, 0)
+            clock.leave_out()
             if log:
                 log.write(0, **measured)
         for step in range(start, config.steps):
@@ -207,8 +208,11 @@ def run(
                     log.write(done, **line)
             bar.advance()
             writer.check()
+            if done == start + 1:
+                first_done = clock.seconds()
             if main and done == start + _STEPS_BEFORE_ESTIMATE and not last:
-                say(f"About {duration((config.steps - done) * clock.seconds() / (done - start))} to go.")
+                each = (clock.seconds() - first_done) / (_STEPS_BEFORE_ESTIMATE - 1)
+                say(f"About {duration((config.steps - done) * each)} to go.")
             if saving:
                 watch.settle()
                 seen_by_all = max_over_ranks(state.seen.to(engine.device, torch.int32))
