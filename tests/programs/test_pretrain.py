@@ -339,6 +339,8 @@ def test_checkpoints_without_their_settings_are_refused(straight: Path, data: Pa
     [
         {"steps": 0}, {"keep": 1}, {"warmup": 1.5}, {"crops": CropConfig(global_crops=3)}, {"drop_path": 1.0},
         {"threads": 0}, {"workers": -1}, {"mask_ratio": (0.5, 2.0)}, {"mask_probability": -0.1},
+        {"learning_rate": -1.0}, {"clip": -3.0}, {"layer_decay": -0.9}, {"weight_decay": (-0.1, 0.2)},
+        {"teacher_temperature": (0.0, 0.07)}, {"momentum": (0.99, 1.01)},
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_at_once(changes: dict[str, Any]) -> None:

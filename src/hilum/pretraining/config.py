@@ -147,6 +147,15 @@ class PretrainConfig:
         for name in ("warmup", "teacher_temperature_warmup", "freeze_last_layer", "head_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected a fraction of the run, 0 to 1, found {getattr(self, name)}.")
+        for name in ("learning_rate", "final_learning_rate", "layer_decay", "patch_embed_factor", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}.")
+        if not min(self.weight_decay) >= 0:
+            raise ConfigError(f"weight_decay: expected 0 or more, found {self.weight_decay}.")
+        if not min(self.teacher_temperature) > 0:
+            raise ConfigError(f"teacher_temperature: expected more than 0, found {self.teacher_temperature}.")
+        if not 0 <= min(self.momentum) <= max(self.momentum) <= 1:
+            raise ConfigError(f"momentum: expected shares in [0, 1], found {self.momentum}.")
         if self.keep < 2:
             raise ConfigError(f"keep: expected at least 2, found {self.keep}; the newest may turn out damaged.")
         if self.crops.global_crops != 2:

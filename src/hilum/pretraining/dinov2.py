@@ -88,8 +88,8 @@ class LossConfig:
     a process, results do not depend on how many processes share a batch."""
     prototype_loss: PrototypeLoss = "auto"
     """How the losses over prototypes are computed; the same numbers up to rounding. plain: whole matrices, readable.
-    chunked: some rows at a time, no matrix is kept. triton: fused kernels, on a CUDA device. auto: triton where it can
-    be, else chunked for large matrices, else plain."""
+    chunked: some rows at a time, no matrix is kept. triton: fused kernels, on a CUDA device. auto: plain for small
+    matrices; for large ones triton where it can be, else chunked."""
     chunk: int = 0
     """Rows whose logits are held at once; 0: chosen from the size (for plain: all)."""
 
@@ -98,6 +98,13 @@ class LossConfig:
             raise ConfigError(
                 f"losses.koleo_group: expected 0 or at least 2 (an image needs a neighbour), found {self.koleo_group}."
             )
+        for name in ("dino", "ibot", "koleo"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"losses.{name}: expected a weight of 0 or more, found {getattr(self, name)}.")
+        if not self.student_temperature > 0:
+            raise ConfigError(f"losses.student_temperature: expected more than 0, found {self.student_temperature}.")
+        if not 0 <= self.centre_momentum <= 1:
+            raise ConfigError(f"losses.centre_momentum: expected a share in [0, 1], found {self.centre_momentum}.")
         if self.sinkhorn_iterations < 1:
             raise ConfigError(f"losses.sinkhorn_iterations: expected at least 1, found {self.sinkhorn_iterations}.")
         if self.chunk < 0:

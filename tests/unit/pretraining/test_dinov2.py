@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -285,9 +286,13 @@ def test_health_tells_a_collapse_from_spread_features() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"koleo_group": 1}, {"koleo_group": -2}, {"chunk": -1}, {"sinkhorn_iterations": 0}]
-)
-def test_unusable_loss_settings_are_refused(setting: dict[str, int]) -> None:
+    "setting",
+    [
+        {"koleo_group": 1}, {"koleo_group": -2}, {"chunk": -1}, {"sinkhorn_iterations": 0}, {"dino": -1.0},
+        {"ibot": math.nan}, {"koleo": -0.1}, {"student_temperature": 0.0}, {"centre_momentum": 1.1},
+    ],
+)  # fmt: skip
+def test_unusable_loss_settings_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         LossConfig(**setting)
 
