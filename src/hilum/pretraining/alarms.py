@@ -3,6 +3,8 @@
 Pure functions of logged numbers: nothing here looks at a network. Healthy runs stay clear of every threshold by a wide
 margin, and tests show both sides. Nearly every alarm needs several lines in a row, past the warm-up, so that the first
 steps of a healthy run (features still close together, targets still flat) stay silent. Columns: docs/reference/run.md.
+
+A little past 300 lines: one short function an alarm.
 """
 
 import math
@@ -13,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from hilum.pretraining.config import FROM_INIT, PretrainConfig
-from hilum.pretraining.dinov2 import PARTS
 
 Line = Mapping[str, Any]
 """One line of `metrics.jsonl`."""
@@ -76,10 +77,12 @@ def alarms(history: Sequence[Line], config: PretrainConfig) -> list[Alarm]:
         step, warm = int(lines[-1]["step"]), math.ceil(config.warmup * config.steps)
         trained = [line for line in lines if line["step"] > warm]
         long = [line for line in lines if line["step"] > warm + FLAT_STEPS]
+        heads = {"cls": "dino_head", "patch": "ibot_head"}
+        kinds = [kind for kind in heads if _counts(config, kind)]
         found = [
-            _collapse(trained), _neighbours(trained), _prototypes(trained, config, "cls"),
-            _prototypes(trained, config, "patch"), _empty_targets(long, "cls"), _empty_targets(long, "patch"),
-            _flat_losses(long, config), *(_gradient(trained, part) for part in PARTS), _spike(lines),
+            _collapse(trained), _neighbours(trained), *(_prototypes(trained, config, kind) for kind in kinds),
+            *(_empty_targets(long, kind) for kind in kinds), _flat_losses(long, config, kinds),
+            *(_gradient(trained, part) for part in ("backbone", *(heads[kind] for kind in kinds))), _spike(lines),
             _still_teacher(trained, step, config), *found,
         ]  # fmt: skip
     return [alarm for alarm in found if alarm is not None]
@@ -102,6 +105,13 @@ def probe_guard(history: Sequence[Line]) -> Alarm | None:
         "from public weights: a lower `learning_rate`, `layer_decay` 0.9, a longer `warmup`, heads trained first with "
         "the backbone at rest; otherwise more images a step (`batch_size`), or stop at the best probe",
     )
+
+
+def _counts(config: PretrainConfig, kind: str) -> bool:
+    """Whether the loss of a kind of token is trained at all."""
+    if kind == "cls":
+        return config.losses.dino > 0
+    return config.losses.ibot > 0 and config.mask_probability > 0
 
 
 def _collapse(lines: Sequence[Line]) -> Alarm | None:
@@ -176,9 +186,9 @@ def _empty_targets(lines: Sequence[Line], kind: str) -> Alarm | None:
     )
 
 
-def _flat_losses(lines: Sequence[Line], config: PretrainConfig) -> Alarm | None:
+def _flat_losses(lines: Sequence[Line], config: PretrainConfig, kinds: Sequence[str]) -> Alarm | None:
     initial = initial_losses(config)
-    numbers = {name: _recent(lines, name) for name in ("dino_local", "ibot")}
+    numbers = {name: _recent(lines, name) for kind, name in (("cls", "dino_local"), ("patch", "ibot")) if kind in kinds}
     flat = [
         name
         for name, values in numbers.items()

@@ -13,7 +13,7 @@ from hilum.pretraining import alarms as module
 from hilum.pretraining.alarms import alarms, initial_losses, probe_guard
 from hilum.pretraining.config import PretrainConfig
 from hilum.pretraining.crops import CropConfig
-from hilum.pretraining.dinov2 import HeadConfig
+from hilum.pretraining.dinov2 import HeadConfig, LossConfig
 
 CONFIG = PretrainConfig(
     architecture="demo16", crops=CropConfig(128, 48, local_crops=4), heads=HeadConfig(prototypes=256),
@@ -84,6 +84,17 @@ def test_a_network_that_the_weights_decide_is_judged_too(patch_size: int | None)
     config = dataclasses.replace(CONFIG, architecture="init", patch_size=patch_size)
     assert names(healthy(), config) == []
     assert names(changed(healthy(), 10, patch_prototype_usage=0.1), config) == ["patch_prototypes_collapse"]
+
+
+@pytest.mark.parametrize("changes", [{"losses": LossConfig(ibot=0.0)}, {"mask_probability": 0.0}])
+def test_a_loss_that_is_switched_off_raises_no_alarm(changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, **changes)
+    idle = changed(
+        healthy(), 40, ibot=0.5 * math.log(256), gradient_norm_ibot_head=0.0, patch_target_entropy=1.0,
+        patch_prototype_usage=0.0,
+    )  # fmt: skip
+    assert names(idle, config) == []
+    assert len(names(idle)) == 4
 
 
 PLANTED = [
