@@ -32,7 +32,8 @@ SIZES = [(38, 2234), (32, 9830), (64, 19661)] if CUDA else [(4, 480)]
 WARM_UP, ROUNDS = (3, 15) if CUDA else (0, 3)
 _PLAIN_BYTES = 30
 """What the plain form needs for each pair of a row and a prototype, about."""
-METHODS = ([] if prototype_loss.triton_failure(DEVICE) else ["triton"]) + ["chunked"]
+WITHOUT_KERNELS = prototype_loss.triton_failure(DEVICE)
+METHODS = ([] if WITHOUT_KERNELS else ["triton"]) + ["chunked"]
 
 
 class Step(NamedTuple):
@@ -195,6 +196,8 @@ def main() -> list[dict[str, object]]:
     forms = ["plain", *METHODS]
     threads = "" if CUDA else f", {torch.get_num_threads()} threads"
     print(f"{DEVICE.type}, {PROTOTYPES} prototypes, both heads, forward and backward{threads}")
+    if WITHOUT_KERNELS:
+        print(f"triton left out: {WITHOUT_KERNELS}")
     print(
         "images  patches  products  form      seconds [quartiles]        faster   peak MB smaller  loss off  grad. off"
     )

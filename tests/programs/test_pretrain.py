@@ -485,6 +485,7 @@ def test_weights_alone_start_both_networks_with_new_heads(straight: Path, data: 
     [
         {"losses": LossConfig(centering="centre")},
         {"precision": "bf16"},
+        {"crops_on": "device"},
         {"sampling": SamplingConfig(order="window", block=2, blocks=3)},
         {"sampling": SamplingConfig(order="window", block=2, blocks=3, datasets="uniform"), "steps": 9},
         {"sampling": SamplingConfig(datasets="sqrt"), "steps": 9},

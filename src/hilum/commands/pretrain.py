@@ -10,6 +10,8 @@ loop is `pretrain_setup.py`, what a step is asked is `pretrain_watch.py`. The ru
     RUN/teacher.safetensors, config.json    the backbone, renewed with every checkpoint
     RUN/seen.npz           the identity of every image that it, or a stage before it, was trained on
     RUN/report.html        curves, feature maps and neighbours, written at the end
+
+More than 300 lines: the loop, and what it writes and says at every step, in one place.
 """
 
 import time

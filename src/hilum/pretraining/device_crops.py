@@ -7,6 +7,8 @@ look-up table makes such a level several.
 
 `stack_views` runs in the loader's processes, `render` on the device. Which views need which step is known on the CPU,
 so that nothing waits for the device; images are taken a few at a time, so that memory is bounded.
+
+More than 300 lines: one function for each thing that OpenCV does in `crops.py`, in the same order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
