@@ -129,7 +129,7 @@ def start_from(init: Path, student: Network, teacher: Network, preprocess_id: st
         PreprocessingMismatchError: trained with another normalisation.
     """
     init = resolve_weights(init)
-    checkpoint = load_newest(init / CHECKPOINTS)
+    checkpoint = load_newest(init / CHECKPOINTS) if init.is_dir() else None
     if checkpoint is None:
         _start_from_weights(init, student, teacher, preprocess_id)
     else:
