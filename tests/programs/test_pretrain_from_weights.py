@@ -25,7 +25,7 @@ from hilum.pretraining.probing import ProbeConfig
 CONFIG = PretrainConfig(
     architecture="init",
     crops=CropConfig(global_size=32, local_size=16, local_crops=2), heads=HeadConfig(16, 16, 8, 8),
-    batch_size=4, steps=6, learning_rate=0.02, layer_decay=0.8, head_warmup=0.5, warmup=0.2, momentum=(0.9, 1.0),
+    batch_size=4, steps=6, learning_rate=0.02, layer_decay=0.8, head_warmup=0.5, warmup=0.1, momentum=(0.9, 1.0),
     drop_path=0.2, precision="fp32", accelerator="cpu", threads=1, log_every=1, checkpoint_every=1, keep=10,
     probe=ProbeConfig(every=3, neighbours=3, minimum_positives=1, resamples=20),
 )  # fmt: skip
