@@ -218,3 +218,27 @@ def test_two_turns_of_a_job_are_one_run(tmp_path: Path, tasks: int) -> None:
     assert "turn 2 of job 4242" in second.stdout
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 301))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", ["1", "4"])
+def test_an_allocation_without_srun_is_a_machine_like_any_other(tmp_path: Path, tasks: str) -> None:
+    """`hilum pretrain --devices 2` in a batch script or at the prompt of salloc starts its two processes itself."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from hilum.core.distributed import launch\n"
+        "with launch(2, 'fp32', 'cpu') as engine:\n"
+        "    print('process', engine.rank, 'of', engine.world_size, flush=True)\n"
+    )
+    job = {
+        "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "hilum", "SLURM_NTASKS": tasks, "SLURM_NTASKS_PER_NODE": tasks,
+        "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    ours = ("SLURM", "WORLD", "RANK", "LOCAL", "MASTER")
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    done = subprocess.run(
+        [sys.executable, program], env=outside | job, capture_output=True, text=True, check=False, timeout=120
+    )
+    said = [line for line in done.stdout.splitlines() if line.startswith("process")]
+    assert sorted(said) == ["process 0 of 2", "process 1 of 2"], done.stderr

@@ -141,6 +141,29 @@ def _launched_processes() -> int:
     return next((int(count) for count in counts if count.isdigit()), 1)
 
 
+def _cluster(devices: int) -> tuple[str | None, int]:
+    """Who starts the processes, and how many on this machine.
+
+    Fabric would take every process in an allocation of SLURM for one that srun has started: without srun, a run of 4
+    devices would be one of 1, or wait for ever for the others.
+
+    Returns:
+        The name of Fabric's environment, None for the one it finds (torchrun's); and the number.
+
+    Raises:
+        ConfigError: srun does not say how many it starts on a machine.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return None, int(os.environ.get("LOCAL_WORLD_SIZE", devices))
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if not tasks.isdigit() or int(tasks) == 1:
+        return "LightningEnvironment", devices
+    on_each = os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    if not on_each.isdigit():
+        raise ConfigError(f"srun has started {tasks} processes: tell it --ntasks-per-node=N in place of --ntasks.")
+    return "SLURMEnvironment", int(on_each)
+
+
 def _timeout() -> timedelta:
     text = os.environ.get("HILUM_COLLECTIVE_TIMEOUT", "")
     if not text:
@@ -185,14 +208,15 @@ class _FabricEngine:
             raise ConfigError("Several processes need Lightning Fabric: pip install lightning-fabric.")
         home = "lightning.fabric" if home == "lightning" else home
         ddp = import_module(f"{home}.strategies").DDPStrategy
-        per_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", ""))
-        local = int(per_node) if per_node.isdigit() else devices
+        cluster, local = _cluster(devices)
+        plugins = [getattr(import_module(f"{home}.plugins.environments"), cluster)()] if cluster else []
         self.fabric = import_module(home).Fabric(
             accelerator=kind,
             devices=local,
             num_nodes=max(_launched_processes() // local, 1),
             strategy=ddp(timeout=_timeout(), gradient_as_bucket_view=True),  # for fsdp2 it only starts the processes
             precision="bf16-mixed" if precision == "bf16" else "32-true",
+            plugins=plugins,
         )
         self.fabric.launch()
         self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size

@@ -59,6 +59,36 @@ def test_launchers_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed._launched_processes() == 2
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, ("LightningEnvironment", 4)),
+        ({"SLURM_NTASKS": "1"}, ("LightningEnvironment", 4)),
+        ({"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8"}, ("LightningEnvironment", 4)),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}, ("LightningEnvironment", 4)),
+        ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS_PER_NODE": "8"}, ("SLURMEnvironment", 8)),
+        ({"SLURM_STEP_NUM_TASKS": "2", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "3"}, (None, 3)),
+    ],
+)  # fmt: skip
+def test_who_starts_the_processes(
+    variables: dict[str, str], expected: tuple[str | None, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocation of SLURM starts nothing: only srun and torchrun do."""
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._cluster(4) == expected
+
+
+def test_srun_must_say_how_many_it_starts_on_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ConfigError, match="--ntasks-per-node"):
+        distributed._cluster(1)
+
+
 def test_the_timeout_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HILUM_COLLECTIVE_TIMEOUT", raising=False)
     assert distributed._timeout() == distributed.COLLECTIVE_TIMEOUT
