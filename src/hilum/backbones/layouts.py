@@ -22,7 +22,10 @@ from hilum.core.errors import CheckpointError, ConfigError
 LayoutName = Literal["dinov2", "transformers", "timm"]
 Shape = tuple[int, ...]
 
-_WRAPPERS = ("teacher.", "backbone.", "model.", "module.", "_orig_mod.", "dinov2.", "dinov2_with_registers.")
+_WRAPPERS = (
+    "state_dict.", "teacher.", "backbone.", "model.", "module.", "_orig_mod.", "dinov2.", "dinov2_with_registers.",
+)  # fmt: skip
+_AROUND_NETWORKS = r"^(?:state_dict\.|model\.|module\.)*"
 _NOT_THE_BACKBONE = {
     "dino_head.": "projection heads of pretraining", "ibot_head.": "projection heads of pretraining",
     "dino_loss.": "centres of pretraining losses", "ibot_patch_loss.": "centres of pretraining losses",
@@ -106,14 +109,14 @@ def read_layout(shapes: Mapping[str, Shape], where: str, own: bool = False) -> L
 def _unwrap(keys: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """(the file's key -> its name without wrappers, reason -> keys that are known not to be the backbone)."""
     keys = list(keys)
-    has_teacher = any(re.match(r"^(model\.|module\.)*teacher\.", key) for key in keys)
+    has_teacher = any(re.match(_AROUND_NETWORKS + r"teacher\.", key) for key in keys)
     names: dict[str, str] = {}
     left_out: dict[str, list[str]] = {}
     for key in keys:
         name = key
         while wrapper := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), ""):
             name = name.removeprefix(wrapper)
-        if has_teacher and re.match(r"^(model\.|module\.)*student\.", key):
+        if has_teacher and re.match(_AROUND_NETWORKS + r"student\.", key):
             reason = "the student beside its teacher"
         elif key.startswith(_TRAINING_STATE):
             reason = "state of the optimiser and its schedule"

@@ -43,6 +43,8 @@ def read_pickled(file: Path) -> tuple[dict[str, "Tensor"], list[str]]:
     """
     import torch
 
+    tensors: dict[str, Tensor] = {}
+    others: list[str] = []
     with file.open("rb") as opened:
         zipped = opened.read(len(_ZIP)) == _ZIP  # by which torch itself tells them apart
     try:
@@ -50,13 +52,11 @@ def read_pickled(file: Path) -> tuple[dict[str, "Tensor"], list[str]]:
             _refuse_compressed(file)
         # Explicit, so that no environment variable can turn it off.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        _flatten(content, "", tensors, others)
     except CheckpointError:
         raise
     except Exception as error:  # a hostile file can make the unpickler raise anything; all of it is refusal
         raise CheckpointError(_refusal(file, zipped, error)) from error
-    tensors: dict[str, Tensor] = {}
-    others: list[str] = []
-    _flatten(content, "", tensors, others)
     if not tensors:
         raise CheckpointError(f"{file} holds no tensor: expected a checkpoint, found {type(content).__name__}.")
     return tensors, others

@@ -127,6 +127,7 @@ class MetricsLog:
 
     Raises:
         ConfigError: `tensorboard`, and its package is not installed.
+        HilumError: the disk is full or fails; names the path.
     """
 
     def __init__(self, path: Path, resume_step: int = 0, tensorboard: bool = False) -> None:
@@ -205,17 +206,30 @@ class _Events:
                 "it false; metrics.jsonl is written in any case."
             ) from error
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._writer = EventFileWriter(str(folder))
+        self._folder = folder
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         first = resume_step + 1 if resume_step else 0
-        self._writer.add_event(self._event(wall_time=time.time(), step=first, session_log=start))
+        with self._disk():
+            self._writer = EventFileWriter(str(folder))
+            self._writer.add_event(self._event(wall_time=time.time(), step=first, session_log=start))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
         scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars))
-        self._writer.add_event(event)
-        self._writer.flush()
+        with self._disk():
+            self._writer.add_event(event)
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with self._disk():
+            self._writer.close()
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise HilumError(
+                f"Could not write {self._folder}: {error.strerror or error}. metrics.jsonl has every line so far."
+            ) from error

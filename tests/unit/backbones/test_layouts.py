@@ -173,6 +173,21 @@ def test_all_that_is_left_out_has_its_reason(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_training_checkpoint_is_read_through_its_wrappers(tmp_path: Path) -> None:
+    """As common loops save it: {"state_dict": {"model.teacher....": ...}, "optimizer": ...}."""
+    state = state_of(SMALL)
+    file = {f"state_dict.model.teacher.backbone.{name}": value for name, value in state.items()}
+    file |= {"state_dict.model.student.backbone.cls_token": torch.zeros(2), "optimizer.state.0.exp_avg": torch.zeros(2)}
+    save_file(file, tmp_path / "w.safetensors")
+    loaded = load_backbone(tmp_path / "w.safetensors").state_dict()
+    save_file(state, tmp_path / "plain.safetensors")
+    plain = load_backbone(tmp_path / "plain.safetensors").state_dict()
+    assert all(torch.equal(plain[name], loaded[name]) for name in plain)
+    assert sorted(read_backbone_config(tmp_path / "w.safetensors")["left_out"]) == [
+        "state of the optimiser and its schedule", "the student beside its teacher",
+    ]  # fmt: skip
+
+
 def test_a_student_alone_is_not_taken_for_a_backbone(tmp_path: Path) -> None:
     save_file(
         {f"student.backbone.{name}": value for name, value in state_of(SMALL).items()}, tmp_path / "w.safetensors"

@@ -230,3 +230,18 @@ def test_nothing_else_unpickles() -> None:
     assert [name for name, _ in calls] == ["pickled.py"]
     assert "weights_only=True" in calls[0][1]
     assert unsafe == []
+
+
+def test_containers_without_an_end_are_refused(tmp_path: Path) -> None:
+    """One inside itself is of plain containers, which the unpickler lets pass; a deep one is merely deep."""
+    endless: dict[str, Any] = {"tensor": torch.zeros(1)}
+    endless["again"] = endless
+    deep: Any = torch.zeros(1)
+    for _ in range(50):
+        deep = {"inside": deep}
+    files = [tmp_path / "endless.pth", tmp_path / "deep.pth"]
+    torch.save(endless, files[0])
+    torch.save(deep, files[1])
+    with pytest.raises(CheckpointError, match=r"endless.pth is refused.*RecursionError"):
+        read_pickled(files[0])
+    assert len(read_pickled(files[1])[0]) == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hilum.core import tracking
-from hilum.core.errors import ConfigError
+from hilum.core.errors import ConfigError, HilumError
 
 
 def test_a_resumed_log_holds_every_step_once(tmp_path: Path) -> None:
@@ -97,3 +97,25 @@ def test_tensorboard_that_is_not_installed_is_named_and_nothing_is_touched(tmp_p
         tracking.MetricsLog(path, tensorboard=True)
     assert tracking.read_history(path) == [{"step": 1, "loss": 1.0}]
     assert not (tmp_path / tracking.TENSORBOARD).exists()
+
+
+def test_a_disk_that_fails_under_tensorboard_is_an_error_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    path, folder = tmp_path / "metrics.jsonl", tmp_path / tracking.TENSORBOARD
+    folder.write_text("in the way")
+    with pytest.raises(HilumError, match=f"Could not write {folder}"):
+        tracking.MetricsLog(path, tensorboard=True)
+    folder.unlink()
+    log = tracking.MetricsLog(path, tensorboard=True)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log._events._writer, "flush", full)  # type: ignore[union-attr]
+        with pytest.raises(HilumError, match=f"Could not write {folder}: No space left"):
+            log.write(1, loss=1.0)
+    assert log.history() == [{"step": 1, "loss": 1.0}]
+    log.close()
