@@ -49,37 +49,36 @@ def one_error(child: Child) -> str:
     return errors[0]
 
 
-def goes_on(bench: Bench, out: Path, ranks: int = 1) -> None:
-    """Nothing is lost: the same command ends with what an undisturbed run ends with."""
-    command = bench.pretrain(out)
-    children = [bench.warm.start(command)] if ranks == 1 else bench.warm.ranks(command)
-    assert [child.wait() for child in children] == [0] * ranks, [child.said for child in children]
-    same_run(out, bench.straight(ranks))
+def goes_on(bench: Bench, out: Path, command: list[object]) -> None:
+    """Nothing is lost: the same command of two processes ends with what an undisturbed run ends with."""
+    children = bench.warm.ranks(command)
+    assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
+    same_run(out, bench.straight(2, keep=STEPS))
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_is_killed(bench: Bench, tmp_path: Path, rank: int) -> None:
     out = tmp_path / "run"
-    hook = ["signal_in_step", 3, signal.SIGKILL, rank]
-    children = bench.warm.ranks(bench.pretrain(out), [hook], HILUM_COLLECTIVE_TIMEOUT=TIMEOUT)
+    hook, command = ["signal_in_step", 3, signal.SIGKILL, rank], bench.pretrain(out, keep=STEPS)
+    children = bench.warm.ranks(command, [hook], HILUM_COLLECTIVE_TIMEOUT=TIMEOUT)
     with all_ended(children):
         assert children[rank].wait() == -signal.SIGKILL
         assert children[1 - rank].wait(30.0) == 1, children[1 - rank].said
         one_error(children[1 - rank])
-    goes_on(bench, out, 2)
+    goes_on(bench, out, command)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_sleeps_for_good(bench: Bench, tmp_path: Path, rank: int) -> None:
     out = tmp_path / "run"
-    hook = ["sleep_in_step", 3, rank]
-    children = bench.warm.ranks(bench.pretrain(out), [hook], HILUM_COLLECTIVE_TIMEOUT=TIMEOUT)
+    hook, command = ["sleep_in_step", 3, rank], bench.pretrain(out, keep=STEPS)
+    children = bench.warm.ranks(command, [hook], HILUM_COLLECTIVE_TIMEOUT=TIMEOUT)
     with all_ended(children):
         assert children[1 - rank].wait(TIMEOUT + 30.0) == 1, children[1 - rank].said
         one_error(children[1 - rank])
         assert children[rank].send(signal.SIGKILL)  # as a launcher does
-    goes_on(bench, out, 2)
+    goes_on(bench, out, command)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from hilum.data.transforms import normalise, preprocessing
 from hilum.pretraining import dinov2, exposure
 from hilum.pretraining.dinov2 import Centres
 from hilum.pretraining.loading import PretrainSource
-from programs import CONFIG, Bench, lines, newest, weights
+from programs import CONFIG, STEPS, Bench, lines, newest, weights
 
 OVERFLOW: dict[str, Any] = {"learning_rate": 1e36, "warmup": 0.5, "clip": 0.0}
 
@@ -106,7 +106,7 @@ def test_ranks_agree_on_a_value_that_one_of_them_met(bench: Bench, tmp_path: Pat
     saved = newest(out)
     assert saved is not None
     assert saved.step == step - 1
-    reference = load_checkpoint(bench.straight(2, keep=9) / "checkpoints" / f"step_{step - 1:08d}")
+    reference = load_checkpoint(bench.straight(2, keep=STEPS) / "checkpoints" / f"step_{step - 1:08d}")
     assert digest(saved.tensors) == digest(reference.tensors)
     for number, child in enumerate(children):
         assert child.output.split("weights ")[-1].strip() == memory_digest(saved), "a rank has moved its weights"

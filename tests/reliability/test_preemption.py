@@ -29,7 +29,10 @@ def check_stopped(child: Child, out: Path, steps: int) -> int:
     return found.step
 
 
-@pytest.mark.parametrize(("operation", "number"), [(1, signal.SIGTERM), (4, signal.SIGUSR1), (8, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("operation", "number"),
+    [(1, signal.SIGTERM), pytest.param(4, signal.SIGUSR1, marks=pytest.mark.slow), (8, signal.SIGUSR1)],
+)
 def test_a_signal_during_a_save_is_obeyed_after_it(bench: Bench, tmp_path: Path, number: int, operation: int) -> None:
     """While it is written, training goes on: the step that is saved may be a later one."""
     out = tmp_path / "run"
@@ -46,7 +49,7 @@ def test_a_signal_in_the_first_step_and_many_signals_are_one(bench: Bench, tmp_p
     assert check_stopped(bench.warm.run(bench.pretrain(out), hooks), out, STEPS) == 1
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_during_a_probe(bench: Bench, tmp_path: Path, count: int) -> None:
     out, changes = tmp_path / "run", {"probe": ProbeConfig(every=2)}
     child = bench.warm.run(bench.pretrain(out, **changes), [["signal_in_probe", count, signal.SIGTERM]])

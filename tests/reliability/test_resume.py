@@ -20,17 +20,21 @@ LONG = {"steps": 12}
 
 
 def killed_at_random(
-    start: Callable[[], list[Child]], random_: random.Random, longest: float, kills: int, watch: Callable[[], object]
-) -> int:
+    start: Callable[[], list[Child]], random_: random.Random, longest: float, kills: int, watch: Callable[[], object],
+    begun: str = "",
+) -> int:  # fmt: skip
     """Start, kill at a random moment up to `longest` seconds later, start again, to the end; returns the kills.
 
-    `watch` is called after each.
+    `watch` is called after each. Every second time, the first included, the clock starts when the program has said
+    `begun`, and runs for a quarter: it may take most of its time to come so far.
     """
     done = 0
-    while True:
-        children = start()
+    for turn in itertools.count():
+        children, late = start(), turn % 2 == 0
         if done < kills:
-            time.sleep(random_.uniform(0.0, longest))
+            while late and begun not in children[0].output and children[0].poll(0.005) is None:
+                pass
+            time.sleep(random_.uniform(0.0, longest / 4 if late else longest))
             first, *others = random_.sample(children, len(children))
             done += first.send(signal.SIGKILL)
             time.sleep(random_.uniform(0.0, 0.2) * bool(others))  # a launcher ends the others a little later
@@ -44,6 +48,7 @@ def killed_at_random(
             return done
         assert -signal.SIGKILL in statuses, said
         watch()
+    raise AssertionError
 
 
 def newest_step(out: Path) -> int:
@@ -66,7 +71,7 @@ def kill_runs(
         command = bench.pretrain(out, **changes)
         start = (lambda c=command: [bench.warm.start(c)]) if ranks == 1 else (lambda c=command: bench.warm.ranks(c))
         total += killed_at_random(
-            start, random_, 0.8 * bench.seconds[straight], kills, lambda o=out: found.add(newest_step(o))
+            start, random_, bench.seconds[straight], kills, lambda o=out: found.add(newest_step(o)), "Steps:"
         )
         same_run(out, straight)
         shutil.rmtree(out)
@@ -126,6 +131,7 @@ def test_variants_that_are_stopped_and_killed(
         same_run(out, straight)
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_may_go_on_and_is_said(bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert bench.warm.run(bench.pretrain(out), [["signal_in_step", 2, signal.SIGTERM]]).status == 75
