@@ -53,8 +53,7 @@ def watched(loader: DataLoader) -> Iterator[Any]:
                 break
             except (RuntimeError, OSError, EOFError):
                 waiting = False
-                wait([process.sentinel for process in workers], timeout=5)  # a connection can break before it counts
-                if not _dead(workers):
+                if not _dead_soon(workers):
                     raise
                 break
             finally:
@@ -81,6 +80,15 @@ class _WorkerDiedError(Exception):
 def _dead(workers: list[BaseProcess]) -> list[BaseProcess]:
     """Workers that have ended other than by being asked to."""
     return [process for process in workers if process.exitcode]
+
+
+def _dead_soon(workers: list[BaseProcess], seconds: float = 5) -> list[BaseProcess]:
+    """The dead, once those that are dying have died: a process lets go of its connections before it counts as ended."""
+    dying = wait([process.sentinel for process in workers], timeout=seconds)
+    for process in workers:
+        if process.sentinel in dying:
+            process.join()
+    return _dead(workers)
 
 
 def _obituary(process: BaseProcess, workers: int) -> str:

@@ -19,6 +19,7 @@ from hilum.data.samplers import EndlessSampler, Window
 from hilum.data.store import Store, write_arrays
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.loading import REPLACEMENT_TRIES, PretrainBatch, PretrainLoader, PretrainSource, Uncut
+from hilum.pretraining.workers import _dead_soon
 
 CROPS = CropConfig(global_size=32, local_size=16, local_crops=3)
 
@@ -323,6 +324,21 @@ def test_a_killed_worker_is_one_clear_error(store: Store, waiting: bool) -> None
     assert "out of memory" in message
     assert "fewer workers" in message
     assert "Traceback" not in message
+
+
+def die_slowly() -> None:
+    """Let go of everything, as a process does when it is killed, and count as ended a little later."""
+    os.closerange(3, 64)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_worker_that_is_dying_is_waited_for() -> None:
+    process = multiprocessing.get_context("fork").Process(target=die_slowly)
+    process.start()
+    assert _dead_soon([process]) == [process]
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.slow
