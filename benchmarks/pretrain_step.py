@@ -10,6 +10,8 @@ On a GPU: ViT-L and ViT-B at the published crops, 131,072 prototypes, bf16, the 
 the same process. Every row is printed, and written to `pretrain-step.json` in HILUM_BENCH_OUT (`outputs/bench`), as
 soon as it is measured. HILUM_BENCH_ROWS chooses rows by a regular expression, HILUM_BENCH_COMPILE=on|off overrides
 compilation, HILUM_BENCH_QUICK=1 takes fewer steps.
+
+More than 300 lines: the cases, what runs them in turns, and the table that they make are read together.
 """
 
 import contextlib
@@ -203,7 +205,13 @@ def _alternate(
         times = {name: [] for name, _, _ in wanted if name not in failures}
         for number in range(rounds):  # who begins alternates as well
             for name in list(times) if number % 2 == 0 else list(times)[::-1]:
-                times[name].append(running[name].run(steps))
+                try:
+                    times[name].append(running[name].run(steps))
+                except ContestantError as error:
+                    if name == "hilum" or isinstance(error, OutOfMemoryError):
+                        raise
+                    failures[name] = str(error)
+                    del times[name]
         facts = {name: running[name].facts for name in times}
     finally:
         for contestant in running.values():

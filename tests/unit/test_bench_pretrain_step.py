@@ -23,7 +23,9 @@ if settings["images"] > fits:
     say({{"out_of_memory": "no room"}})
     raise SystemExit
 say({{"ready": {{"name": name, "device": "cpu", "flops_per_image": 2e9, "product_rate": 1e12}}}})
-for line in sys.stdin:
+for number, line in enumerate(sys.stdin):
+    if mood == "dies" and number == 1:
+        raise SystemExit("CUDA error: an illegal memory access")
     if mood == "silent":
         time.sleep(60)
     with open({journal!r}, "a") as journal:
@@ -94,6 +96,16 @@ def test_a_peer_that_fails_leaves_our_figure_and_its_reason(bench: SimpleNamespa
     assert "peer" not in row
     assert "ratio_seconds" not in row
     assert "not measured (ModuleNotFoundError: no such package)" in bench.names["table_row"](row)
+
+
+def test_a_peer_that_fails_between_rounds_leaves_our_figure_too(bench: SimpleNamespace) -> None:
+    bench.contestant("hilum")
+    bench.contestant("lightly", mood="dies")
+    row = bench.measure(8)
+    assert row["hilum"]["images_per_second"] == 8
+    assert bench.journal.read_text().count("hilum run") == 3
+    assert "peer" not in row
+    assert "not measured (CUDA error: an illegal memory access)" in bench.names["table_row"](row)
 
 
 def test_without_a_peer_the_ratio_is_not_measured(
