@@ -1,5 +1,6 @@
 """SIGTERM and SIGUSR1 at any moment: the step is finished and saved, the exit status says so, quickly (R5)."""
 
+import os
 import random
 import shutil
 import signal
@@ -69,6 +70,18 @@ def test_a_signal_in_the_last_step_ends_a_finished_run(bench: Bench, tmp_path: P
     out = tmp_path / "run"
     assert bench.warm.run(bench.pretrain(out), [["signal_in_step", STEPS, signal.SIGTERM]]).status == 0
     same_run(out, bench.straight())
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_of_a_job_stops_it_all_the_same(bench: Bench, tmp_path: Path) -> None:
+    """SLURM's goes to all processes of a step: those that make batches leave it to the one that saves."""
+    out, changes = tmp_path / "run", {"workers": 1, "steps": 40}
+    child = bench.warm.start(bench.pretrain(out, **changes), [["each_step_takes", 0.2]])
+    while not (out / "checkpoints" / "step_00000001").exists():
+        assert child.poll(0.02) is None, child.said
+    os.killpg(child.pid, signal.SIGUSR1)
+    child.wait(SECONDS)
+    check_stopped(child, out, 40)
 
 
 def signalled(bench: Bench, folder: Path, seed: int, timings: int) -> tuple[int, float]:

@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -31,7 +31,8 @@ def watched(loader: DataLoader) -> Iterator[Any]:
         HilumError: a worker has died; says how, and what to do.
     """
     others = set(multiprocessing.active_children())
-    batches = iter(loader)
+    with _unheard(signal.SIGTERM, signal.SIGUSR1):
+        batches = iter(loader)
     workers = [process for process in multiprocessing.active_children() if process not in others]
     main, torchs = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGCHLD)
     waiting = False
@@ -71,6 +72,19 @@ def watched(loader: DataLoader) -> Iterator[Any]:
                 process.kill()
         if main and signal.getsignal(signal.SIGCHLD) is child_changed:
             signal.signal(signal.SIGCHLD, torchs)
+
+
+@contextmanager
+def _unheard(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes that are started inside never get these signals, from their first moment: a blocked one stays blocked.
+
+    A scheduler sends them to every process of a job. They are for the main one, which gets its own a moment later.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _WorkerDiedError(Exception):
