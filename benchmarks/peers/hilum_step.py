@@ -1,6 +1,7 @@
 """Hilum's contestant: the step of `commands/pretrain.py` on a fixed batch that is already on the device.
 
-In: teacher, targets, student, losses, backward, clipping, AdamW, EMA. Out: loading, masks, crops, the log.
+In: teacher, targets, student, losses, backward, clipping, AdamW, EMA. Out: loading, masks, crops, the log, and the flag
+for numbers that are not finite, as on the peer's side.
 """
 
 import dataclasses
