@@ -12,6 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hilum.core.transfer import send
+
 FeedForward = Literal["mlp", "swiglu"]
 NORM_EPS = 1e-6
 
@@ -157,10 +159,7 @@ def draw_subsets(
     for images, length in shapes:
         kept = max(int(images * (1 - rate)), 1)
         order = torch.rand(count, images, generator=generator, device=generator.device).argsort(dim=1)
-        chosen = order[:, :kept].sort(dim=1).values  # count kept
-        if device.type == "cuda":
-            chosen = chosen.pin_memory()  # from other memory the copy would wait for the GPU
-        chosen = chosen.to(device, non_blocking=True)
+        chosen = send(order[:, :kept].sort(dim=1).values, device)  # count kept
         within = torch.arange(length, device=device)
         rows.append((start + chosen[:, :, None] * length + within).flatten(1))  # count kept*length
         scales.append(torch.full((kept * length, 1), images / kept, device=device))

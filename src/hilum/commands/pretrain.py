@@ -39,6 +39,7 @@ from hilum.core.locks import folder_lock
 from hilum.core.seeding import torch_stream
 from hilum.core.sharding import whole_tensors
 from hilum.core.tracking import Bar, MetricsLog, duration, next_step, progress, say, warn
+from hilum.core.transfer import send
 from hilum.data.store import Store
 from hilum.data.transforms import Preprocessing, normalise, preprocessing
 from hilum.pretraining import dinov2, exposure
@@ -243,14 +244,12 @@ def run(
 
 def _to_device(batch: PretrainBatch, device: torch.device, recipe: Preprocessing) -> dinov2.Batch:
     masked = batch.masks.flatten().nonzero().flatten()  # on the CPU: on a GPU it would wait for all work queued
-    if device.type == "cuda":
-        masked = masked.pin_memory()
     moved = batch.to(device)
     return dinov2.Batch(
         normalise(moved.global_crops, recipe),
         normalise(moved.local_crops, recipe),
         moved.masks,
-        masked.to(device, non_blocking=True),
+        send(masked, device),
         moved.mask_weights,
     )
 

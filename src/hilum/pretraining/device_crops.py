@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Float32, Int32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from hilum.core.transfer import send
 from hilum.pretraining.crops import (
     BLUR_KERNEL,
     NOISE_UNIT,
@@ -214,10 +215,7 @@ class _Chosen:
         }
         places = [mask.nonzero().flatten() for mask in masks.values()]
         self.counts = dict(zip(masks, map(len, places), strict=True))
-        joined = torch.cat(places)
-        if device.type == "cuda":
-            joined = joined.pin_memory()  # from other memory the copy would wait for the GPU
-        moved = joined.to(device, non_blocking=True).split([len(place) for place in places])
+        moved = send(torch.cat(places), device).split([len(place) for place in places])
         self._places = dict(zip(masks, moved, strict=True))
 
     def some(self, step: str) -> bool:
