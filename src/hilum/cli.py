@@ -434,6 +434,8 @@ def main() -> None:
     # Threads of torch that wait sleep instead of spinning: on a machine that does something else too, spinning made
     # pretraining several times slower (docs/log.md). Read once, when torch is imported, so it stands here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # When a process of several dies, torch's own warnings, dozens of C++ frames, would bury the one line that says so.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
     except (HilumError, OSError) as error:  # what the system refuses (a permission, a full disk) is no fault of ours

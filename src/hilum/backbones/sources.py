@@ -214,7 +214,7 @@ def find_weights(path: Path) -> Path:
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch's own where the system refuses to open
         raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}.") from error
 
 

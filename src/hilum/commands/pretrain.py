@@ -236,7 +236,7 @@ def run(
                 say(f"{len(loader.replaced)} damaged image(s) were replaced; `hilum verify {data}` lists them.")
             try:
                 say(f"Report: {write_report(out, store, engine.device.type)}")
-            except HilumError as error:  # the run itself is whole
+            except (HilumError, OSError) as error:  # the run itself is whole
                 warn(f"no report: {error} `hilum inspect {out} --data {data}` writes it again.")
             next_step(f"hilum fit RECIPE --data {data} --backbone {out} --out MODEL")
     return out

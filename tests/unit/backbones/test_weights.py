@@ -346,3 +346,16 @@ def test_the_largest_published_layout_loads(tmp_path: Path) -> None:
     save_file(hub_names(model.state_dict()), tmp_path / "model.safetensors")
     loaded = load_backbone(tmp_path / "model.safetensors", image_size=224)
     assert loaded.config == replace(config, in_channels=1, image_size=224, layer_scale=1e-5)
+
+
+def test_a_file_that_the_system_does_not_open_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's RuntimeError in place of an OSError: what a failing disk gives."""
+    from hilum.backbones import sources
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("unable to open file in read-only mode: Input/output error (5)")
+
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(sources, "safe_open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*Input/output error"):
+        load_backbone(tmp_path / "model.safetensors")
