@@ -13,6 +13,9 @@ VIEWS: tuple[str, ...] = (
     "PA", "AP", "AP_SUPINE", "LATERAL", "LL", "RL", "OBLIQUE", "DECUBITUS", "OTHER", "UNKNOWN",
 )  # fmt: skip
 FRONTAL_VIEWS = frozenset({"PA", "AP", "AP_SUPINE"})
+VIEW_KINDS: tuple[str, ...] = ("PA", "AP", "lateral", "other")
+"""What heads and study rules tell apart."""
+_KIND_OF_VIEW = {"PA": 0, "AP": 1, "AP_SUPINE": 1, "LATERAL": 2, "LL": 2, "RL": 2}
 
 SPLITS: tuple[str, ...] = ("train", "val", "test", "")
 """An image with split "" belongs to none: it is stored, and used for nothing that looks at labels."""
@@ -24,6 +27,12 @@ SPLIT_NAMES = {
 
 STAGES: tuple[str, ...] = ("raw", "study", "ensemble", "calibrated")
 UNITS: tuple[str, ...] = ("image", "study")
+
+
+def view_kind(view: str) -> int:
+    """Position in `VIEW_KINDS` of a view; what is not known is "other"."""
+    return _KIND_OF_VIEW.get(view, 3)
+
 
 RESEARCH_NOTICE = "Research use only; not a medical device. Not for diagnosis, triage or patient management."
 

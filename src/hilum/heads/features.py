@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from hilum.backbones.vit import VisionTransformer
@@ -41,6 +41,12 @@ class Features(NamedTuple):
     """Patch tokens of the n blocks, concatenated on channels; None for heads that do not read them."""
     grid: tuple[int, int]
     """Rows and columns of the patch grid: N = h·w."""
+    study: Int64[Tensor, " B"] | None = None
+    """Study of each image, 0 .. S-1 in this batch, every study whole; None where nothing asks for studies."""
+    view: Int64[Tensor, " B"] | None = None
+    """Position of each image's view in `core.types.VIEW_KINDS`; None as above."""
+    source: Int64[Tensor, " B"] | None = None
+    """Number of each image's dataset; 0 is the one that is predicted for. None where nothing asks."""
 
 
 def freeze(backbone: VisionTransformer) -> VisionTransformer:

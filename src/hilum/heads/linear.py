@@ -22,6 +22,7 @@ class LinearHead(nn.Module):
     """
 
     needs_patches = False
+    needs_studies = False
 
     def __init__(self, embed_dim: int, blocks: int, findings: int, patch_mean: bool = False) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class LinearHead(nn.Module):
             scale = Scale(*(torch.cat(pair) for pair in zip(scaling.cls, scaling.patch_mean, strict=True)))
         fold(self.linear, scale)
 
-    def draw_masks(self, batch: int, tokens: int, generator: torch.Generator) -> None:
+    def draw_masks(self, features: Features, generator: torch.Generator) -> None:
         """Nothing: a linear head has no dropout."""
 
     def forward(self, features: Features, masks: None = None) -> Float[Tensor, "B C"]:

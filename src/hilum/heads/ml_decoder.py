@@ -181,6 +181,7 @@ class MLDecoder(nn.Module):
     """
 
     needs_patches = True
+    needs_studies = False
 
     def __init__(
         self,
@@ -224,8 +225,9 @@ class MLDecoder(nn.Module):
             self.bias.sub_((scaled @ mean).float())
             prefix.copy_(scaled.float())
 
-    def draw_masks(self, batch: int, tokens: int, generator: torch.Generator) -> DropoutMasks | None:
-        """Dropout masks for one training step over `batch` images of `tokens` patches; None without dropout."""
+    def draw_masks(self, features: Features, generator: torch.Generator) -> DropoutMasks | None:
+        """Dropout masks for one training step on these features; None without dropout."""
+        batch, tokens = len(features.cls), features.grid[0] * features.grid[1]
         if self.dropout == 0:
             return None
         findings, dim, feed_forward, heads = self.shape

@@ -41,8 +41,8 @@ class Standardisation(NamedTuple):
         patches = None
         if self.patches is not None and features.patches is not None:
             patches = self.patches.apply(features.patches)
-        return Features(
-            self.cls.apply(features.cls), self.patch_mean.apply(features.patch_mean), patches, features.grid
+        return features._replace(
+            cls=self.cls.apply(features.cls), patch_mean=self.patch_mean.apply(features.patch_mean), patches=patches
         )
 
 

@@ -110,9 +110,8 @@ class Sweep:
         Raises:
             NonFiniteLossError: a loss or gradient is NaN or infinite; no head has moved.
         """
-        targets = known_targets(labels.to(self.device))
-        tokens = features.grid[0] * features.grid[1]
-        masks = self.candidates[0].head.draw_masks(len(labels), tokens, self.generator)
+        targets = known_targets(labels.to(self.device), features.study)
+        masks = self.candidates[0].head.draw_masks(features, self.generator)
         losses, norms = [], []
         for candidate in self.candidates:  # one graph at a time: backward frees it before the next head's
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):

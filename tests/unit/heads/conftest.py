@@ -28,6 +28,7 @@ def only():
     """Some images of a batch of features."""
 
     def only(features: Features, chosen: list[int]) -> Features:
-        return Features(features.cls[chosen], features.patch_mean[chosen], features.patches[chosen], features.grid)
+        parts = {name: value[chosen] for name, value in features._asdict().items() if isinstance(value, torch.Tensor)}
+        return features._replace(**parts)
 
     return only

@@ -106,7 +106,7 @@ def test_equals_the_head_written_out_in_float64(make_features, cat_cls: bool, dr
     head, features = small(cat_cls=cat_cls), make_features(4)
     torch.nn.init.normal_(head.decoder.duplicate_pooling_bias)
     torch.nn.init.normal_(head.decoder.layers[0].multihead_attn.in_proj_bias)
-    masks = head.draw_masks(4, 12, torch.Generator().manual_seed(3)) if dropping else None
+    masks = head.draw_masks(features, torch.Generator().manual_seed(3)) if dropping else None
     logits = head(features, masks).detach().numpy()
     np.testing.assert_allclose(logits, reference(head, features, masks), atol=2e-6)
 
@@ -118,13 +118,13 @@ def test_prediction_has_no_dropout_even_in_training_mode(make_features) -> None:
     first = head(features)
     assert torch.equal(first, head(features))
     assert torch.equal(first, head.eval()(features))
-    masked = head(features, head.draw_masks(4, 12, torch.Generator().manual_seed(0)))
+    masked = head(features, head.draw_masks(features, torch.Generator().manual_seed(0)))
     assert (masked - first).abs().max() > 1e-3
 
 
 def test_dropout_masks_reach_all_five_places(make_features) -> None:
     head, features = small(), make_features(4)
-    masks = head.draw_masks(4, 12, torch.Generator().manual_seed(0))
+    masks = head.draw_masks(features, torch.Generator().manual_seed(0))
     ones = type(masks)(*(torch.ones_like(mask) for mask in masks))
     plain = head(features, ones)
     assert torch.allclose(plain, head(features), atol=1e-6)
@@ -173,14 +173,14 @@ def test_dropout_masks_drop_as_often_as_asked_and_keep_the_mean(probability: flo
     assert abs(float(lagged)) < 4e-3  # four neighbours share a draw and must not share a fate
 
 
-def test_masks_follow_the_generator_alone() -> None:
-    head = small()
+def test_masks_follow_the_generator_alone(make_features) -> None:
+    head, features = small(), make_features(3)
     torch.manual_seed(5)
-    first = head.draw_masks(3, 12, torch.Generator().manual_seed(9))
+    first = head.draw_masks(features, torch.Generator().manual_seed(9))
     torch.manual_seed(6)
-    second = head.draw_masks(3, 12, torch.Generator().manual_seed(9))
+    second = head.draw_masks(features, torch.Generator().manual_seed(9))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert small(dropout=0.0).draw_masks(3, 12, torch.Generator()) is None
+    assert small(dropout=0.0).draw_masks(features, torch.Generator()) is None
 
 
 @pytest.mark.parametrize("options", [{"attention_heads": 3}, {"dropout": 1.0}, {"dropout": -0.1}])
