@@ -6,7 +6,7 @@ from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.tracking import next_step, say
 from hilum.evaluation.ensemble import ENSEMBLES
 from hilum.evaluation.predictions import read_predictions, write_predictions
-from hilum.evaluation.studies import mean_over_studies
+from hilum.evaluation.studies import aggregate_studies
 
 
 def run(
@@ -17,7 +17,7 @@ def run(
     Args:
         files: raw predictions, one file per model.
         out: `.parquet`, `.csv` or `.json`.
-        study: a name in AGGREGATIONS, or None.
+        study: a study rule such as "frontal_weighted:0.8", or None.
         ensemble: a name in ENSEMBLES, or None; needed for more than one file.
         unit: image (each keeps its row and carries its study's value) or study (one row each).
 
@@ -36,7 +36,7 @@ def run(
         raise ConfigError("One row per study needs a rule for its images: say --study mean.")
     members = [read_predictions(path) for path in files]
     if study is not None:
-        members = [mean_over_studies(member, unit, study) for member in members]
+        members = [aggregate_studies(member, study, unit) for member in members]
         say(f"Images per study: {_histogram(members[0].metadata['images_per_study'])}")
     result = members[0] if ensemble is None else ENSEMBLES[ensemble](members)
     write_predictions(result, out)

@@ -1,42 +1,22 @@
 """From images to studies: every image of (dataset, patient, study) gets its study's probability.
 
 Runs on raw predictions, before the ensemble and before any calibrator (docs/reference/predictions.md, order). The
-CXR-LT challenge scores images, so the default keeps one row per image; `unit="study"` gives one row per study.
+CXR-LT challenge scores images, so the default keeps one row per image; `unit="study"` gives one row per study. The
+rules are in `study_rules.py`.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from hilum.core.errors import PredictionError, StageError, UnknownNameError
 from hilum.evaluation.predictions import IDENTITY, Predictions
+from hilum.evaluation.study_rules import AGGREGATIONS, MEAN, StudyRule, as_rule
 
-Aggregation = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
-
-def mean(
-    probabilities: Float[np.ndarray, "N C"], starts: Int[np.ndarray, " S"], views: np.ndarray
-) -> Float[np.ndarray, "S C"]:
-    """Arithmetic mean of probabilities over the images of each study (CXR-LT 2024 slides, "Average aggregation").
-
-    Args:
-        probabilities: rows sorted by study.
-        starts: first row of each study.
-        views: (N,) the view of each row, for rules that weigh views; not used here.
-    """
-    del views
-    counts = np.diff(np.append(starts, len(probabilities)))
-    average = np.add.reduceat(probabilities, starts, axis=0) / counts[:, None]
-    # rounding must not push a mean outside its own images: the mean of equal values is that value, exactly
-    low, high = np.minimum.reduceat(probabilities, starts, axis=0), np.maximum.reduceat(probabilities, starts, axis=0)
-    return np.clip(average, low, high)
-
-
-AGGREGATIONS: dict[str, Aggregation] = {"mean": mean}
+__all__ = ["AGGREGATIONS", "aggregate_studies", "mean_over_studies", "study_uid", "study_uids", "view_weights"]
 
 
 def study_uid(dataset: str, patient_id: str, study_id: str) -> str:
@@ -50,30 +30,26 @@ def study_uids(dataset: np.ndarray, patient_id: np.ndarray, study_id: np.ndarray
     return np.array([study_uid(d, p, s) if s else uid for d, p, s, uid in rows], dtype=str)
 
 
-def mean_over_studies(p: Predictions, unit: str = "image", method: str = "mean") -> Predictions:
+def aggregate_studies(p: Predictions, rule: StudyRule | str = MEAN, unit: str = "image") -> Predictions:
     """Give every image its study's probability (unit "image"), or one row per study (unit "study").
 
-    Idempotent, and independent of the order of the rows to the last bit.
+    Idempotent, and independent of the order of the rows to the last bit; an image alone in its study keeps its value.
 
     Args:
-        p: raw predictions of images, or such that this function already returned.
+        p: raw predictions of images, or such that this function already returned by the same rule.
+        rule: a rule, or its text, such as "frontal_weighted:0.8".
         unit: what a row of the result is.
-        method: a name in AGGREGATIONS.
 
     Raises:
-        StageError: the predictions are already an ensemble or calibrated.
+        StageError: the predictions are already an ensemble, damped, calibrated, or aggregated by another rule.
         PredictionError: study rows cannot become images again.
         UnknownNameError: no such aggregation or unit.
+        ConfigError: a rule whose weights have not been fitted.
     """
-    if method not in AGGREGATIONS:
-        raise UnknownNameError("study aggregation", method, AGGREGATIONS)
+    rule = as_rule(rule)
     if unit not in ("image", "study"):
         raise UnknownNameError("unit", unit, ("image", "study"))
-    if p.stage not in ("raw", "study"):
-        raise StageError(
-            f"Studies are aggregated before the ensemble and before calibration; these predictions are at stage "
-            f"{p.stage!r}. Start from raw predictions (hilum predict --raw)."
-        )
+    _check_stage(p, rule)
     if p.unit == "study":
         if unit == "image":
             raise PredictionError(
@@ -82,14 +58,12 @@ def mean_over_studies(p: Predictions, unit: str = "image", method: str = "mean")
         return p
     if len(p) == 0:
         raise PredictionError("There is no image to aggregate: the prediction file has no rows.")
-    uids = study_uids(p.dataset, p.patient_id, p.study_id, p.image_uid)
-    order = np.lexsort((p.image_uid, uids))  # within a study by image uid, so that sums do not depend on row order
-    studies, starts, counts = np.unique(uids[order], return_index=True, return_counts=True)
-    values = AGGREGATIONS[method](p.probabilities[order], starts, p.view[order])
+    uids, order, studies, starts, counts = _group(p)
+    values = rule.aggregate(p.probabilities[order], starts, p.view[order])
     sizes, how_many = np.unique(counts, return_counts=True)
     metadata: dict[str, Any] = {
         "stage": "study",
-        "study_aggregation": method,
+        "study_aggregation": str(rule),
         "images_per_study": {str(size): int(n) for size, n in zip(sizes, how_many, strict=True)},
     }
     if unit == "image":
@@ -102,3 +76,39 @@ def mean_over_studies(p: Predictions, unit: str = "image", method: str = "mean")
     for key in ("thresholds", "calibration"):  # fitted on images
         merged.pop(key, None)
     return dataclasses.replace(p, **rows, probabilities=values, metadata=merged)
+
+
+def mean_over_studies(p: Predictions, unit: str = "image") -> Predictions:
+    """`aggregate_studies` by the arithmetic mean of probabilities (CXR-LT 2024 slides, "Average aggregation")."""
+    return aggregate_studies(p, MEAN, unit)
+
+
+def view_weights(p: Predictions, rule: StudyRule | str = MEAN) -> Float[np.ndarray, " N"]:
+    """What each image contributes to its study's value; the images of a study add up to 1."""
+    _, order, _, starts, _ = _group(p)
+    weights = np.empty(len(p))
+    weights[order] = as_rule(rule).weights(p.view[order], starts)
+    return weights
+
+
+def _group(p: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Study of each row; rows sorted by study; distinct studies, with the place of their first row, and their size."""
+    uids = study_uids(p.dataset, p.patient_id, p.study_id, p.image_uid)
+    order = np.lexsort((p.image_uid, uids))  # within a study by image uid, so that sums do not depend on row order
+    return uids, order, *np.unique(uids[order], return_index=True, return_counts=True)
+
+
+def _check_stage(p: Predictions, rule: StudyRule) -> None:
+    if p.stage not in ("raw", "study"):
+        raise StageError(
+            f"Studies are aggregated before the ensemble and before calibration; these predictions are at stage "
+            f"{p.stage!r}. Start from raw predictions (hilum predict --raw)."
+        )
+    if "normal_damping" in p.metadata:
+        raise StageError("Studies are aggregated before abnormal findings are damped; these predictions are damped.")
+    before = p.metadata.get("study_aggregation", str(rule)) if p.stage == "study" else str(rule)
+    if before != str(rule):
+        raise StageError(
+            f"These predictions were aggregated by {before!r}; {str(rule)!r} cannot undo that. Start from raw "
+            "predictions (hilum predict --raw)."
+        )
