@@ -1,12 +1,12 @@
 """The files of a MODEL and of an ENSEMBLE directory (docs/reference/model.md): written whole, read strictly.
 
 `config.json` is written last, so that a directory that has one is complete. Nothing is pickle. What the files mean to
-a prediction is `predictor.py`'s business.
+a prediction is `predictor.py`'s business. Past 300 lines: every file of a model, each with its writer and its reader.
 """
 
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hilum.core.errors import CheckpointError, ConfigError, PredictionError
 from hilum.core.files import atomic_file, atomic_path, read_json, sha256_file, write_json
 from hilum.evaluation.calibration import Calibrator
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
+from hilum.heads.extension import ExtendedHead
 from hilum.heads.registry import Head, HeadConfig, build_head
 from hilum.pretraining.exposure import seen_digest, uid_numbers
 
@@ -41,11 +42,29 @@ class Finding:
     group: str
     """head, medium or tail, by share of training images."""
     trained: bool
-    """False: no training image was positive; its prediction is null."""
+    """False: no training image was positive; its prediction is null. Zero-shot findings are predicted all the same."""
     positives: int
     """Positive training images."""
     known: int
     """Training images with a known label."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Findings that were added to a model by `hilum extend`: a head beside the first one."""
+
+    head: HeadConfig
+    """It reads the same blocks of the same backbone."""
+    findings: tuple[str, ...]
+    """Names, in the order of its outputs."""
+    shared: tuple[str, ...] = ()
+    """Names of tensors that are the first head's own; the file holds them once."""
+    zero_shot: bool = False
+    """Scored from text alone: no label of these findings was seen, nothing is calibrated, there is no threshold."""
+    cards: dict[str, Any] = field(default_factory=dict)
+    """By finding: positives and known labels it was trained, selected and calibrated on, and how."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """How the head came to be: mode, settings, stores."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,9 @@ class NetworkConfig:
 
     backbone: ViTConfig
     head: HeadConfig
+    """The first head."""
     findings: tuple[Finding, ...]
+    """All outputs: those of the first head, then those of each extension."""
     preprocess_id: str
     """Normalisation and intensity recipe."""
     resolution: int
@@ -65,6 +86,8 @@ class NetworkConfig:
     """Mean of the probabilities of an image and its mirror image."""
     precision: str = "fp32"
     """fp32 or bf16 (autocast), in prediction."""
+    extensions: tuple[Extension, ...] = ()
+    """In the order in which they were added."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +134,23 @@ def require_new(path: Path) -> None:
         raise ConfigError(f"{path} already holds {CONFIG_NAME}. Choose another folder, or move this one away.")
 
 
-def write_weights(path: Path, backbone: VisionTransformer, head: Head) -> dict[str, str]:
-    """Write `model.safetensors` (`backbone.*`, `head.*`, float32); returns its name and digest."""
+def write_weights(
+    path: Path, backbone: VisionTransformer, head: Head | ExtendedHead, extensions: Sequence[Extension] = ()
+) -> dict[str, str]:
+    """Write `model.safetensors` (`backbone.*`, `head.*`, `extension.N.*`, float32); returns its name and digest.
+
+    Args:
+        path: folder of the model.
+        backbone: its weights.
+        head: the head; with extensions, if there are.
+        extensions: their descriptions; tensors that they share with the first head are written once.
+    """
+    heads = head.heads if isinstance(head, ExtendedHead) else [head]
     state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
-    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    state |= {f"head.{name}": value for name, value in heads[0].state_dict().items()}
+    for number, (added, described) in enumerate(zip(heads[1:], extensions, strict=True)):
+        own = {name: value for name, value in added.state_dict().items() if name not in described.shared}
+        state |= {f"extension.{number}.{name}": value for name, value in own.items()}
     with atomic_path(path / WEIGHTS_NAME, SafetensorError) as temporary:
         save_file(
             {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in state.items()}, temporary
@@ -122,8 +158,8 @@ def write_weights(path: Path, backbone: VisionTransformer, head: Head) -> dict[s
     return {"file": WEIGHTS_NAME, "sha256": sha256_file(path / WEIGHTS_NAME)}
 
 
-def read_weights(path: Path, network: NetworkConfig, digest: str) -> tuple[VisionTransformer, Head]:
-    """Rebuild backbone and head, in evaluation mode, without gradients.
+def read_weights(path: Path, network: NetworkConfig, digest: str) -> tuple[VisionTransformer, Head | ExtendedHead]:
+    """Rebuild backbone and head (with its extensions), in evaluation mode, without gradients.
 
     Raises:
         CheckpointError: absent, damaged, or not the tensors that the description asks for.
@@ -139,10 +175,25 @@ def read_weights(path: Path, network: NetworkConfig, digest: str) -> tuple[Visio
         raise CheckpointError(f"{file} cannot be read: {error}.") from error
     with torch.device("meta"):
         backbone, head = VisionTransformer(network.backbone), build_head(network.head)
-    for prefix, module in (("backbone.", backbone), ("head.", head)):
-        part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        added = [build_head(extension.head) for extension in network.extensions]
+    _fill(backbone, _under("backbone.", state), file, "backbone.")
+    _fill(head, _under("head.", state), file, "head.")
+    own = dict(head.named_parameters()) | dict(head.named_buffers())
+    for number, (module, extension) in enumerate(zip(added, network.extensions, strict=True)):
+        prefix = f"extension.{number}."
+        part = _under(prefix, state)
+        for name in extension.shared:
+            if name in part or name not in own:
+                found = "in the file as well" if name in part else "not a tensor of the first head"
+                raise CheckpointError(f"{file}: {prefix}{name} should be shared with the first head, and is {found}.")
+            part[name] = own[name]
         _fill(module, part, file, prefix)
-    return backbone, head
+    outputs = [network.head.findings, *(extension.head.findings for extension in network.extensions)]
+    return backbone, (ExtendedHead(head, added, outputs) if added else head)
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _fill(module: torch.nn.Module, state: Mapping[str, Tensor], file: Path, prefix: str) -> None:
@@ -159,7 +210,8 @@ def _fill(module: torch.nn.Module, state: Mapping[str, Tensor], file: Path, pref
 
 
 def describe(network: NetworkConfig) -> dict[str, Any]:
-    """The part of `config.json` that rebuilds the network."""
+    """The part of `config.json` that rebuilds the network; `extensions` only where there are any."""
+    added = [to_dict(extension) for extension in network.extensions]
     return {
         "architecture": {"backbone": to_dict(network.backbone), "head": to_dict(network.head)},
         "findings": [to_dict(finding) for finding in network.findings],
@@ -167,6 +219,7 @@ def describe(network: NetworkConfig) -> dict[str, Any]:
             "id": network.preprocess_id, "resolution": network.resolution, "short_side": network.short_side,
         },
         "inference": {"flip_average": network.flip_average, "precision": network.precision},
+        **({"extensions": added} if added else {}),
     }  # fmt: skip
 
 
@@ -177,7 +230,7 @@ def read_network(path: Path, content: Mapping[str, Any]) -> NetworkConfig:
         CheckpointError: an entry is missing or of the wrong kind.
     """
     try:
-        return NetworkConfig(
+        network = NetworkConfig(
             backbone=from_dict(ViTConfig, content["architecture"]["backbone"], "architecture.backbone."),
             head=from_dict(HeadConfig, content["architecture"]["head"], "architecture.head."),
             findings=tuple(from_dict(Finding, finding, "findings.") for finding in content["findings"]),
@@ -186,11 +239,33 @@ def read_network(path: Path, content: Mapping[str, Any]) -> NetworkConfig:
             short_side=content["preprocessing"]["short_side"],
             flip_average=bool(content["inference"]["flip_average"]),
             precision=str(content["inference"]["precision"]),
+            extensions=tuple(_read_extension(one) for one in content.get("extensions", ())),
         )
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(
             f"{path / CONFIG_NAME} does not describe a model: {type(error).__name__} {error}."
         ) from error
+    names = [finding.name for finding in network.findings]
+    added = [name for extension in network.extensions for name in extension.findings]
+    heads = (network.head, *(extension.head for extension in network.extensions))
+    outputs, blocks = sum(head.findings for head in heads), {head.blocks for head in heads}
+    if outputs != len(names) or names[len(names) - len(added) :] != added or len(blocks) > 1:
+        raise CheckpointError(
+            f"{path / CONFIG_NAME} does not describe a model: its heads have {outputs} outputs on {sorted(blocks)} "
+            f"blocks for {len(names)} findings, of which the extensions name {', '.join(added) or 'none'}."
+        )
+    return network
+
+
+def _read_extension(content: Mapping[str, Any]) -> Extension:
+    return Extension(
+        head=from_dict(HeadConfig, content["head"], "extensions.head."),
+        findings=tuple(str(name) for name in content["findings"]),
+        shared=tuple(str(name) for name in content["shared"]),
+        zero_shot=bool(content["zero_shot"]),
+        cards=dict(content["cards"]),
+        training=dict(content["training"]),
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -270,22 +345,63 @@ def read_exposure(path: Path, content: Mapping[str, Any]) -> Exposure:
     return exposure
 
 
-def write_validation(path: Path, predictions: Predictions, labels: Int[np.ndarray, "N C"]) -> None:
-    """Write `validation_logits.parquet` and, with the labels of the same images, `validation_labels.npz`."""
-    write_predictions(predictions, path / LOGITS_NAME)
-    with atomic_file(path / LABELS_NAME) as file:
+def write_validation(
+    path: Path, predictions: Predictions, labels: Int[np.ndarray, "N C"], extension: int | None = None
+) -> None:
+    """Write `validation_logits.parquet` and, with the labels of the same images, `validation_labels.npz`.
+
+    Args:
+        path: folder of the model.
+        predictions: raw, of a head that has not seen these images.
+        labels: codes, rows as in the predictions.
+        extension: its number; its files have a name of their own, so that those of the first head stay as they are.
+    """
+    write_predictions(predictions, path / validation_name(LOGITS_NAME, extension))
+    with atomic_file(path / validation_name(LABELS_NAME, extension)) as file:
         uids = predictions.image_uid.astype("S16")
         np.savez(file, uid=uids, labels=labels.astype(np.int8), findings=np.array(predictions.findings))
+
+
+def validation_name(name: str, extension: int | None = None) -> str:
+    """File name of validation predictions or labels, or of the search, of the first head or of an extension."""
+    return name if extension is None else f"extension_{extension}_{name}"
 
 
 def read_validation(path: Path) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
     """Raw out-of-sample validation predictions of a model, and the labels of the same rows.
 
+    Of a model with extensions: all findings, where all were validated on the same images. Zero-shot findings have no
+    validation and are not among them.
+
     Raises:
-        PredictionError: a file is missing or malformed, or the two do not belong together.
+        PredictionError: a file is missing or malformed, they do not belong together, or an extension was validated on
+            other images.
     """
-    predictions = read_predictions(path / LOGITS_NAME)
-    file = path / LABELS_NAME
+    predictions, labels = _read_validation(path, None)
+    content = read_json(path / CONFIG_NAME, PredictionError) if (path / CONFIG_NAME).is_file() else {}
+    for number, extension in enumerate(content.get("extensions", ())):
+        if extension["zero_shot"]:
+            continue
+        added, added_labels = _read_validation(path, number)
+        mine, theirs = set(predictions.image_uid.tolist()), set(added.image_uid.tolist())
+        if mine != theirs:
+            raise PredictionError(
+                f"{path}: {', '.join(added.findings)} were added on other validation images than the rest "
+                f"({len(mine & theirs)} in both, {len(mine - theirs)} and {len(theirs - mine)} in one alone), so there "
+                "is no one set to calibrate an ensemble on. Extend on the store that the model was fitted on, or "
+                "combine prediction files."
+            )
+        order = np.argsort(added.image_uid)
+        rows = order[np.searchsorted(added.image_uid, predictions.image_uid, sorter=order)]
+        values = np.concatenate([predictions.probabilities, added.probabilities[rows]], axis=1)
+        predictions = replace(predictions, findings=predictions.findings + added.findings, probabilities=values)
+        labels = np.concatenate([labels, added_labels[rows]], axis=1)
+    return predictions, labels
+
+
+def _read_validation(path: Path, extension: int | None) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
+    name, file = validation_name(LOGITS_NAME, extension), path / validation_name(LABELS_NAME, extension)
+    predictions = read_predictions(path / name)
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             uids, labels, findings = arrays["uid"].astype(str), arrays["labels"], tuple(arrays["findings"].tolist())
@@ -293,5 +409,5 @@ def read_validation(path: Path) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
         raise PredictionError(f"{file} cannot be read: {error}. Copy the model again.") from error
     order = np.argsort(uids)
     if findings != predictions.findings or set(uids.tolist()) != set(predictions.image_uid.tolist()):
-        raise PredictionError(f"{file} and {LOGITS_NAME} do not cover the same images and findings.")
+        raise PredictionError(f"{file} and {name} do not cover the same images and findings.")
     return predictions, labels[order][np.searchsorted(uids[order], predictions.image_uid)]

@@ -2,21 +2,24 @@
 prediction; `fit` takes its validation predictions from here too. Studies, ensembles and calibration: `predictor.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from scipy.special import expit
 from torch import Tensor
 
 from hilum.backbones.vit import VisionTransformer
 from hilum.core.errors import ConfigError
+from hilum.core.types import view_kind
 from hilum.data.images import shrink
 from hilum.data.store import Indices, Store
 from hilum.data.transforms import evaluation_crop, preprocessing
 from hilum.deploy.model_files import NetworkConfig
 from hilum.evaluation.predictions import IDENTITY
+from hilum.heads.batches import in_order
+from hilum.heads.extension import ExtendedHead
 from hilum.heads.features import Features, extract, freeze, read_ahead, to_batch
 from hilum.heads.registry import Head
 
@@ -45,7 +48,7 @@ class Network:
     Args:
         config: how it was built and how images reach it.
         backbone: with the weights.
-        head: with the weights.
+        head: with the weights, and its extensions, if any.
         device: where it runs.
 
     Raises:
@@ -53,7 +56,11 @@ class Network:
     """
 
     def __init__(
-        self, config: NetworkConfig, backbone: VisionTransformer, head: Head, device: torch.device | str = "cpu"
+        self,
+        config: NetworkConfig,
+        backbone: VisionTransformer,
+        head: Head | ExtendedHead,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
         self.recipe = preprocessing(config.preprocess_id)
@@ -72,35 +79,69 @@ class Network:
         small = shrink(pixels, self.config.short_side) if self.config.short_side else pixels
         return evaluation_crop(small, self.config.resolution)
 
-    def features(self, images: UInt8[Tensor, "B 1 S S"]) -> Features:
-        """Backbone features of squares."""
-        return extract(
-            self.backbone, images.to(self.device), self.recipe, self.config.head.blocks, self.head.needs_patches,
-            self.config.precision,
-        )  # fmt: skip
-
-    def probabilities(self, images: UInt8[Tensor, "B 1 S S"], features: Features | None = None) -> np.ndarray:
-        """Raw probabilities, float64 (B, C): sigmoid, then the mean with the mirror image where the model says so.
-
-        Findings never trained are NaN.
+    def features(
+        self,
+        images: UInt8[Tensor, "B 1 S S"],
+        study: Int64[np.ndarray, " B"] | None = None,
+        view: Int64[np.ndarray, " B"] | None = None,
+    ) -> Features:
+        """Backbone features of squares.
 
         Args:
             images: squares, as `crop` makes them.
-            features: of `images`, where the caller has them already.
+            study: study of each, 0 .. S-1, every study whole; None: each is a study of its own.
+            view: position of each one's view in `core.types.VIEW_KINDS`; None: not known, "other".
         """
-        values = self._sigmoid(self.features(images) if features is None else features)
+        found = extract(
+            self.backbone, images.to(self.device), self.recipe, self.config.head.blocks, self.head.needs_patches,
+            self.config.precision,
+        )  # fmt: skip
+        if not self.head.needs_studies:
+            return found
+        count = len(images)
+        return found._replace(
+            study=self._put(np.arange(count) if study is None else study),
+            view=self._put(np.full(count, view_kind("UNKNOWN")) if view is None else view),
+        )
+
+    def probabilities(
+        self,
+        images: UInt8[Tensor, "B 1 S S"],
+        features: Features | None = None,
+        study: Int64[np.ndarray, " B"] | None = None,
+        view: Int64[np.ndarray, " B"] | None = None,
+    ) -> np.ndarray:
+        """Raw probabilities, float64 (B, C): sigmoid, then the mean with the mirror image where the model says so.
+
+        Findings never trained are NaN. A head that looks at whole studies gives every image of one the study's values.
+
+        Args:
+            images: squares, as `crop` makes them.
+            features: of `images`, where the caller has them already; their study and view then stand.
+            study: as `features`.
+            view: as `features`.
+        """
+        given = self.features(images, study, view) if features is None else features
+        values = self._sigmoid(given)
         if self.config.flip_average:
-            values = (values + self._sigmoid(self.features(images.flip(-1)))) / 2
+            mirrored = self.features(images.flip(-1))._replace(study=given.study, view=given.view)
+            values = (values + self._sigmoid(mirrored)) / 2
         values[:, ~self.trained] = np.nan
         return values
 
     def attention(self, features: Features) -> Float[np.ndarray, "B C h w"] | None:
-        """Attention maps on the patch grid (each sums to 1), or None for a head that has none."""
+        """Attention maps on the patch grid, or None for a head that has none.
+
+        Each sums to 1; over the images of a study, where the head looks at studies. Findings of an extension without
+        maps are NaN.
+        """
         attend = getattr(self.head, "attention", None)
-        if attend is None:
-            return None
         with torch.no_grad():
-            return attend(features).double().cpu().numpy()
+            maps = None if attend is None else attend(features)
+        return None if maps is None else maps.double().cpu().numpy()
+
+    def _put(self, values: np.ndarray) -> Int64[Tensor, " B"]:
+        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
 
     def _sigmoid(self, features: Features) -> Float[np.ndarray, "B C"]:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -121,34 +162,73 @@ def raw_probabilities(
     batch_size: int = 32,
     workers: int = 2,
     done: Callable[[int], None] = lambda count: None,
+    studies: np.ndarray | None = None,
+    views: np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Raw probabilities of many images from several networks; each image is decoded once.
+
+    Where a head looks at whole studies, the images of one go through together; those that cannot be read are left out
+    and the rest is used. Values do not depend on what else is in a batch.
 
     Args:
         networks: one or more.
         indices: what `read` takes.
         read: decoded pixels of an image, uint8 (H, W), or None to leave it out.
-        batch_size: images at a time.
+        batch_size: images at a time; a study that does not fit makes a larger batch.
         workers: threads that read.
         done: told how many images were finished after each batch.
+        studies: (N,) study of each index: numbers, or text such as `evaluation.studies.study_uids` makes, in which ""
+            is a study of its own. None: every image is one.
+        views: (N,) view of each: names (`core.types.VIEWS`), or positions in `VIEW_KINDS`. None: not known.
 
     Returns:
-        for each network (N, C) float64, and the positions in `indices` that were read (N,).
+        for each network (N, C) float64, and the positions in `indices` that were read (N,), ascending.
     """
     chosen = np.asarray(list(indices), dtype=np.int64)
+    together = any(network.head.needs_studies for network in networks)
+    study = _number(studies, len(chosen)) if together else None
+    kinds = _kinds(views, len(chosen)) if together else None
+    batches = in_order(np.arange(len(chosen)), batch_size, study)
     outputs: list[list[np.ndarray]] = [[] for _ in networks]
     kept: list[np.ndarray] = []
-    for positions, squares in read_ahead(_chunks(len(chosen), batch_size), _squares(networks, chosen, read), workers):
+    squares_of = _squares(networks, chosen, read)
+    for positions, squares in read_ahead((batch.images for batch in batches), squares_of, workers):
         good = [place for place, square in enumerate(squares) if square is not None]
         if good:
+            seen = positions[good]
+            whole = None if study is None else np.unique(study[seen], return_inverse=True)[1].reshape(-1)
+            view = None if kinds is None else kinds[seen]
             for number, network in enumerate(networks):
                 images = to_batch([crops[number] for crops in squares if crops is not None])
-                outputs[number].append(network.probabilities(images))
-            kept.append(positions[good])
+                outputs[number].append(network.probabilities(images, study=whole, view=view))
+            kept.append(seen)
         done(len(positions))
+    read_positions = np.concatenate([np.zeros(0, np.int64), *kept])
+    order = np.argsort(read_positions, kind="stable")
     empty = [np.zeros((0, len(network.findings))) for network in networks]
-    stacked = [np.concatenate([nothing, *parts]) for nothing, parts in zip(empty, outputs, strict=True)]
-    return stacked, np.concatenate([np.zeros(0, np.int64), *kept])
+    stacked = [np.concatenate([nothing, *parts])[order] for nothing, parts in zip(empty, outputs, strict=True)]
+    return stacked, read_positions[order]
+
+
+def _number(studies: np.ndarray | None, count: int) -> Int64[np.ndarray, " N"]:
+    """Studies as numbers; an image without a study is one of its own."""
+    if studies is None:
+        return np.arange(count)
+    numbers = np.unique(studies, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    if studies.dtype.kind in "US":
+        alone = studies == ""
+        numbers[alone] = count + np.flatnonzero(alone)
+    return numbers
+
+
+def _kinds(views: np.ndarray | None, count: int) -> Int64[np.ndarray, " N"]:
+    """Views as positions in `VIEW_KINDS`."""
+    if views is None:
+        return np.full(count, view_kind("UNKNOWN"), dtype=np.int64)
+    if views.dtype.kind not in "US":
+        return views.astype(np.int64)
+    names, of_image = np.unique(views, return_inverse=True)
+    return np.array([view_kind(str(name)) for name in names], dtype=np.int64)[of_image.reshape(-1)]
 
 
 def _squares(networks: Sequence[Network], chosen: np.ndarray, read: Read) -> Callable[[int], list[np.ndarray] | None]:
@@ -157,8 +237,3 @@ def _squares(networks: Sequence[Network], chosen: np.ndarray, read: Read) -> Cal
         return None if pixels is None else [network.crop(pixels) for network in networks]
 
     return squares
-
-
-def _chunks(count: int, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, count, size):
-        yield np.arange(start, min(start + size, count))
