@@ -25,8 +25,9 @@ from hilum.core.files import atomic_file
 from hilum.core.tracking import say, warn
 from hilum.data.store import Store
 from hilum.data.transforms import evaluation_crop, normalise, preprocessing
-from hilum.evaluation.bootstrap import WeightedFinding, interval, mean_over_findings, resample_weights
+from hilum.evaluation.bootstrap import interval, mean_over_findings, resample_weights
 from hilum.evaluation.definitions import average_precision, roc_auc
+from hilum.evaluation.weighted import WeightedFinding
 from hilum.pretraining.probing import ProbeConfig, ProbeImages, choose_images, linear_scores, neighbour_scores
 
 START_NAME = "probe_start.npz"

@@ -1,23 +1,23 @@
-"""Intervals by resampling patients, for many findings and metrics at once.
+"""Intervals by resampling patients, for many findings and metrics at once, and paired tests between two models.
 
-A resample is a whole number of copies of every patient, so every metric becomes a function of weighted counts. Items
-are sorted once per finding and reduced to a sparse matrix (rows of counts x patients); a block of resamples is then one
-matrix product, exact for ties. A metric without such a form is recomputed on the repeated rows: same numbers, slower.
-This module resamples and compares; what a metric is, is in `definitions.py`.
+Every resample is its own stream of the seed, so two models judged on the same patients are judged on the same
+resamples. How a finding is measured in a block of resamples is in `weighted.py`; a metric without such a form is
+recomputed on the repeated rows: same numbers, slower. What a metric is, is in `definitions.py`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import sparse
 
 from hilum.core.errors import PredictionError
 from hilum.core.seeding import stream
-from hilum.evaluation.definitions import BINS, METRICS, bin_of, macro_name
+from hilum.evaluation.definitions import METRICS, macro_name
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import study_uids
+from hilum.evaluation.weighted import FAST, WeightedFinding
 
 BLOCK = 100
 """Resamples per matrix product: bounds the memory, changes no number."""
@@ -35,105 +35,6 @@ def resample_weights(clusters: int, first: int, last: int, seed: int) -> Float[n
     """How often each patient is drawn in resamples first .. last-1, each its own stream of the seed."""
     draws = [stream(seed, "bootstrap", number).integers(0, clusters, clusters) for number in range(first, last)]
     return np.stack([np.bincount(draw, minlength=clusters) for draw in draws], axis=1).astype(np.float64)
-
-
-class WeightedFinding:
-    """One finding of one set of predictions, ready to be measured under patient weights.
-
-    Args:
-        probabilities, labels: (N,) of this finding; only labels 0 and 1 are used.
-        clusters: (N,) patient of each item, 0 .. P-1.
-        count: P.
-        threshold: of F1@tuned; None leaves that metric undefined.
-    """
-
-    def __init__(
-        self,
-        probabilities: Float[np.ndarray, " N"],
-        labels: Int[np.ndarray, " N"],
-        clusters: Int[np.ndarray, " N"],
-        count: int,
-        threshold: float | None,
-    ) -> None:
-        known = (labels == 0) | (labels == 1)
-        self.probabilities = np.asarray(probabilities, np.float64)[known]
-        self.labels = np.asarray(labels)[known] == 1
-        self.clusters, self.count, self.threshold = clusters[known], count, threshold
-        self.ranking, self.steps = self._ranking_matrix()
-        self.sums = self._sum_matrix()
-
-    def _ranking_matrix(self) -> tuple[sparse.csr_array, int]:
-        """Rows 3k, 3k+1, 3k+2: negatives above the k-th score that has positives, positives and negatives at it."""
-        scores = np.unique(self.probabilities[self.labels])[::-1]
-        # number of scores-with-positives at or above each item: its step when equal, the step before it otherwise
-        step = len(scores) - np.searchsorted(scores[::-1], self.probabilities, side="right")
-        tied = np.zeros(len(step), dtype=bool)
-        inside = step < len(scores)
-        tied[inside] = scores[step[inside]] == self.probabilities[inside]
-        row = 3 * step + np.where(self.labels, 1, np.where(tied, 2, 0))
-        ones = np.ones(len(row))
-        shape = (3 * len(scores) + 3, self.count)
-        return sparse.csr_array(sparse.coo_array((ones, (row, self.clusters)), shape=shape)), len(scores)
-
-    def _sum_matrix(self) -> sparse.csr_array:
-        """Rows: items, squared errors, six F1 counts, then 15 + 15 sums of the two calibration gaps."""
-        p, y, n = self.probabilities, self.labels, len(self.labels)
-        cut = np.nan if self.threshold is None else self.threshold
-        rows, values = [np.zeros(n, np.int64), np.ones(n, np.int64)], [np.ones(n), (p - y) ** 2]
-        for base, decided in ((2, p > 0.5), (5, p > cut)):
-            outcome = np.where(decided & y, 0, np.where(decided, 1, np.where(y, 2, 99)))
-            rows.append(np.where(outcome < 99, base + outcome, 0))
-            values.append((outcome < 99).astype(np.float64))
-        place = bin_of(p)
-        rows += [8 + place, 8 + BINS + place]
-        values += [p - y, p - ((p > 0.5) == y)]
-        columns = np.tile(self.clusters, len(rows))
-        matrix = (np.concatenate(values), (np.concatenate(rows), columns))
-        return sparse.csr_array(sparse.coo_array(matrix, shape=(8 + 2 * BINS, self.count)))
-
-    def measure(self, weights: Float[np.ndarray, "P R"], names: Sequence[str]) -> dict[str, Float[np.ndarray, " R"]]:
-        """The named metrics (of FAST) in every resample; NaN where undefined.
-
-        A resample without a positive has no AP, AUC or F1 (it is skipped); one without an item has nothing.
-        """
-        sums = self.sums @ weights
-        items, positives = sums[0], sums[2] + sums[4]
-        results = self._rank_metrics(weights, positives)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            prevalence = positives / items
-            results["AP_normalised"] = (results["AP"] - prevalence) / np.where(prevalence < 1, 1 - prevalence, np.nan)
-            results["Brier"] = sums[1] / items
-            results["ECE"] = np.abs(sums[8 : 8 + BINS]).sum(axis=0) / items
-            results["ECE_challenge_inferred"] = np.abs(sums[8 + BINS :]).sum(axis=0) / items
-            results["F1@0.5"] = 2 * sums[2] / (2 * sums[2] + sums[3] + sums[4])
-            results["F1@tuned"] = 2 * sums[5] / (2 * sums[5] + sums[6] + sums[7])
-        for name in ("F1@0.5", "F1@tuned"):
-            results[name][positives == 0] = np.nan
-        if self.threshold is None:
-            results["F1@tuned"][:] = np.nan
-        return {name: results[name] for name in names}
-
-    def _rank_metrics(
-        self, weights: Float[np.ndarray, "P R"], positives: Float[np.ndarray, " R"]
-    ) -> dict[str, Float[np.ndarray, " R"]]:
-        precision, above, total = (np.zeros(weights.shape[1]) for _ in range(3))
-        width = max(1, 4_000_000 // (3 * self.steps + 3))  # columns at a time, so that the product stays in memory
-        for start in range(0, weights.shape[1], width):
-            part = slice(start, start + width)
-            counts = (self.ranking @ weights[:, part]).reshape(self.steps + 1, 3, -1)
-            higher, positive, tied = counts[:-1, 0], counts[:-1, 1], counts[:-1, 2]
-            true_positives = np.cumsum(positive, axis=0)
-            false_positives = np.cumsum(higher + tied, axis=0)
-            negatives = counts[:, [0, 2]].sum(axis=(0, 1))
-            selected = np.maximum(true_positives + false_positives, 1)  # nothing selected: the numerator is 0 too
-            precision[part] = (positive * true_positives / selected).sum(axis=0)
-            above[part] = (positive * (negatives - false_positives + 0.5 * tied)).sum(axis=0)
-            total[part] = positive.sum(axis=0) * negatives
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return {"AP": precision / np.where(positives > 0, positives, np.nan), "AUC": above / total}
-
-
-FAST: tuple[str, ...] = ("AP", "AP_normalised", "AUC", "F1@0.5", "F1@tuned", "ECE", "ECE_challenge_inferred", "Brier")
 
 
 def replicates(findings: Sequence[WeightedFinding], bootstraps: int, seed: int) -> dict[str, Float[np.ndarray, "R C"]]:
@@ -179,13 +80,41 @@ def mean_over_findings(values: Float[np.ndarray, "R C"]) -> Float[np.ndarray, " 
 def difference_interval(
     a: Float[np.ndarray, "R C"], b: Float[np.ndarray, "R C"], point: float | None
 ) -> dict[str, Any]:
-    """Macro difference a - b with its paired interval; `shown` is False where the interval includes zero."""
+    """Macro difference a - b with its paired interval and p-value; `shown` is False where the interval includes zero.
+
+    `p` is two-sided, of the difference over its bootstrap standard error, taken as normal: unlike a share of resamples
+    it is not stopped at 1 / resamples, which a Holm correction over many findings needs.
+    """
     if a.shape != b.shape:
         raise PredictionError(f"Paired differences need the same resamples and findings: {a.shape} against {b.shape}.")
     both = ~(np.isnan(a) | np.isnan(b))
-    ends = interval(mean_over_findings(np.where(both, a, np.nan)) - mean_over_findings(np.where(both, b, np.nan)))
+    samples = mean_over_findings(np.where(both, a, np.nan)) - mean_over_findings(np.where(both, b, np.nan))
+    ends = interval(samples)
     low, high = ends or (None, None)
-    return {"difference": point, "low": low, "high": high, "shown": bool(ends and (ends[0] > 0 or ends[1] < 0))}
+    shown = bool(ends and (ends[0] > 0 or ends[1] < 0))
+    return {"difference": point, "low": low, "high": high, "shown": shown, "p": _p_value(samples, point)}
+
+
+def _p_value(samples: Float[np.ndarray, " R"], point: float | None) -> float | None:
+    """None without a difference or without scatter; 1 where there is neither difference nor scatter."""
+    defined = samples[~np.isnan(samples)]
+    if point is None or len(defined) < 2:
+        return None
+    error = float(defined.std(ddof=1))
+    if error == 0.0:
+        return 1.0 if point == 0.0 else None
+    return math.erfc(abs(point) / error / math.sqrt(2))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """P-values corrected for how many there are (Holm 1979): family-wise error, no assumption; None stays out."""
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, index) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        corrected[index] = highest
+    return corrected
 
 
 def clusters_of(predictions: Predictions) -> Int[np.ndarray, " N"]:
@@ -204,7 +133,26 @@ def paired_difference(
     seed: int = 0,
     min_positives: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Macro differences a - b on the same patients and the same resamples, per macro metric.
+    """Macro differences a - b on the same patients and the same resamples, per macro metric; see `paired_comparison`.
+
+    Returns:
+        {"mAP": {"first", "second", "difference", "low", "high", "shown", "p", "findings"}, ...}: the two means over
+        the findings defined in both, which `findings` counts; `shown` is False where the interval includes zero.
+    """
+    return paired_comparison(a, b, labels, thresholds_a, thresholds_b, bootstraps, seed, min_positives)[0]
+
+
+def paired_comparison(
+    a: Predictions,
+    b: Predictions,
+    labels: Int[np.ndarray, "N C"],
+    thresholds_a: Mapping[str, float] | None = None,
+    thresholds_b: Mapping[str, float] | None = None,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    min_positives: int = 0,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, dict[str, Any]]]]:
+    """Paired differences a - b: macro, and of every finding.
 
     Args:
         a: one set of predictions.
@@ -217,8 +165,9 @@ def paired_difference(
         min_positives: findings with fewer are not compared.
 
     Returns:
-        {"mAP": {"difference", "low", "high", "shown", "findings"}, ...}; `shown` is False where the interval includes
-        zero; `findings` counts those defined in both.
+        (what `paired_difference` returns, {FINDING: {METRIC: {"first", "second", "difference", "low", "high", "shown",
+        "p", "p_holm", "shown_holm"}}}): `p_holm` is corrected over the findings of that metric, and `shown_holm` says
+        whether it is under 0.05.
 
     Raises:
         PredictionError: the items are not the same.
@@ -242,14 +191,23 @@ def paired_difference(
         points = {metric: _or_nan([measure(*each) for each in arguments]) for metric, measure in METRICS.items()}
         sides.append((points, replicates(weighted, bootstraps, seed)))
     (points_a, samples_a), (points_b, samples_b) = sides
-    result = {}
+    macro: dict[str, dict[str, Any]] = {}
+    by_finding: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
     for metric in METRICS:
-        differences = points_a[metric] - points_b[metric]
-        both = np.flatnonzero(~np.isnan(differences))
-        point = float(differences[both].mean()) if len(both) else None
-        row = difference_interval(samples_a[metric][:, both], samples_b[metric][:, both], point)
-        result[macro_name(metric)] = {**row, "findings": len(both)}
-    return result
+        values_a, values_b = points_a[metric], points_b[metric]
+        both = np.flatnonzero(~np.isnan(values_a - values_b))
+        rows = []
+        for chosen in (both, *both[:, None]):
+            ours, theirs, difference = (
+                float(values[chosen].mean()) if len(chosen) else None
+                for values in (values_a, values_b, values_a - values_b)
+            )
+            row = difference_interval(samples_a[metric][:, chosen], samples_b[metric][:, chosen], difference)
+            rows.append({"first": ours, "second": theirs, **row})
+        macro[macro_name(metric)] = {**rows[0], "findings": len(both)}
+        for column, row, p in zip(both, rows[1:], holm([row["p"] for row in rows[1:]]), strict=True):
+            by_finding[names[column]][metric] = {**row, "p_holm": p, "shown_holm": p is not None and p < 0.05}
+    return macro, by_finding
 
 
 def _or_nan(values: Sequence[float | None]) -> Float[np.ndarray, " C"]:

@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from hilum.core.errors import PredictionError
 
 BINS = 15
-"""Equal-width calibration bins of [0, 1]."""
+"""Calibration bins: of equal width over [0, 1], or of equal mass."""
+EPSILON = float(np.finfo(np.float64).eps)
+"""How near to 0 and 1 a probability is taken where a logarithm is: as in scikit-learn's log_loss."""
 
 Measure = Callable[[np.ndarray, np.ndarray, float | None], float | None]
 
@@ -93,6 +95,109 @@ def challenge_ece(probabilities: Float[np.ndarray, " N"], labels: Int[np.ndarray
     return _gap(p, (p > 0.5) == y)
 
 
+def mass_bin_of(probabilities: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """Equal-mass bin: floor(15 x share of items strictly below); tied items share a bin, so row order never matters.
+
+    With distinct probabilities these are quantile bins; with many ties some bins are larger and others empty.
+    """
+    below = np.searchsorted(np.sort(probabilities), probabilities, side="left")
+    return np.asarray(below * BINS // max(len(probabilities), 1), np.int64)
+
+
+def equal_mass_ece(probabilities: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> float | None:
+    """sum_b (n_b / n) |mean p in b - share of positives in b| over 15 bins of equal mass (`mass_bin_of`)."""
+    p, y = known(probabilities, labels)
+    if len(p) == 0:
+        return None
+    return float(np.abs(np.bincount(mass_bin_of(p), weights=p - y, minlength=BINS)).sum() / len(p))
+
+
+def log_loss(probabilities: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> float | None:
+    """Mean of -log of the probability given to what was true, in nats; p held to [eps, 1 - eps], eps = 2.2e-16."""
+    p, y = known(probabilities, labels)
+    return float(surprise(p, y).mean()) if len(p) else None
+
+
+def surprise(p: Float[np.ndarray, " N"], y: np.ndarray) -> Float[np.ndarray, " N"]:
+    """-log of the probability given to what was true, for each item; see `log_loss`."""
+    return -np.log(np.clip(np.where(y, p, 1 - p), EPSILON, 1 - EPSILON))
+
+
+def ap_lift(scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> float | None:
+    """AP / prevalence: 1 for a random ranking; what a ranking gains, comparable between rare findings."""
+    precision, (_, y) = average_precision(scores, labels), known(scores, labels)
+    return None if precision is None else float(precision / y.mean())
+
+
+def miss_rate(probabilities: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"], threshold: float) -> float | None:
+    """False-negative rate, FN / (FN + TP) = 1 - sensitivity, at p > threshold; None without positives."""
+    p, y = known(probabilities, labels)
+    return float((p[y] <= threshold).mean()) if y.any() else None
+
+
+def false_alarm_rate(
+    probabilities: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"], threshold: float
+) -> float | None:
+    """False-positive rate, FP / (FP + TN) = 1 - specificity, at p > threshold; None without negatives.
+
+    Of the finding "Normal" it is the share of ill people who are called healthy: under-diagnosis (Seyyed-Kalantari et
+    al., Nature Medicine 2021).
+    """
+    p, y = known(probabilities, labels)
+    return None if y.all() else float((p[~y] > threshold).mean())
+
+
+def calibration_line(
+    probabilities: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]
+) -> tuple[float | None, float | None]:
+    """Calibration slope and intercept: b of logit P(y) = a + b logit(p), and a of logit P(y) = a + logit(p).
+
+    A slope below 1: the probabilities are too extreme. An intercept below 0: they are too high ("in the large"). Cox
+    1958; Van Calster et al., BMC Medicine 2019. Newton's method; p held to [1e-6, 1 - 1e-6] so that one item at 0 or 1
+    cannot carry the line.
+
+    Returns:
+        (slope, intercept); None where undefined: without both classes, and a slope where all p are equal or where the
+        classes are separated (then the slope has no maximum).
+    """
+    p, y = known(probabilities, labels)
+    if not y.any() or y.all():
+        return None, None
+    clipped = np.clip(p, 1e-6, 1 - 1e-6)
+    logits = np.log(clipped) - np.log1p(-clipped)
+    ones = np.ones_like(logits)
+    intercept = _newton(ones[:, None], logits, y)
+    positives, negatives = logits[y], logits[~y]
+    separated = positives.min() >= negatives.max() or positives.max() <= negatives.min()
+    line = None if separated else _newton(np.stack([ones, logits], axis=1), 0 * logits, y)
+    return None if line is None else float(line[1]), None if intercept is None else float(intercept[0])
+
+
+def _newton(design: np.ndarray, offset: np.ndarray, y: np.ndarray) -> np.ndarray | None:
+    """Coefficients of the logistic regression of y on the columns of `design`; None where it does not converge."""
+    found = np.zeros(design.shape[1])
+    loss = np.inf
+    step = np.zeros_like(found)
+    for _ in range(200):
+        score = offset + design @ found
+        new = float(np.logaddexp(0.0, np.where(y, -score, score)).sum())
+        if new > loss + 1e-9 * abs(loss):  # too far: half of the step
+            step /= 2
+            found = found - step
+            continue
+        loss = new
+        mean = 0.5 * (1 + np.tanh(score / 2))
+        slope = design.T @ (y - mean)
+        curvature = (design * (mean * (1 - mean))[:, None]).T @ design
+        if np.linalg.matrix_rank(curvature) < len(found):
+            return None
+        step = np.linalg.solve(curvature, slope)
+        if np.abs(step).max() < 1e-10 * (1 + np.abs(found).max()):
+            return found
+        found = found + step
+    return None
+
+
 def brier(probabilities: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> float | None:
     """Mean squared difference of probability and outcome."""
     p, y = known(probabilities, labels)
@@ -108,14 +213,21 @@ def normalised_average_precision(scores: Float[np.ndarray, " N"], labels: Int[np
 METRICS: dict[str, Measure] = {
     "AP": lambda p, y, _: average_precision(p, y),
     "AP_normalised": lambda p, y, _: normalised_average_precision(p, y),
+    "AP_lift": lambda p, y, _: ap_lift(p, y),
     "AUC": lambda p, y, _: roc_auc(p, y),
     "F1@0.5": lambda p, y, _: f1_at(p, y, 0.5),
     "F1@tuned": lambda p, y, threshold: None if threshold is None else f1_at(p, y, threshold),
     "ECE": lambda p, y, _: expected_calibration_error(p, y),
     "ECE_challenge_inferred": lambda p, y, _: challenge_ece(p, y),
     "Brier": lambda p, y, _: brier(p, y),
+    "LogLoss": lambda p, y, _: log_loss(p, y),
+    "FNR@tuned": lambda p, y, threshold: None if threshold is None else miss_rate(p, y, threshold),
+    "FPR@tuned": lambda p, y, threshold: None if threshold is None else false_alarm_rate(p, y, threshold),
 }
 """Name in metrics.json -> function of (probabilities (N,), labels (N,), threshold of the finding or None)."""
+
+POINT_METRICS: dict[str, Measure] = {"ECE_equal_mass": lambda p, y, _: equal_mass_ece(p, y)}
+"""The same, of those that are given without an interval."""
 
 MACRO_NAMES = {"ECE": "mECE_standard"}
 

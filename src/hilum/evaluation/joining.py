@@ -5,8 +5,8 @@ An item or a finding that cannot be joined is an error or a count, never a guess
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Int
@@ -28,6 +28,7 @@ class Joined:
         findings: of the labels.
         splits: (N,) where the labels say that each item belongs, "" where they do not.
         left_out: counts of `other_split` (predicted, in another split) and `unpredicted` (labelled, not predicted).
+        attributes: of the labels: name -> (N,) text; where the images of a study differ, their values joined by "+".
     """
 
     predictions: Predictions
@@ -35,6 +36,7 @@ class Joined:
     findings: tuple[str, ...]
     splits: np.ndarray
     left_out: dict[str, int]
+    attributes: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def select(self, findings: Sequence[str]) -> "Joined":
         """The named findings, in that order, on both sides; one without labels is unknown throughout."""
@@ -90,7 +92,18 @@ def join(truth: Truth, predictions: Predictions, split: str | None = None, allow
         truth.findings,
         splits[place[keep]],
         {"other_split": int((~keep).sum()), "unpredicted": unpredicted},
+        {name: _one_per_key(values, keys)[place[keep]] for name, values in truth.attributes.items()},
     )
+
+
+def _one_per_key(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """One text for each distinct key, in the order of the keys; different ones joined by "+"."""
+    order = np.argsort(keys, kind="stable")
+    _, starts = np.unique(keys[order], return_index=True)
+    if len(starts) == len(keys):
+        return values[order]
+    groups = np.split(values[order], starts[1:])
+    return np.array(["+".join(sorted(set(group.tolist()) - {""})) for group in groups], dtype=str)
 
 
 def _key(truth: Truth) -> str:

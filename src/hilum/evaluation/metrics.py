@@ -12,12 +12,15 @@ import numpy as np
 from jaxtyping import Int
 
 from hilum.core.errors import PredictionError
-from hilum.evaluation.bootstrap import WeightedFinding, clusters_of, interval, mean_over_findings, replicates
+from hilum.evaluation.bootstrap import clusters_of, interval, mean_over_findings, replicates
 from hilum.evaluation.definitions import (
     METRICS,
+    POINT_METRICS,
     average_precision,
     brier,
+    calibration_line,
     challenge_ece,
+    equal_mass_ece,
     expected_calibration_error,
     f1_at,
     macro_name,
@@ -26,6 +29,7 @@ from hilum.evaluation.definitions import (
 )
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import study_uids
+from hilum.evaluation.weighted import WeightedFinding
 
 __all__ = [
     "GROUPS",
@@ -96,7 +100,12 @@ def evaluate(
             m: int(np.isnan(v).sum()) for m, v in defined.items() if np.isnan(v).any()
         }
     macro = _means(counted, counted, findings, samples)
-    macro["micro_AP"] = average_precision(predictions.probabilities[:, columns].ravel(), labels[:, columns].ravel())
+    pairs = predictions.probabilities[:, columns].ravel(), labels[:, columns].ravel()
+    macro["micro_AP"], macro["micro_AUC"] = average_precision(*pairs), roc_auc(*pairs)
+    macro["ECE_flattened"], macro["ECE_flattened_equal_mass"] = (
+        expected_calibration_error(*pairs),
+        equal_mass_ece(*pairs),
+    )
     studies = study_uids(predictions.dataset, predictions.patient_id, predictions.study_id, predictions.image_uid)
     return {
         "unit": predictions.unit,
@@ -120,9 +129,13 @@ def evaluate(
 def _finding(p: np.ndarray, y: np.ndarray, group: str | None, threshold: float | None) -> dict[str, Any]:
     positives, negatives = int((y == 1).sum()), int((y == 0).sum())
     trained = not np.isnan(p).all()
-    values = {name: measure(p, y, threshold) if trained else None for name, measure in METRICS.items()}
+    measures = METRICS | POINT_METRICS
+    values = {name: measure(p, y, threshold) if trained else None for name, measure in measures.items()}
+    slope, intercept = calibration_line(p, y) if trained else (None, None)
     return {
         **values,
+        "calibration_slope": slope,
+        "calibration_intercept": intercept,
         "positives": positives,
         "negatives": negatives,
         "unknown": len(y) - positives - negatives,
@@ -153,12 +166,12 @@ def _means(
     """Macro means over `names`, their intervals, and over how many findings each was taken."""
     result: dict[str, Any] = {}
     intervals, counts = {}, {}
-    for metric in METRICS:
+    for metric in METRICS | POINT_METRICS:
         defined = [name for name in names if findings[name][metric] is not None]
         title = macro_name(metric)
         result[title] = float(np.mean([findings[name][metric] for name in defined])) if defined else None
         counts[title] = len(defined)
-        if defined and len(samples[metric]):
+        if defined and len(samples.get(metric, ())):
             columns = [order.index(name) for name in defined]
             intervals[title] = interval(mean_over_findings(samples[metric][:, columns]))
     return {**result, "ci95": intervals, "counted": counts, "findings": list(names)}

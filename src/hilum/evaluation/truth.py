@@ -3,14 +3,15 @@
 Putting them beside predictions is in `joining.py`. Readers of tables import polars when they are used.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from hilum.core.errors import PredictionError, UnknownLabelError
+from hilum.core.errors import ConfigError, PredictionError, UnknownLabelError, UnknownNameError
 from hilum.core.types import NEGATIVE, POSITIVE, SPLIT_NAMES, UNCERTAIN, UNKNOWN
 from hilum.data.labels import frequency_groups
 
@@ -21,6 +22,9 @@ OTHER_COLUMNS = frozenset(
      "fpath", "StudyDate_DICOM", "sex", "age", *IMAGE_ID_COLUMNS, *PATIENT_COLUMNS}
 )  # fmt: skip
 """Columns of a plain CSV that hold no label; every other column must hold 0, 1 or nothing."""
+PERSONAL_COLUMNS = frozenset({"image_uid", "study_id", "path", "fpath", *IMAGE_ID_COLUMNS, *PATIENT_COLUMNS})
+"""Columns that name one person or picture: no group is made of them."""
+ATTRIBUTE_SPELLINGS: dict[str, tuple[str, ...]] = {"view": ("view", "ViewPosition")}
 SPLIT_CELLS = {**SPLIT_NAMES, "training": "train"}
 """Any other name of a split stays as it is."""
 CELLS = {"1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE, "": UNKNOWN, "-1": UNKNOWN, "-1.0": UNKNOWN,
@@ -36,6 +40,7 @@ class Truth:
         findings: columns of `labels`.
         labels: (N, C) int8: 1, 0, -1 unknown, -2 uncertain.
         image_uid, image_id, study_id, patient_id, dataset, split: (N,) text.
+        attributes: what else is recorded of each row and was asked for (sex, age, ...): (N,) text, "" where it is not.
     """
 
     source: str
@@ -47,6 +52,7 @@ class Truth:
     patient_id: np.ndarray
     dataset: np.ndarray
     split: np.ndarray
+    attributes: Mapping[str, np.ndarray] = field(default_factory=dict, kw_only=True)
 
     @property
     def has_splits(self) -> bool:
@@ -56,7 +62,9 @@ class Truth:
     def rows(self, chosen: np.ndarray) -> "Truth":
         """Some of the rows."""
         ids = (self.image_uid, self.image_id, self.study_id, self.patient_id, self.dataset, self.split)
-        return Truth(self.source, self.findings, self.labels[chosen], *(column[chosen] for column in ids))
+        attributes = {name: values[chosen] for name, values in self.attributes.items()}
+        rows = Truth(self.source, self.findings, self.labels[chosen], *(column[chosen] for column in ids))
+        return dataclasses.replace(rows, attributes=attributes)
 
     def groups(self) -> dict[str, str] | None:
         """Head, medium or tail by share of training images; None where the file has no training rows."""
@@ -67,42 +75,103 @@ class Truth:
         return frequency_groups(dict(zip(self.findings, counts, strict=True)), len(train))
 
 
-def read_truth(path: Path) -> Truth:
+def read_truth(path: Path, by: Sequence[str] = (), by_if_there: Sequence[str] = ()) -> Truth:
     """Labels from a store (a folder), a manifest (`.parquet`) or a plain CSV.
+
+    Args:
+        path: of the labels.
+        by: attributes to read too: columns of the manifest (of a store, the copy in it) or of the CSV, or findings,
+            whose labels become "present" and "absent".
+        by_if_there: more of them, which may be missing.
 
     Raises:
         PredictionError: none of these, or a CSV without an id column or a label column.
+        UnknownNameError: an attribute of `by` that is not there, with the nearest name.
+        ConfigError: an attribute that names a person or a picture.
         UnknownLabelError: a cell of a CSV is not 0, 1 or empty; names column and row.
         StoreError, ManifestError: a damaged store or manifest.
     """
     path = Path(path)
+    personal = sorted(PERSONAL_COLUMNS & set(by))
+    if personal:
+        raise ConfigError(f"--by {personal[0]}: this column names people or pictures; give a column of categories.")
     if path.is_dir():
         from hilum.data.store import Store
 
         store = Store.open(path)
         ids = (store.uids, store.image_ids, store.studies, store.patients, store.datasets, store.splits)
-        return Truth(str(path), store.findings, np.asarray(store.labels, np.int8), *map(_text, ids))
+        truth = Truth(str(path), store.findings, np.asarray(store.labels, np.int8), *map(_text, ids))
+        recorded = {"view": _text(store.views), "dataset": truth.dataset, "split": truth.split}
+        wanted = [name for name in (*by, *by_if_there) if name not in recorded and name not in store.findings]
+        return _with_attributes(truth, by, by_if_there, recorded | _of_the_manifest(path, wanted, truth.image_uid))
     if path.suffix == ".parquet":
         from hilum.data.schema import read_manifest
 
         manifest = read_manifest(path)
         names = ("image_uid", "image_id", "study_id", "patient_id", "dataset", "split_project")
         columns = [_text(manifest.frame[name].to_list()) for name in names]
-        return Truth(str(path), manifest.findings, manifest.labels().astype(np.int8), *columns)
+        truth = Truth(str(path), manifest.findings, manifest.labels().astype(np.int8), *columns)
+        wanted = [name for name in (*by, *by_if_there) if name in manifest.frame.columns]
+        return _with_attributes(
+            truth, by, by_if_there, {name: _text(manifest.frame[name].to_list()) for name in wanted},
+            manifest.frame.columns,
+        )  # fmt: skip
     if path.suffix == ".csv":
-        return _read_csv(path)
+        return _read_csv(path, by, by_if_there)
     raise PredictionError(f"{path}: labels come from a store (a folder), a manifest (.parquet) or a .csv.")
+
+
+def _of_the_manifest(store: Path, names: Sequence[str], uids: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the copy of the manifest that a store may hold, in the order of its images."""
+    path = store / "manifest.parquet"
+    if not names or not path.exists():
+        return {}
+    import polars as pl
+
+    from hilum.core.errors import ManifestError
+
+    try:
+        have = pl.read_parquet_schema(path)
+        frame = pl.read_parquet(path, columns=["image_uid", *(name for name in names if name in have)])
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ManifestError(f"{path} cannot be read ({error}). Build the store again, or leave out --by.") from error
+    place = {uid: row for row, uid in enumerate(frame["image_uid"].to_list())}
+    rows = np.array([place.get(uid, -1) for uid in uids.tolist()], np.int64)
+    columns = {name: _text(frame[name].to_list()) for name in frame.columns if name != "image_uid"}
+    return {name: np.where(rows >= 0, values[rows], "") for name, values in columns.items()}
+
+
+def _with_attributes(
+    truth: Truth,
+    by: Sequence[str],
+    by_if_there: Sequence[str],
+    recorded: Mapping[str, np.ndarray],
+    known: Sequence[str] = (),
+) -> Truth:
+    """The same truth with the attributes that were asked for: recorded columns, and labels in words."""
+    attributes: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys((*by, *by_if_there)):
+        if name in recorded:
+            attributes[name] = recorded[name]
+        elif name in truth.findings:
+            codes = truth.labels[:, truth.findings.index(name)]
+            attributes[name] = np.where(codes == POSITIVE, "present", np.where(codes == NEGATIVE, "absent", ""))
+        elif name in by:
+            names = sorted({*recorded, *known} - PERSONAL_COLUMNS)
+            raise UnknownNameError(f"column to group by in {truth.source}", name, [*names, *truth.findings])
+    return dataclasses.replace(truth, attributes=attributes)
 
 
 def _text(values: Sequence[str] | np.ndarray) -> np.ndarray:
     return np.array(["" if value is None else str(value) for value in values], dtype=str)
 
 
-def _read_csv(path: Path) -> Truth:
+def _read_csv(path: Path, by: Sequence[str], by_if_there: Sequence[str]) -> Truth:
     from hilum.data.tables import read_csv
 
     frame = read_csv(path).frame
-    findings = tuple(name for name in frame.columns if name not in OTHER_COLUMNS)
+    grouping = {name for name in by if name in frame.columns and not set(frame[name].to_list()) <= set(CELLS)}
+    findings = tuple(name for name in frame.columns if name not in OTHER_COLUMNS | grouping)
 
     def column(*names: str) -> np.ndarray:
         found = next((name for name in names if name in frame.columns), None)
@@ -126,4 +195,10 @@ def _read_csv(path: Path) -> Truth:
         labels[:, index] = [CELLS[cell] for cell in cells]
     split = np.array([SPLIT_CELLS.get(name, name) for name in column("split").tolist()], dtype=str)
     patient_id, dataset = column(*PATIENT_COLUMNS), column("dataset")
-    return Truth(str(path), findings, labels, image_uid, image_id, study_id, patient_id, dataset, split)
+    truth = Truth(str(path), findings, labels, image_uid, image_id, study_id, patient_id, dataset, split)
+    recorded = {
+        name: column(*ATTRIBUTE_SPELLINGS.get(name, (name,)))
+        for name in (*by, *by_if_there)
+        if name not in findings and set(ATTRIBUTE_SPELLINGS.get(name, (name,))) & set(frame.columns)
+    }
+    return _with_attributes(truth, by, by_if_there, recorded, frame.columns)

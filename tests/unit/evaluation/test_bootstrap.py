@@ -7,16 +7,18 @@ from hilum.core.errors import PredictionError
 from hilum.core.seeding import stream
 from hilum.evaluation import definitions
 from hilum.evaluation.bootstrap import (
-    FAST,
-    WeightedFinding,
+    difference_interval,
+    holm,
     interval,
     mean_over_findings,
+    paired_comparison,
     paired_difference,
     patient_clusters,
     replicates,
     resample_weights,
 )
 from hilum.evaluation.metrics import METRICS, average_precision, evaluate
+from hilum.evaluation.weighted import FAST, WeightedFinding
 
 
 @pytest.mark.parametrize("digits", [1, 2, 17])
@@ -33,7 +35,7 @@ def test_weighted_metrics_equal_the_definition_on_the_repeated_rows(digits, name
         repeated = np.repeat(y, copies)
         slow = METRICS[name](np.repeat(p, copies), repeated, 0.3) if (repeated == 1).any() else None
         if slow is None:
-            assert np.isnan(fast[column]) or name in ("ECE", "ECE_challenge_inferred", "Brier")
+            assert np.isnan(fast[column]) or name in ("ECE", "ECE_challenge_inferred", "Brier", "LogLoss", "FPR@tuned")
         else:
             assert fast[column] == pytest.approx(slow, abs=1e-12)
 
@@ -123,9 +125,11 @@ def test_a_file_does_not_differ_from_itself(made_up):
     order = np.random.default_rng(0).permutation(len(table))
     other = table.rows(order).select(["D", "B", "A", "C"])
     rows = paired_difference(table, other, labels, bootstraps=30)
-    assert rows.pop("mF1@tuned")["difference"] is None
+    for name in ("mF1@tuned", "mFNR@tuned", "mFPR@tuned"):
+        assert rows.pop(name)["difference"] is None
     for row in rows.values():
-        assert (row["difference"], row["low"], row["high"], row["shown"]) == (0, 0, 0, False)
+        assert (row["difference"], row["low"], row["high"], row["shown"], row["p"]) == (0, 0, 0, False, 1)
+        assert row["first"] == row["second"]
 
 
 def test_the_pairing_narrows_the_interval_of_a_difference(made_up):
@@ -162,3 +166,50 @@ def test_other_items_cannot_be_compared(made_up):
     table, labels = made_up()
     with pytest.raises(PredictionError, match="only in the first"):
         paired_difference(table, table.rows(np.arange(59)), labels, bootstraps=2)
+
+
+def test_differences_of_every_finding(made_up):
+    table, labels = made_up(count=400, patients=150)
+    values = table.probabilities.copy()
+    values[:, 0] = np.random.default_rng(1).random(400)  # a model that knows nothing about A, and all the same else
+    labels[:, 3] = 0
+    macro, rows = paired_comparison(table, table.replace(values), labels, bootstraps=100)
+    assert set(rows) == set("ABCD")
+    assert rows["D"].keys() & {"AP", "AUC"} == set()
+    a, b = rows["A"]["AP"], rows["B"]["AP"]
+    assert a["first"] == average_precision(table.probabilities[:, 0], labels[:, 0])
+    assert a["difference"] == pytest.approx(a["first"] - a["second"])
+    assert a["shown"]
+    assert a["shown_holm"]
+    assert a["p"] < 1e-6
+    assert a["p_holm"] == pytest.approx(3 * a["p"])  # of A, B and C; D has no AP
+    assert (b["difference"], b["p"], b["p_holm"], b["shown"], b["shown_holm"]) == (0, 1, 1, False, False)
+    assert macro["mAP"]["difference"] == pytest.approx(a["difference"] / 3)
+    assert macro["mAP"]["first"] == pytest.approx(np.mean([rows[name]["AP"]["first"] for name in "ABC"]))
+
+
+def test_holm_by_hand():
+    """Holm 1979: the k-th smallest of m times (m - k + 1), never falling, at most 1."""
+    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06], nan_ok=True)
+    assert holm([0.5, 0.6]) == [1.0, 1.0]
+    assert holm([None]) == [None]
+
+
+def test_equal_models_are_called_different_about_as_often_as_they_should_be():
+    """200 pairs of models of the same strength: p under 0.05 in about 5 %, and intervals that leave out zero alike."""
+    called, outside = 0, 0
+    for trial in range(200):
+        rng = stream(trial, "null")
+        y = (rng.random(200) < 0.3).astype(np.int8)
+        clusters = np.arange(200) // 2
+        sides = [
+            WeightedFinding(1 / (1 + np.exp(-(rng.normal(size=200) + y))), y, clusters, 100, None) for _ in range(2)
+        ]
+        weights = resample_weights(100, 0, 200, trial)
+        a, b = (side.measure(weights, ["AUC"])["AUC"][:, None] for side in sides)
+        point = float(np.subtract(*(side.measure(np.ones((100, 1)), ["AUC"])["AUC"][0] for side in sides)))
+        row = difference_interval(a, b, point)
+        called += row["p"] < 0.05
+        outside += row["shown"]
+    assert 2 <= called <= 20
+    assert 2 <= outside <= 20

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hilum.core.errors import PredictionError
-from hilum.evaluation.metrics import GROUPS, METRICS, average_precision, evaluate, macro_name
+from hilum.evaluation.definitions import equal_mass_ece, expected_calibration_error
+from hilum.evaluation.metrics import GROUPS, METRICS, average_precision, evaluate, macro_name, roc_auc
 
 MACROS = [macro_name(metric) for metric in METRICS]
 
@@ -113,11 +114,28 @@ def test_canaries(made_up):
     assert result["macro"]["mECE_standard"] == pytest.approx(0, abs=1e-12)
 
 
-def test_micro_is_over_all_pairs(made_up):
+def test_micro_and_flattened_are_over_all_pairs(made_up):
     table, labels = made_up()
-    assert evaluate(table, labels)["macro"]["micro_AP"] == average_precision(
-        table.probabilities.ravel(), labels.ravel()
-    )
+    labels[::7, 1] = -1
+    macro = evaluate(table, labels)["macro"]
+    pairs = table.probabilities.ravel(), labels.ravel()
+    assert macro["micro_AP"] == average_precision(*pairs)
+    assert macro["micro_AUC"] == roc_auc(*pairs)
+    assert macro["ECE_flattened"] == expected_calibration_error(*pairs)
+    assert macro["ECE_flattened_equal_mass"] == equal_mass_ece(*pairs)
+    assert macro["ECE_flattened"] < macro["mECE_standard"]  # pooling findings lets their errors cancel
+
+
+def test_calibration_lines_and_point_metrics_are_per_finding(made_up):
+    table, labels = made_up()
+    labels[:, 2] = 0
+    result = evaluate(table, labels, bootstraps=3)
+    assert result["findings"]["C"]["calibration_slope"] is None
+    assert result["findings"]["C"]["calibration_intercept"] is None
+    assert result["findings"]["A"]["calibration_slope"] > 0
+    errors = [result["findings"][name]["ECE_equal_mass"] for name in "ABCD"]
+    assert result["macro"]["mECE_equal_mass"] == pytest.approx(np.mean(errors))
+    assert "mECE_equal_mass" not in result["macro"]["ci95"]
 
 
 def test_shapes_must_fit(made_up):
