@@ -1,11 +1,17 @@
-"""The linear head: [CLS] of the last n blocks (and, by choice, the mean patch token) to one logit per finding."""
+"""The linear head: [CLS] of the last n blocks (and, by choice, the mean patch token) to one logit per finding.
+
+Alone, beside a partner of the same study, or beside the set of all images of the study.
+"""
+
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from hilum.heads.features import Features
 from hilum.heads.standardise import Scale, Standardisation, fold
+from hilum.heads.study_sets import GROUPS, in_group, mean_where, same_study
 
 
 class LinearHead(nn.Module):
@@ -19,17 +25,35 @@ class LinearHead(nn.Module):
         blocks: n, how many last blocks' [CLS] are concatenated.
         findings: C, outputs.
         patch_mean: append the mean patch token of the last block.
+        views: what of the other images of the study is read beside the image's own x.
+            single: nothing.
+            concat: [x; x of a partner] (the slides; CheXFound `--multiview`), an image alone being its own partner. In
+            training the partner is drawn at random. In prediction it is the mean of the other images, whose logit is
+            the mean over all partners: the same at every pass and in every order.
+            set: [x; means of x over the study's frontal, lateral and other images], this image among them; a learned
+            vector (from 0) stands for a kind that the study lacks.
     """
 
     needs_patches = False
-    needs_studies = False
 
-    def __init__(self, embed_dim: int, blocks: int, findings: int, patch_mean: bool = False) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        blocks: int,
+        findings: int,
+        patch_mean: bool = False,
+        views: Literal["single", "concat", "set"] = "single",
+    ) -> None:
         super().__init__()
-        self.patch_mean = patch_mean
-        self.linear = nn.Linear(embed_dim * (blocks + patch_mean), findings)
+        self.patch_mean, self.views = patch_mean, views
+        self.needs_studies = views != "single"
+        width = embed_dim * (blocks + patch_mean)
+        self.parts = {"single": 1, "concat": 2, "set": 1 + len(GROUPS)}[views]
+        self.linear = nn.Linear(width * self.parts, findings)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
+        if views == "set":
+            self.absent = nn.Parameter(torch.zeros(len(GROUPS), width))
 
     @property
     def bias(self) -> nn.Parameter:
@@ -42,12 +66,33 @@ class LinearHead(nn.Module):
         scale = scaling.cls
         if self.patch_mean:
             scale = Scale(*(torch.cat(pair) for pair in zip(scaling.cls, scaling.patch_mean, strict=True)))
-        fold(self.linear, scale)
+        fold(self.linear, Scale(*(part.repeat(self.parts) for part in scale)))
+        if self.views == "set":
+            mean, deviation = (part.double().cpu() for part in scale)
+            self.absent.copy_((self.absent.double() * deviation + mean).float())
 
-    def draw_masks(self, features: Features, generator: torch.Generator) -> None:
-        """Nothing: a linear head has no dropout."""
+    def draw_masks(self, features: Features, generator: torch.Generator) -> Int64[Tensor, " B"] | None:
+        """Place of each image's partner in the batch (concat); nothing otherwise: a linear head has no dropout."""
+        if self.views != "concat":
+            return None
+        same = same_study(features)
+        draws = 1 + torch.rand(same.shape, generator=generator, device=generator.device)
+        alone = torch.eye(len(same), dtype=torch.bool, device=draws.device)
+        return torch.where(alone, 0.5, draws).where(same, 0.0).argmax(dim=1)
 
-    def forward(self, features: Features, masks: None = None) -> Float[Tensor, "B C"]:
-        """Logits, float32."""
-        inputs = torch.cat([features.cls, features.patch_mean], dim=1) if self.patch_mean else features.cls
-        return self.linear(inputs).float()
+    def forward(self, features: Features, masks: Int64[Tensor, " B"] | None = None) -> Float[Tensor, "B C"]:
+        """Logits, float32; with `masks`, beside these partners."""
+        own = torch.cat([features.cls, features.patch_mean], dim=1) if self.patch_mean else features.cls
+        return self.linear(self._inputs(own, features, masks)).float()
+
+    def _inputs(self, own: Tensor, features: Features, partners: Tensor | None) -> Float[Tensor, "B I"]:
+        if self.views == "single":
+            return own
+        same = same_study(features)
+        if self.views == "set":
+            means, present = mean_where(same & in_group(features)[:, None], own)  # 3 B E
+            return torch.cat([own, *torch.where(present, means, self.absent[:, None])], dim=1)
+        if partners is None:
+            others, found = mean_where(same & ~torch.eye(len(own), dtype=torch.bool, device=own.device), own)
+            return torch.cat([own, torch.where(found, others, own)], dim=1)
+        return torch.cat([own, own[partners]], dim=1)

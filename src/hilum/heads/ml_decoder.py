@@ -1,165 +1,198 @@
-"""ML-Decoder head: one query per finding attends to the patch tokens of the last n blocks, and scores its finding.
+"""ML-Decoder head: queries attend to the patch tokens of the last n blocks, and score their findings.
 
-The form of RPIDIAL/CheXFound ("GLoRI", eval/classification/glori.py) after Ridnik et al. 2021 "ML-Decoder"
-(Alibaba-MIIL/ML_Decoder): full decoding (a query for each finding), fixed random queries, one layer, no query
-self-attention. Parameter names under `decoder.` are the released ones, so that its weights load without a map.
+As it stands without options it has the form of RPIDIAL/CheXFound ("GLoRI", eval/classification/glori.py) after Ridnik
+et al. 2021 "ML-Decoder" (Alibaba-MIIL/ML_Decoder): full decoding (a query for each finding), fixed random queries, one
+layer, no query self-attention. Parameter names under `decoder.` are the released ones, so that its weights load
+without a map. `DecoderOptions` are what ML-Decoder, the later paper and this project add.
 
 Dropout happens exactly when masks are passed to `forward`, whatever the module's mode: prediction passes none and is
 therefore deterministic. All heads of a sweep are given the same masks, so a head's course does not depend on which
 others are trained beside it.
 """
 
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hilum.core.errors import ConfigError
+from hilum.heads.decoder_parts import (
+    AttentionTemperature,
+    DecoderLayer,
+    DropoutMasks,
+    Pyramid,
+    TextQueries,
+    dropout_mask,
+)
 from hilum.heads.features import Features
+from hilum.heads.positions import sincos_positions
 from hilum.heads.standardise import Standardisation, fold
+from hilum.heads.study_sets import mean_where
+
+Masks = DropoutMasks | tuple[DropoutMasks, ...]
+"""Of one layer, or of each."""
 
 
-class DropoutMasks(NamedTuple):
-    """Factors for the five places with dropout: 0 where dropped, else 1 / P(kept)."""
+@dataclass(frozen=True)
+class DecoderOptions:
+    """What a decoder may have beyond the slides' form; the defaults are the slides'."""
 
-    queries: Float[Tensor, "B Q D"]
-    attention: Float[Tensor, "B A Q N"]
-    attended: Float[Tensor, "B Q D"]
-    hidden: Float[Tensor, "B Q F"]
-    output: Float[Tensor, "B Q D"]
-
-
-def dropout_mask(shape: tuple[int, ...], probability: float, generator: torch.Generator) -> Tensor:
-    """A float32 dropout mask, on the generator's device.
-
-    Each element compares 16 random bits with a threshold, so that one 64-bit draw serves four elements (drawing is
-    the slow part on a CPU); the probability is met to within 1 / 131072 and the scale is exact for what is met.
-    """
-    count = math.prod(shape)
-    dropped = round(probability * 2**16)
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
-    words.random_(-(2**63), None, generator=generator)
-    kept = words.view(torch.int16)[:count] >= dropped - 2**15
-    return kept.to(torch.float32).mul_(2**16 / (2**16 - dropped)).view(shape)
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention from queries to a memory; parameters named as `nn.MultiheadAttention` has them."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(
-        self, queries: Float[Tensor, "B Q D"], memory: Float[Tensor, "B N D"], mask: Tensor | None = None
-    ) -> Float[Tensor, "B Q D"]:
-        """Attend; with a dropout mask on the weights, or through the fused kernel without."""
-        query, key, value = self._project(queries, memory)
-        if mask is None:
-            attended = F.scaled_dot_product_attention(query, key, value)
-        else:
-            attended = (self._weights(query, key) * mask).to(value.dtype) @ value  # B A Q d
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
-
-    def weights(self, queries: Float[Tensor, "B Q D"], memory: Float[Tensor, "B N D"]) -> Float[Tensor, "B A Q N"]:
-        """Attention weights of each head; each row sums to 1."""
-        query, key, _ = self._project(queries, memory)
-        return self._weights(query, key)
-
-    def _project(self, queries: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        query, key, value = (
-            F.linear(tokens, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B L D -> B A L d
-            for tokens, weight, bias in zip((queries, memory, memory), weights, biases, strict=True)
-        )
-        return query, key, value
-
-    @staticmethod
-    def _weights(query: Float[Tensor, "B A Q d"], key: Float[Tensor, "B A N d"]) -> Float[Tensor, "B A Q N"]:
-        return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
-
-
-class DecoderLayer(nn.Module):
-    """Residual dropout, cross-attention and feed-forward, a LayerNorm after each (ML-Decoder, no self-attention)."""
-
-    def __init__(self, dim: int, feed_forward: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.multihead_attn = CrossAttention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, feed_forward)
-        self.linear2 = nn.Linear(feed_forward, dim)
-        self.norm3 = nn.LayerNorm(dim)
-
-    def forward(
-        self, queries: Float[Tensor, "B Q D"], memory: Float[Tensor, "B N D"], masks: DropoutMasks | None = None
-    ) -> Float[Tensor, "B Q D"]:
-        """One decoding step."""
-        first, attention, second, hidden, third = masks or (None, None, None, None, None)
-        queries = self.norm1(_add(queries, queries, first))
-        queries = self.norm2(_add(queries, self.multihead_attn(queries, memory, attention), second))
-        inner = F.relu(self.linear1(queries), inplace=True)
-        inner = inner if hidden is None else inner * hidden
-        return self.norm3(_add(queries, self.linear2(inner), third))
-
-
-def _add(queries: Tensor, update: Tensor, mask: Tensor | None) -> Tensor:
-    """A residual step, with dropout on the update where a mask is given."""
-    return queries + update if mask is None else torch.addcmul(queries, update.to(queries.dtype), mask)
+    layers: int = 1
+    """Decoder layers."""
+    groups: int | None = None
+    """Queries, each for ceil(C / queries) findings in their order (ML-Decoder's groups); None: one per finding."""
+    text_dim: int = 0
+    """T, width of the text vectors that queries are projected from; 0: queries of their own."""
+    cls_memory: bool = False
+    """Put the [CLS] of the n blocks into the memory, as one more token with a projection of its own."""
+    positions: Literal["none", "sincos"] = "none"
+    """Add fixed sines and cosines of a patch's place to the projected memory."""
+    temperature: bool = False
+    """Scale attention logits by a factor that a small network gives for each image."""
+    pyramid: bool = False
+    """Add coarse features of 8 x 8, 4 x 4 and 2 x 2 patches to the projected memory."""
+    shared_output: bool = False
+    """One output row for all findings, logit_c = w . h_c + b: the zero-shot form of ML-Decoder."""
 
 
 class QueryDecoder(nn.Module):
-    """Memory to one logit per finding: projection, one decoder layer, a weight vector per finding."""
+    """Memory to one logit per finding: projection, decoder layers, a weight vector per finding."""
 
     def __init__(
-        self, memory_dim: int, prefix_dim: int, findings: int, dim: int, feed_forward: int, heads: int, learnable: bool
+        self,
+        memory_dim: int,
+        findings: int,
+        dim: int,
+        feed_forward: int,
+        heads: int,
+        learnable: bool,
+        cat_cls: bool,
+        options: DecoderOptions,
     ) -> None:
         super().__init__()
+        self.findings, self.prefix, self.options = findings, memory_dim if cat_cls else 0, options
+        queries = findings if options.groups is None else min(options.groups, findings)
+        self.duplicates = -(-findings // queries)
+        """Findings that a query serves."""
         self.embed_standart = nn.Linear(memory_dim, dim)  # the released files spell it so
-        self.query_embed = nn.Embedding(findings, dim)  # N(0, 1)
-        self.query_embed.weight.requires_grad_(learnable)
-        self.layers = nn.ModuleList([DecoderLayer(dim, feed_forward, heads)])
-        self.duplicate_pooling = nn.Parameter(torch.empty(findings, prefix_dim + dim, 1))
-        self.duplicate_pooling_bias = nn.Parameter(torch.zeros(findings))
+        if not options.text_dim:
+            self.query_embed = nn.Embedding(queries, dim)  # N(0, 1)
+            self.query_embed.weight.requires_grad_(learnable)
+        self.layers = nn.ModuleList([DecoderLayer(dim, feed_forward, heads) for _ in range(options.layers)])
+        rows = 1 if options.shared_output else queries
+        self.duplicate_pooling = nn.Parameter(torch.empty(rows, self.prefix + dim, self.duplicates))
+        self.duplicate_pooling_bias = nn.Parameter(torch.zeros(1 if options.shared_output else findings))
         nn.init.xavier_normal_(self.duplicate_pooling)
+        # Options come last: what a head has without them starts from the same numbers with them.
+        self.text_queries = TextQueries(findings, options.text_dim, dim, learnable) if options.text_dim else None
+        self.embed_cls = nn.Linear(memory_dim, dim) if options.cls_memory else None
+        self.temperature = AttentionTemperature(dim) if options.temperature else None
+        self.pyramid = Pyramid(memory_dim, dim) if options.pyramid else None
 
     def forward(
         self,
-        memory: Float[Tensor, "B N M"],
-        prefix: Float[Tensor, "B E"] | None = None,
-        masks: DropoutMasks | None = None,
+        features: Features,
+        masks: Masks | None = None,
+        same: Bool[Tensor, "B B"] | None = None,
+        offset: Float[Tensor, "B D"] | None = None,
     ) -> Float[Tensor, "B C"]:
-        """Logits; `prefix` is put before what each query has gathered."""
-        queries = self._layer(self._queries(memory), self._memory(memory), masks)  # B C D
-        weight = self.duplicate_pooling[:, :, 0]
-        start = 0 if prefix is None else prefix.shape[1]
-        logits = torch.einsum("bcd,cd->bc", queries, weight[:, start:].to(queries.dtype)) + self.duplicate_pooling_bias
-        return logits if prefix is None else logits + F.linear(prefix, weight[:, :start])
+        """Logits.
 
-    def weights(self, memory: Float[Tensor, "B N M"]) -> Float[Tensor, "B A C N"]:
-        """Attention weights of each head."""
-        layer, queries = self._layer, self._queries(memory)
-        return layer.multihead_attn.weights(layer.norm1(queries + queries), self._memory(memory))
+        Args:
+            features: with patches.
+            masks: dropout.
+            same: which images are one study, to read their tokens together ([CLS] before the outputs is then their
+                mean); None: each image alone.
+            offset: added to each image's projected tokens.
+        """
+        memory, sharpness = self._memory(features, same, offset)
+        queries = self._queries(len(memory))
+        for layer, dropped in zip(self.layers, self._by_layer(masks), strict=True):
+            queries = layer(queries, memory, dropped, sharpness, same)  # B Q D
+        return self._score(queries, features.cls if same is None else mean_where(same, features.cls)[0])
 
-    @property
-    def _layer(self) -> DecoderLayer:
-        [layer] = self.layers
-        assert isinstance(layer, DecoderLayer)
-        return layer
+    def weights(
+        self,
+        features: Features,
+        same: Bool[Tensor, "B B"] | None = None,
+        offset: Float[Tensor, "B D"] | None = None,
+    ) -> Float[Tensor, "B C N"]:
+        """Attention of the last layer, mean over its heads, as a distribution over the patches that were read."""
+        memory, sharpness = self._memory(features, same, offset)
+        queries = self._queries(len(memory))
+        *earlier, last = self.layers
+        for layer in earlier:
+            queries = layer(queries, memory, None, sharpness, same)
+        assert isinstance(last, DecoderLayer)
+        weights = last.weights(queries, memory, sharpness, same).mean(dim=1)  # B Q tokens
+        if self.embed_cls is not None:
+            weights = weights[..., : features.grid[0] * features.grid[1]]
+            held = weights.sum(dim=-1, keepdim=True)  # the rest is [CLS]'s
+            total = held if same is None else (same.to(held.dtype) @ held.flatten(1)).view_as(held)
+            weights = weights / total
+        return weights.repeat_interleave(self.duplicates, dim=1)[:, : self.findings]
 
-    def _memory(self, memory: Tensor) -> Tensor:
-        return F.relu(self.embed_standart(memory), inplace=True)
+    def _by_layer(self, masks: Masks | None) -> Sequence[DropoutMasks | None]:
+        if masks is None:
+            return (None,) * len(self.layers)
+        return (masks,) if isinstance(masks, DropoutMasks) else masks
 
-    def _queries(self, memory: Tensor) -> Tensor:
-        return self.query_embed.weight.expand(memory.shape[0], -1, -1)
+    def _memory(
+        self, features: Features, same: Tensor | None, offset: Tensor | None
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B 1 1 1"] | None]:
+        """Projected tokens, and the factor of the attention logits."""
+        patches = features.patches
+        assert patches is not None, "the decoder reads patch tokens"
+        memory = F.relu(self.embed_standart(patches), inplace=True)
+        sharpness = None
+        if self.temperature is not None:
+            pooled = memory.mean(dim=1)
+            sharpness = self.temperature(pooled if same is None else mean_where(same, pooled)[0])
+        if self.pyramid is not None:
+            memory = memory + self.pyramid(patches, features.grid)
+        if self.options.positions == "sincos":
+            memory = memory + sincos_positions(features.grid, memory.shape[-1], memory.device).to(memory.dtype)
+        if self.embed_cls is not None:
+            memory = torch.cat([memory, F.relu(self.embed_cls(features.cls))[:, None]], dim=1)
+        return memory if offset is None else memory + offset[:, None].to(memory.dtype), sharpness
+
+    def _queries(self, batch: int) -> Float[Tensor, "B Q D"]:
+        queries = self.query_embed.weight if self.text_queries is None else self.text_queries()
+        return queries.expand(batch, -1, -1)
+
+    def _score(self, queries: Float[Tensor, "B Q D"], cls: Float[Tensor, "B E"]) -> Float[Tensor, "B C"]:
+        weight, start = self.duplicate_pooling, self.prefix
+        if self.duplicates == 1:
+            rows = weight[:, start:, 0].expand(queries.shape[1], -1)
+            logits = torch.einsum("bcd,cd->bc", queries, rows.to(queries.dtype)) + self.duplicate_pooling_bias
+            return logits + F.linear(cls, weight[:, :start, 0]) if start else logits
+        scores = torch.einsum("bqd,qdf->bqf", queries, weight[:, start:].to(queries.dtype))
+        if start:
+            scores = scores + torch.einsum("be,qef->bqf", cls, weight[:, :start])
+        return scores.flatten(1)[:, : self.findings] + self.duplicate_pooling_bias
+
+    @torch.no_grad()
+    def absorb(self, scaling: Standardisation) -> None:
+        """Give for raw features the logits that it gives for standardised ones."""
+        assert scaling.patches is not None, "the decoder was trained on patch tokens"
+        fold(self.embed_standart, scaling.patches)
+        if self.pyramid is not None:
+            for level in self.pyramid.levels:
+                assert isinstance(level, nn.Linear)
+                fold(level, scaling.patches)
+        if self.embed_cls is not None:
+            fold(self.embed_cls, scaling.cls)
+        if self.prefix:
+            mean, deviation = (part.double().cpu() for part in scaling.cls)
+            prefix = self.duplicate_pooling[:, : self.prefix]  # Q E duplicates
+            scaled = prefix.double() / deviation[:, None]
+            shift = (mean @ scaled).flatten()[: len(self.duplicate_pooling_bias)]
+            self.duplicate_pooling_bias.sub_(shift.float())
+            prefix.copy_(scaled.float())
 
 
 class MLDecoder(nn.Module):
@@ -168,16 +201,17 @@ class MLDecoder(nn.Module):
     Args:
         embed_dim: D, channels of a backbone token.
         blocks: n, how many last blocks' patch tokens are concatenated on channels into the memory (n·D).
-        findings: C, outputs and queries.
+        findings: C, outputs.
         decoder_dim: width of queries and projected memory.
         feed_forward: hidden width of the decoder's feed-forward.
         attention_heads: heads of the cross-attention; divides `decoder_dim`.
         dropout: probability of dropping, in the five places of ML-Decoder.
-        learnable_queries: train the queries; False keeps the random ones (the slides).
+        learnable_queries: train the queries (or the text vectors); False keeps the random ones (the slides).
         cat_cls: put the [CLS] of the n blocks before each query's output (CheXFound `--cat-cls`).
+        options: what it has beyond the slides' form.
 
     Raises:
-        ConfigError: heads that do not divide the width, or a dropout outside [0, 1).
+        ConfigError: heads that do not divide the width, a dropout outside [0, 1), or options that do not go together.
     """
 
     needs_patches = True
@@ -194,53 +228,69 @@ class MLDecoder(nn.Module):
         dropout: float = 0.1,
         learnable_queries: bool = False,
         cat_cls: bool = False,
+        options: DecoderOptions = DecoderOptions(),
     ) -> None:
         super().__init__()
         if decoder_dim % attention_heads:
             raise ConfigError(f"decoder_dim {decoder_dim} does not divide into {attention_heads} attention heads.")
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout: expected a probability in [0, 1), found {dropout}.")
+        _check(options, decoder_dim)
         self.dropout, self.cat_cls = dropout, cat_cls
         self.shape = (findings, decoder_dim, feed_forward, attention_heads)
-        memory_dim = embed_dim * blocks
         self.decoder = QueryDecoder(
-            memory_dim, memory_dim if cat_cls else 0, findings, decoder_dim, feed_forward, attention_heads,
-            learnable_queries,
+            embed_dim * blocks, findings, decoder_dim, feed_forward, attention_heads, learnable_queries, cat_cls,
+            options,
         )  # fmt: skip
 
     @property
     def bias(self) -> nn.Parameter:
-        """One per finding."""
+        """One per finding; a single one with `shared_output`."""
         return self.decoder.duplicate_pooling_bias
 
-    @torch.no_grad()
     def absorb(self, scaling: Standardisation) -> None:
         """Give for raw features the logits that it gives for standardised ones."""
-        assert scaling.patches is not None, "the decoder was trained on patch tokens"
-        fold(self.decoder.embed_standart, scaling.patches)
-        if self.cat_cls:
-            mean, deviation = (part.double().cpu() for part in scaling.cls)
-            prefix = self.decoder.duplicate_pooling[:, : len(mean), 0]  # C E
-            scaled = prefix.double() / deviation
-            self.bias.sub_((scaled @ mean).float())
-            prefix.copy_(scaled.float())
+        self.decoder.absorb(scaling)
 
-    def draw_masks(self, features: Features, generator: torch.Generator) -> DropoutMasks | None:
+    def set_text(self, vectors: Float[Tensor, "C T"]) -> None:
+        """Take the text vectors of the findings, in their order.
+
+        Raises:
+            ConfigError: a decoder without text queries, or vectors of another shape.
+        """
+        if self.decoder.text_queries is None:
+            raise ConfigError("Text vectors were given to a decoder without text queries; set text_dim, or give none.")
+        self.decoder.text_queries.set(vectors)
+
+    def draw_masks(self, features: Features, generator: torch.Generator) -> Masks | None:
         """Dropout masks for one training step on these features; None without dropout."""
-        batch, tokens = len(features.cls), features.grid[0] * features.grid[1]
         if self.dropout == 0:
             return None
+        layers = tuple(self._draw_layer(features, generator) for _ in self.decoder.layers)
+        return layers[0] if len(layers) == 1 else layers
+
+    def _draw_layer(self, features: Features, generator: torch.Generator) -> DropoutMasks:
+        options = self.decoder.options
+        batch, tokens = len(features.cls), features.grid[0] * features.grid[1] + options.cls_memory
         findings, dim, feed_forward, heads = self.shape
-        queries = (batch, findings, dim)
-        shapes = (queries, (batch, heads, findings, tokens), queries, (batch, findings, feed_forward), queries)
+        count = findings if options.groups is None else min(options.groups, findings)
+        queries = (batch, count, dim)
+        shapes = (queries, (batch, heads, count, tokens), queries, (batch, count, feed_forward), queries)
         return DropoutMasks(*(dropout_mask(shape, self.dropout, generator) for shape in shapes))
 
-    def forward(self, features: Features, masks: DropoutMasks | None = None) -> Float[Tensor, "B C"]:
+    def forward(self, features: Features, masks: Masks | None = None) -> Float[Tensor, "B C"]:
         """Logits, float32; with dropout exactly where and when `masks` are given."""
-        assert features.patches is not None, "the decoder reads patch tokens"
-        return self.decoder(features.patches, features.cls if self.cat_cls else None, masks).float()
+        return self.decoder(features, masks).float()
 
     def attention(self, features: Features) -> Float[Tensor, "B C h w"]:
         """Where each finding's query looks: weights averaged over attention heads, on the patch grid; sums to 1."""
-        assert features.patches is not None, "the decoder reads patch tokens"
-        return self.decoder.weights(features.patches).mean(dim=1).unflatten(-1, features.grid)
+        return self.decoder.weights(features).unflatten(-1, features.grid)
+
+
+def _check(options: DecoderOptions, dim: int) -> None:
+    if options.layers < 1 or (options.groups is not None and options.groups < 1):
+        raise ConfigError(f"A decoder needs a layer and a query, found {options.layers}, {options.groups}.")
+    if options.positions == "sincos" and dim % 4:
+        raise ConfigError(f"positions=sincos: expected decoder_dim to be a multiple of 4, found {dim}.")
+    if options.groups is not None and (options.text_dim or options.shared_output):
+        raise ConfigError("query_groups: text queries and shared_output need a query for each finding. Leave it out.")
