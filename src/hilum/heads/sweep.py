@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hilum.core.errors import ConfigError, NonFiniteLossError
 from hilum.core.seeding import forked, torch_stream
 from hilum.heads.features import Features
-from hilum.heads.losses import LOSSES, known_targets
+from hilum.heads.loss_settings import LossSettings
+from hilum.heads.losses import Loss, build_loss, known_targets
 from hilum.heads.registry import Head, HeadConfig, build_head
 
 SLIDES_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
@@ -51,7 +52,7 @@ class Sweep:
         config: the head.
         rates: learning rates, all different.
         total_steps: length of the cosine, steps; training may stop before.
-        loss: a key of `LOSSES`.
+        loss: what `build_loss` made, or the name of one that needs no frequencies.
         weight_decay: AdamW, on every parameter.
         seed: root seed; heads start from its stream ("head initialisation"), dropout follows ("head dropout", phase).
         phase: name of the training phase ("search", "refit").
@@ -67,7 +68,7 @@ class Sweep:
         rates: Sequence[float],
         total_steps: int,
         *,
-        loss: str = "masked_bce_sum",
+        loss: str | Loss = "masked_bce_sum",
         weight_decay: float = 1e-4,
         seed: int = 0,
         phase: str = "search",
@@ -79,7 +80,7 @@ class Sweep:
         if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
             raise ConfigError(f"Learning rates must be positive and all different, found {list(rates)}.")
         self.total_steps, self.steps = max(total_steps, 1), 0
-        self.loss = LOSSES[loss]
+        self.loss = build_loss(LossSettings(loss)) if isinstance(loss, str) else loss
         self.precision, self.device = precision, torch.device(device)
         self.generator = torch_stream(seed, "head dropout", phase, device=self.device.type)
         self.candidates = []

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hilum.core.errors import ConfigError, NonFiniteLossError
-from hilum.heads.losses import LOSSES
+from hilum.heads.frequencies import Frequencies
+from hilum.heads.loss_settings import LossSettings
+from hilum.heads.losses import LOSSES, build_loss
 from hilum.heads.registry import HeadConfig
 from hilum.heads.sweep import SLIDES_RATES, Sweep, cosine, select
 
@@ -47,7 +49,9 @@ def test_unknown_entries_have_zero_gradient_in_every_head(make_features, config:
     features = make_features(6)
     labels = random_labels(6)
     labels[:, 2] = torch.tensor([-1, -2, -1, -1, -2, -2], dtype=torch.int8)
-    sweep = Sweep(config, RATES, 4, loss=loss, weight_decay=0.0, seed=0)
+    counts = Frequencies(torch.tensor([9.0, 2.0, 30.0, 50.0]), torch.tensor([91.0, 98.0, 40.0, 50.0]))
+    built = build_loss(LossSettings(loss), counts)
+    sweep = Sweep(config, RATES, 4, loss=built, weight_decay=0.0, seed=0)
     before = {rate: sweep.state(rate) for rate in RATES}
     kept = labels.clone()
     for _ in range(3):
