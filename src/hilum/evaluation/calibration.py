@@ -2,12 +2,12 @@
 
 A calibrator belongs to the stage and unit it was fitted at (raw image predictions, study means, an ensemble) and
 refuses others. It remembers on which items it was fitted, so that nothing is judged on them (`check_out_of_sample`).
-The maps are in `calibrators.py`, the operating points in `thresholds.py`.
+The maps are in `calibrators.py`, which finding gets which in `map_choice.py`, the operating points in `thresholds.py`.
 """
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,31 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from hilum.core.errors import PredictionError, StageError, UnknownNameError
+from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.core.files import read_json, write_json
 from hilum.data.labels import findings_hash
-from hilum.evaluation.calibrators import CALIBRATORS, IDENTITY, Parameters, fit_pooled
+from hilum.evaluation.calibrators import CALIBRATORS
+from hilum.evaluation.map_choice import (
+    FEW_POSITIVES,
+    FOLDS,
+    METHODS,
+    NO_LABELS,
+    Data,
+    apply_map,
+    choose_maps,
+    compare,
+    cross_fit,
+    cross_fitted_kinds,
+    deal_patients,
+    known_items,
+)
 from hilum.evaluation.predictions import Predictions, column_indices
-from hilum.evaluation.thresholds import ENOUGH, fit_thresholds
+from hilum.evaluation.thresholds import DEFAULT_POINTS, fit_thresholds
+
+__all__ = ["FEW_POSITIVES", "METHODS", "NO_LABELS", "Calibrator", "check_out_of_sample", "describe_items",
+           "fingerprint", "read_calibrator", "write_calibrator"]  # fmt: skip
 
 FORMAT = "hilum-calibrator-1"
-METHODS = ("auto", *CALIBRATORS)
-ISOTONIC_FROM, PLATT_FROM, OWN_FROM = 1000, 100, 20
-FEW_POSITIVES = "uncalibrated: few positives"
 DIGEST_BYTES = 6
 
 
@@ -68,10 +82,12 @@ class Calibrator:
     Args:
         findings: columns, in order.
         maps: per finding `{"kind", "parameters", "positives", "known", "group", "flag"}`; None: never trained.
-        thresholds: per finding `{"f1", "youden", "sens_at_spec95"}` on calibrated probabilities.
+        thresholds: per finding its operating points by name (`thresholds.py`), on calibrated probabilities.
         raw_thresholds: the same on the probabilities before the map.
         stage, unit: of the predictions it was fitted on, and alone can be applied to.
         fitted_on: `describe_items` of the ids; empty where the caller gave none.
+        cross_fitted: log loss, Brier score and ECE before and after, on patients held out of the fit
+            (`map_choice.compare`); None where the caller did not say whose the items are.
     """
 
     findings: tuple[str, ...]
@@ -81,6 +97,7 @@ class Calibrator:
     stage: str = "raw"
     unit: str = "image"
     fitted_on: dict[str, Any] | None = None
+    cross_fitted: dict[str, Any] | None = None
 
     @classmethod
     def fit(
@@ -93,27 +110,35 @@ class Calibrator:
         stage: str = "raw",
         unit: str = "image",
         uids: Iterable[str] | None = None,
+        patients: Iterable[Any] | None = None,
+        points: Iterable[str] = DEFAULT_POINTS,
     ) -> "Calibrator":
         """Fit maps and thresholds on items that the head has not been trained on.
 
-        `auto` chooses by the rarer class of each finding (docs/reference/predictions.md): 1,000 or more isotonic, from
+        `auto` chooses by the rarer class of each finding (docs/reference/calibration.md): 1,000 or more isotonic, from
         100 Platt, from 20 the same held to its group's parameters, below that the group's parameters alone, flagged.
+        `cross_fitted` takes, from 20 on, the kind with the least log loss on patients left out of its fit.
 
         Args:
             probabilities: in [0, 1]; NaN columns are findings never trained.
             labels: 1, 0, other codes are unknown and left out.
             findings: one name per column.
             groups: head, medium or tail per finding; findings without one form a group.
-            method: "auto" or a name in CALIBRATORS for every finding that has at least 20 of each class.
+            method: "auto", "cross_fitted", or a name in CALIBRATORS for every finding with at least 20 of each class.
             stage: of the probabilities (raw, study or ensemble).
             unit: image or study.
             uids: ids of the rows, remembered as digests.
+            patients: whose each row is; with it the maps are judged by cross-fitting in 5 folds of patients.
+            points: names of operating points besides the usual four, such as "spec_at_sens90".
 
         Raises:
             StageError: the probabilities are calibrated already.
-            PredictionError: shapes that do not fit, or no item.
+            PredictionError: shapes that do not fit, no item, a value that is no probability.
+            UnknownNameError: no such method or operating point.
+            ConfigError: "cross_fitted" without patients.
         """
         names, groups = tuple(findings), dict(groups or {})
+        points = tuple(dict.fromkeys((*DEFAULT_POINTS, *points)))
         if method not in METHODS:
             raise UnknownNameError("calibration method", method, METHODS)
         if stage == "calibrated":
@@ -123,14 +148,25 @@ class Calibrator:
                 f"Calibration needs one label per probability and at least one item: probabilities "
                 f"{probabilities.shape}, labels {labels.shape}, {len(names)} findings."
             )
-        data = {name: _known(probabilities[:, c], labels[:, c]) for c, name in enumerate(names)}
+        _check_values(probabilities, names)
+        fold = None if patients is None else deal_patients(list(patients), FOLDS)
+        kinds = dict.fromkeys(names, method)
+        if method == "cross_fitted":
+            if fold is None:
+                raise ConfigError("The method cross_fitted needs to know whose each item is: give patients.")
+            kinds = cross_fitted_kinds(probabilities, labels, names, groups, fold)
+        data = {name: known_items(probabilities[:, c], labels[:, c]) for c, name in enumerate(names)}
         usable = {name: part for name, part in data.items() if part is not None}
-        pooled = _pool_groups(usable, groups)
-        maps = {n: None if n not in usable else _fit_map(*usable[n], groups.get(n, ""), pooled, method) for n in names}
-        calibrated = {name: (_apply_map(maps[name], p), y) for name, (p, y) in usable.items()}
+        chosen = choose_maps(usable, groups, kinds)
+        maps = {name: chosen.get(name) for name in names}
+        calibrated = {name: (apply_map(maps[name], p), y) for name, (p, y) in usable.items()}
+        judged = None
+        if fold is not None:
+            held_out = cross_fit(probabilities, labels, names, groups, kinds, fold)
+            judged = {"folds": FOLDS, **compare(probabilities, held_out, labels, names)}
         return cls(
-            names, maps, _fit_all_thresholds(calibrated, groups), _fit_all_thresholds(usable, groups), stage, unit,
-            None if uids is None else describe_items(uids),
+            names, maps, _fit_all_thresholds(calibrated, groups, points), _fit_all_thresholds(usable, groups, points),
+            stage, unit, None if uids is None else describe_items(uids), judged,
         )  # fmt: skip
 
     def apply(self, probabilities: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
@@ -144,7 +180,7 @@ class Calibrator:
             raise PredictionError(f"This calibrator has {len(self.findings)} findings; found an array {values.shape}.")
         if not (np.isnan(values) | ((values >= 0) & (values <= 1))).all():
             raise PredictionError("Calibrators take probabilities: found a value outside [0, 1].")
-        columns = [_apply_map(self.maps[name], values[:, c]) for c, name in enumerate(self.findings)]
+        columns = [apply_map(self.maps[name], values[:, c]) for c, name in enumerate(self.findings)]
         return np.stack(columns, axis=1)
 
     def apply_to(self, predictions: Predictions) -> Predictions:
@@ -157,7 +193,7 @@ class Calibrator:
         self.check_stage(predictions)
         columns = column_indices(self.findings, predictions.findings, "the calibrator")
         maps = [self.maps[self.findings[column]] for column in columns]
-        values = [_apply_map(one, predictions.probabilities[:, c]) for c, one in enumerate(maps)]
+        values = [apply_map(one, predictions.probabilities[:, c]) for c, one in enumerate(maps)]
         return predictions.replace(
             np.stack(values, axis=1),
             stage="calibrated",
@@ -191,6 +227,7 @@ class Calibrator:
             "maps": self.maps,
             "thresholds": self.thresholds,
             "raw_thresholds": self.raw_thresholds,
+            **({} if self.cross_fitted is None else {"cross_fitted": self.cross_fitted}),
         }
 
     @classmethod
@@ -211,7 +248,8 @@ class Calibrator:
         kinds = {one["kind"] for one in values["maps"].values() if one}
         for kind in sorted(kinds - set(CALIBRATORS)):
             raise UnknownNameError("calibrator", kind, CALIBRATORS)
-        return cls(tuple(values["findings"]), **{key: values[key] for key in keys})
+        own = {key: values[key] for key in keys}
+        return cls(tuple(values["findings"]), **own, cross_fitted=values.get("cross_fitted"))
 
 
 def write_calibrator(calibrator: Calibrator, path: Path) -> None:
@@ -227,63 +265,25 @@ def read_calibrator(path: Path) -> Calibrator:
     return Calibrator.from_dict(values)
 
 
-Data = tuple[np.ndarray, np.ndarray]
+def _check_values(probabilities: np.ndarray, names: tuple[str, ...]) -> None:
+    """Raise PredictionError unless every column is probabilities, or NaN throughout."""
+    missing = np.isnan(probabilities)
+    bad = (missing & ~missing.all(axis=0)) | (~missing & ~((probabilities >= 0) & (probabilities <= 1)))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise PredictionError(
+            f"{int(bad.sum())} values to calibrate are not probabilities: item {row} of {names[column]!r} has "
+            f"{float(probabilities[row, column])!r}. Expected a number in [0, 1], or NaN for a finding never trained."
+        )
 
 
-def _known(probabilities: np.ndarray, labels: np.ndarray) -> Data | None:
-    if np.isnan(probabilities).all():
-        return None
-    keep = (labels == 0) | (labels == 1)
-    return np.asarray(probabilities, np.float64)[keep], np.asarray(labels)[keep] == 1
-
-
-def _pool_groups(data: Mapping[str, Data], groups: Mapping[str, str]) -> dict[str, Parameters]:
-    """Parameters of each group; a group with too few positives takes those of all findings, these the identity."""
-    everything = list(data.values())
-    overall = fit_pooled(everything) if _rarer(everything) >= OWN_FROM else dict(IDENTITY)
-    pooled = {}
-    for group in {groups.get(name, "") for name in data}:
-        parts = [part for name, part in data.items() if groups.get(name, "") == group]
-        pooled[group] = fit_pooled(parts) if _rarer(parts) >= OWN_FROM else overall
-    return pooled
-
-
-def _rarer(parts: Iterable[Data]) -> int:
-    labels = [y for _, y in parts]
-    positives = sum(int(y.sum()) for y in labels)
-    return min(positives, sum(map(len, labels)) - positives)
-
-
-def _fit_map(p: np.ndarray, y: np.ndarray, group: str, pooled: Mapping[str, Parameters], method: str) -> dict[str, Any]:
-    rarer, prior = _rarer([(p, y)]), pooled[group]
-    kind = method
-    if method == "auto":
-        kind = "isotonic" if rarer >= ISOTONIC_FROM else "platt" if rarer >= PLATT_FROM else "temperature_bias"
-    few = rarer < OWN_FROM
-    # Platt has data enough to stand alone; the prior of the group matters to the two-parameter fit of rare findings
-    parameters = prior if few else CALIBRATORS[kind].fit(p, y, prior if kind == "temperature_bias" else IDENTITY)
-    return {
-        "kind": "temperature_bias" if few else kind,
-        "parameters": parameters,
-        "positives": int(y.sum()),
-        "known": len(y),
-        "group": group,
-        "flag": FEW_POSITIVES if few else None,
-        "threshold_shrunk": bool(y.sum() < ENOUGH),
-    }
-
-
-def _apply_map(one: Mapping[str, Any] | None, probabilities: np.ndarray) -> np.ndarray:
-    if one is None:
-        return np.full(len(probabilities), np.nan)
-    return CALIBRATORS[one["kind"]].apply(one["parameters"], probabilities)
-
-
-def _fit_all_thresholds(data: Mapping[str, Data], groups: Mapping[str, str]) -> dict[str, dict[str, float]]:
+def _fit_all_thresholds(
+    data: Mapping[str, Data], groups: Mapping[str, str], points: Sequence[str]
+) -> dict[str, dict[str, float]]:
     thresholds = {}
     for group in {groups.get(name, "") for name in data}:
         parts = {name: part for name, part in data.items() if groups.get(name, "") == group}
         joint = [np.concatenate(arrays) for arrays in zip(*parts.values(), strict=True)]
-        shared = fit_thresholds(joint[0], joint[1], None)
-        thresholds.update({name: fit_thresholds(p, y, shared) for name, (p, y) in parts.items()})
+        shared = fit_thresholds(joint[0], joint[1], None, points)
+        thresholds.update({name: fit_thresholds(p, y, shared, points) for name, (p, y) in parts.items()})
     return {name: thresholds[name] for name in data}

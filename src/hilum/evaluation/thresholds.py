@@ -3,15 +3,19 @@
 Fitted on validation only, by `calibration.py`; `metrics.py` takes what was fixed here and never looks for a threshold.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy.special import expit, logit
 
+from hilum.core.errors import ConfigError, UnknownNameError
+
+Search = Callable[[np.ndarray, np.ndarray], float]
+
 ENOUGH = 50
 """Below this many deciding items (positives; negatives for a specificity) a threshold is drawn to its group's."""
-SPECIFICITY = 0.95
 
 
 def _cuts(p: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -44,22 +48,70 @@ def youden(p: Float[np.ndarray, " N"], y: Bool[np.ndarray, " N"]) -> float:
     return float(thresholds[gain.argmax()])
 
 
-def sensitivity_at_specificity(p: Float[np.ndarray, " N"], y: Bool[np.ndarray, " N"]) -> float:
-    """The lowest threshold that keeps the specificity at 95 % or more."""
+def sensitivity_at_specificity(
+    p: Float[np.ndarray, " N"], y: Bool[np.ndarray, " N"], specificity: float = 0.95
+) -> float:
+    """The lowest threshold that keeps the specificity, share of negatives not called, at this or more."""
     thresholds, _, false_positives = _cuts(p, y)
-    allowed = false_positives <= (1 - SPECIFICITY) * (~y).sum() + 1e-9
+    allowed = false_positives <= (1 - specificity) * (~y).sum() + 1e-9
     return float(thresholds[np.flatnonzero(allowed)[-1]])
 
 
-OPERATING_POINTS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+def specificity_at_sensitivity(
+    p: Float[np.ndarray, " N"], y: Bool[np.ndarray, " N"], sensitivity: float = 0.95
+) -> float:
+    """The highest threshold that keeps the sensitivity, share of positives called, at this or more.
+
+    Nothing is called at a score of 0, so a positive there can keep a sensitivity out of reach: the lowest threshold.
+    """
+    thresholds, true_positives, _ = _cuts(p, y)
+    reached = np.flatnonzero(true_positives >= sensitivity * y.sum() - 1e-9)
+    return float(thresholds[reached[0] if len(reached) else -1])
+
+
+OPERATING_POINTS: dict[str, Search] = {
     "f1": best_f1,
     "youden": youden,
     "sens_at_spec95": sensitivity_at_specificity,
+    "spec_at_sens95": specificity_at_sensitivity,
 }
+"""The usual ones; `operating_point` also knows any other `sens_at_specNN` and `spec_at_sensNN`."""
+DEFAULT_POINTS: tuple[str, ...] = tuple(OPERATING_POINTS)
+_FIXED = re.compile(r"(sens_at_spec|spec_at_sens)(\d{1,2}(?:\.\d+)?)")
+
+
+def point_name(kind: str, share: float) -> str:
+    """The name of a fixed operating point: ("spec_at_sens", 0.9) -> "spec_at_sens90".
+
+    Raises:
+        ConfigError: not a share strictly between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"A fixed sensitivity or specificity is between 0 and 1, such as 0.9; found {share!r}.")
+    return f"{kind}{round(100 * share, 6):.6g}"
+
+
+def operating_point(name: str) -> Search:
+    """How the threshold of a named operating point is found.
+
+    Raises:
+        UnknownNameError: no such operating point.
+    """
+    if name in OPERATING_POINTS:
+        return OPERATING_POINTS[name]
+    match = _FIXED.fullmatch(name)
+    share = float(match[2]) / 100 if match else 0.0
+    if match is None or share == 0:
+        raise UnknownNameError("operating point", name, [*OPERATING_POINTS, "sens_at_spec90", "spec_at_sens90"])
+    find = sensitivity_at_specificity if match[1] == "sens_at_spec" else specificity_at_sensitivity
+    return lambda p, y: find(p, y, share)
 
 
 def fit_thresholds(
-    p: Float[np.ndarray, " N"], y: Bool[np.ndarray, " N"], group: dict[str, float] | None
+    p: Float[np.ndarray, " N"],
+    y: Bool[np.ndarray, " N"],
+    group: dict[str, float] | None,
+    points: Sequence[str] = DEFAULT_POINTS,
 ) -> dict[str, float]:
     """Every operating point of one finding.
 
@@ -68,13 +120,14 @@ def fit_thresholds(
         y: True where positive.
         group: the thresholds of the pooled group, towards which few positives are drawn (on the log-odds, by n / 50);
             None for the group itself.
+        points: names for `operating_point`.
     """
     if len(p) == 0:
-        return dict(group) if group else dict.fromkeys(OPERATING_POINTS, 0.5)
+        return dict(group) if group else dict.fromkeys(points, 0.5)
     found = {}
-    for name, search in OPERATING_POINTS.items():
-        deciding = int((~y).sum() if name == "sens_at_spec95" else y.sum())
-        own = search(p, y) if deciding else (group or {}).get(name, 0.5)
+    for name in points:
+        deciding = int((~y).sum() if name.startswith("sens_at_spec") else y.sum())
+        own = operating_point(name)(p, y) if deciding else (group or {}).get(name, 0.5)
         if group is not None and deciding < ENOUGH:
             share = deciding / ENOUGH
             ends = logit(np.clip([own, group[name]], 1e-12, 1 - 1e-12))

@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 from scipy.special import expit
 
-from hilum.core.errors import PredictionError, StageError, UnknownNameError
+from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
+from hilum.data.labels import findings_hash
 from hilum.evaluation.calibration import (
     FEW_POSITIVES,
     METHODS,
+    NO_LABELS,
     Calibrator,
     check_out_of_sample,
     describe_items,
@@ -19,6 +22,8 @@ from hilum.evaluation.calibration import (
     write_calibrator,
 )
 from hilum.evaluation.calibrators import CALIBRATORS, IDENTITY
+from hilum.evaluation.definitions import log_loss
+from hilum.evaluation.map_choice import cross_fit, deal_patients
 from hilum.evaluation.metrics import average_precision, expected_calibration_error, f1_at, roc_auc
 from hilum.evaluation.studies import mean_over_studies
 
@@ -39,12 +44,15 @@ def miscalibrated(count, seed, digits=17):
 @pytest.mark.parametrize("digits", [2, 17])
 def test_calibration_lowers_ece_and_leaves_ap_and_auc(method, digits):
     p, y = miscalibrated(4000, 0, digits)
-    calibrator = Calibrator.fit(p, y, "ABCD", GROUPS, method)
+    calibrator = Calibrator.fit(p, y, "ABCD", GROUPS, method, patients=np.arange(4000) // 2)
     q, truth = miscalibrated(8000, 1, digits)
     mapped = calibrator.apply(q)
     for c in range(4):
         assert average_precision(mapped[:, c], truth[:, c]) == average_precision(q[:, c], truth[:, c])
         assert roc_auc(mapped[:, c], truth[:, c]) == roc_auc(q[:, c], truth[:, c])
+    if method in ("identity", "temperature"):  # an intercept was planted
+        return
+    for c in range(4):
         before, after = (expected_calibration_error(v[:, c], truth[:, c]) for v in (q, mapped))
         assert after < before or before < 0.005
     assert expected_calibration_error(mapped[:, 0], truth[:, 0]) < (0.03 if digits > 2 else 0.05)  # 0.00 says little
@@ -64,6 +72,8 @@ def test_every_map_is_strictly_increasing(kind, logits, slope, intercept):
     if kind == "isotonic":
         rng = np.random.default_rng(len(logits))
         parameters = CALIBRATORS[kind].fit(rng.random(60), rng.random(60) < 0.3, IDENTITY)
+    elif kind == "beta":
+        parameters = {"a": slope, "b": 1 / slope, "c": intercept}
     else:
         parameters = {"slope": slope, "intercept": intercept}
     mapped = CALIBRATORS[kind].apply(parameters, p)
@@ -107,7 +117,6 @@ def test_platt_finds_the_planted_parameters():
 def test_few_positives_are_held_to_the_group():
     """A rare finding moves from its group's parameters to its own as its positives grow."""
     p, y = miscalibrated(40_000, 4)
-    group = Calibrator.fit(p, y, "ABCD", method="platt").maps["C"]["parameters"]["slope"]
     flipped = np.column_stack([p[:, 1], expit(0.2 * np.log(p[:, 1] / (1 - p[:, 1])))])
     labels = np.column_stack([y[:, 1], y[:, 1]])
     distance = []
@@ -117,7 +126,6 @@ def test_few_positives_are_held_to_the_group():
         slope = Calibrator.fit(flipped, few, "AB", method="temperature_bias").maps["B"]["parameters"]["slope"]
         distance.append(abs(np.log(slope / (5 / 1.8))))
     assert distance[1] < distance[0]
-    assert group > 0
 
 
 def test_a_worse_than_random_finding_keeps_its_order():
@@ -226,3 +234,194 @@ def test_bad_input_is_refused():
         calibrator.apply(p[:, :3])
     with pytest.raises(PredictionError, match=r"\[0, 1\]"):
         calibrator.apply(p + 1)
+    for value in (np.nan, np.inf, -0.1, 1.5):
+        damaged = p.copy()
+        damaged[7, 2] = value
+        with pytest.raises(PredictionError, match="item 7 of 'C'"):
+            Calibrator.fit(damaged, y, "ABCD")
+    with pytest.raises(UnknownNameError, match="spec_at_sens90"):
+        Calibrator.fit(p, y, "ABCD", points=["sens_at_spec"])
+    with pytest.raises(ConfigError, match="whose each item is"):
+        Calibrator.fit(p, y, "ABCD", method="cross_fitted")
+
+
+@pytest.mark.parametrize("kind", CALIBRATORS)
+def test_thousands_of_scores_with_extremes_and_ties_keep_ap_and_auc(kind):
+    """Log-odds from -600 to 36, with 0, 1, repeated scores, and neighbours that differ in the ninth digit alone."""
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([rng.uniform(-600, 0, 2000), rng.normal(0, 3, 3000), rng.uniform(20, 36, 200)])
+    p = np.concatenate([expit(logits), expit(rng.integers(-5, 5, 500)), [0.0, 1.0, 0.0, 1.0]])
+    p = np.concatenate([p, p[2000:4000] * (1 - 1e-9)])
+    y = (rng.random(len(p)) < 0.3 + 0.4 * p).astype(np.int8)
+    fitted = [expit(rng.normal(scale=scale, size=400) + shift) for scale, shift in ((0.3, 0), (8, -3), (3, 4))]
+    for scores in fitted:
+        labels = rng.random(400) < np.clip(scores**2 + 0.05, 0, 1)
+        one = CALIBRATORS[kind]
+        parameters = one.fit(scores, labels, one.pool([(scores, labels)]))
+        mapped = one.apply(parameters, p)
+        assert abs(average_precision(mapped, y) - average_precision(p, y)) < 1e-12
+        assert abs(roc_auc(mapped, y) - roc_auc(p, y)) < 1e-12
+        np.testing.assert_array_equal(np.unique(mapped, return_inverse=True)[1], np.unique(p, return_inverse=True)[1])
+        if kind != "isotonic":  # whose ends are those of its steps
+            assert mapped[p == 0].max() == 0
+            assert mapped[p == 1].min() == 1
+
+
+def loss_at(parameters, columns, y, centre, shrinkage):
+    """Negative log posterior, summed over items, written again."""
+    slopes, rest = np.exp(parameters[: len(columns)]), parameters[len(columns) :]
+    q = expit(sum(s * x for s, x in zip(slopes, columns, strict=True)) + (rest[0] if len(rest) else 0.0))
+    return -np.log(np.where(y, q, 1 - q)).sum() + 0.5 * shrinkage * ((parameters - centre) ** 2).sum()
+
+
+@pytest.mark.parametrize(("kind", "shrinkage"), [("temperature", 20.0), ("beta", 20.0)])
+def test_fits_are_the_most_likely(kind, shrinkage):
+    """Another optimiser, on the posterior written again, finds the same."""
+    rng = np.random.default_rng(5)
+    p = expit(rng.normal(-1, 1.5, 600))
+    y = rng.random(600) < p**1.7
+    if kind == "beta":
+        found = CALIBRATORS[kind].fit(p, y, {"a": 1.2, "b": 0.8, "c": 0.1})
+        columns, centre = [np.log(p), -np.log(1 - p)], np.array([np.log(1.2), np.log(0.8), 0.1])
+        values = [np.log(found["a"]), np.log(found["b"]), found["c"]]
+    else:
+        found = CALIBRATORS[kind].fit(p, y, {"slope": 1.3, "intercept": 0.0})
+        columns, centre, values = [np.log(p / (1 - p))], np.array([np.log(1.3)]), [np.log(found["slope"])]
+        assert found["intercept"] == 0
+    best = minimize(loss_at, centre, args=(columns, y, centre, shrinkage), method="Nelder-Mead",
+                    options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 4000, "maxfev": 4000}).x  # fmt: skip
+    np.testing.assert_allclose(values, best, atol=2e-4)
+
+
+def test_beta_finds_a_planted_map():
+    """Scores whose posterior is a beta map of them, which no slope and intercept can make straight."""
+    rng = np.random.default_rng(1)
+    p = rng.beta(0.8, 2, 60_000)
+    y = rng.random(60_000) < expit(2.0 * np.log(p) - 0.5 * np.log1p(-p) + 0.4)
+    found = CALIBRATORS["beta"].fit(p, y, {"a": 1.0, "b": 1.0, "c": 0.0})
+    assert (found["a"], found["b"], found["c"]) == pytest.approx((2.0, 0.5, 0.4), abs=0.1)
+
+
+@pytest.mark.parametrize("method", ["temperature", "temperature_bias", "beta", "isotonic", "platt"])
+def test_rare_findings_are_drawn_to_their_group(method):
+    """The same few positives of a finding: its map lies nearer to that of a group with much data than when alone."""
+    p, y = miscalibrated(6000, 2)
+    wide = np.column_stack([p[:, 0], expit(0.3 * np.log(p[:, 0] / (1 - p[:, 0])))])
+    labels = np.column_stack([y[:, 0], y[:, 0]])
+    labels[120:, 1] = -1  # about 48 positives
+    grid = np.linspace(0.05, 0.95, 19)
+
+    def mapped(maps, name):
+        return CALIBRATORS[maps[name]["kind"]].apply(maps[name]["parameters"], grid)
+
+    together = Calibrator.fit(wide, labels, "AB", method=method).maps
+    alone = Calibrator.fit(wide, labels, "AB", {"A": "head", "B": "tail"}, method=method).maps
+    shared = Calibrator.fit(wide[:, :1], labels[:, :1], "A", method=method).maps
+    far = np.abs(mapped(alone, "B") - mapped(shared, "A")).mean()
+    assert np.abs(mapped(together, "B") - mapped(shared, "A")).mean() < far
+
+
+def test_a_calibrator_of_an_earlier_version_maps_as_it_did():
+    """No share, no extremes, no cross-fitting, three operating points: written out, with what it gave then."""
+    old = {
+        "format": "hilum-calibrator-1", "stage": "raw", "unit": "image", "findings": ["A", "B"],
+        "findings_sha256": findings_hash(["A", "B"]), "fitted_on": None,
+        "maps": {
+            "A": {"kind": "isotonic", "parameters": {"x": [0.1, 0.5, 0.9], "y": [0.0, 0.2, 0.6]}, "positives": 2000,
+                  "known": 9000, "group": "head", "flag": None, "threshold_shrunk": False},
+            "B": {"kind": "platt", "parameters": {"slope": 0.5, "intercept": 1.0}, "positives": 200, "known": 9000,
+                  "group": "head", "flag": None, "threshold_shrunk": False},
+        },
+        "thresholds": {name: {"f1": 0.2, "youden": 0.1, "sens_at_spec95": 0.3} for name in "AB"},
+        "raw_thresholds": {name: {"f1": 0.2, "youden": 0.1, "sens_at_spec95": 0.3} for name in "AB"},
+    }  # fmt: skip
+    calibrator = Calibrator.from_dict(old)
+    assert calibrator.to_dict() == old
+    np.testing.assert_allclose(
+        calibrator.apply(np.array([[0.3, 0.2], [0.05, 0.9]])),
+        [[0.999 * 0.1 + 0.001 * 0.3, expit(0.5 * np.log(0.25) + 1)], [0.001 * 0.05, expit(0.5 * np.log(9) + 1)]],
+        rtol=1e-14,
+    )
+
+
+def test_a_finding_without_a_label_takes_its_groups_map_and_says_so():
+    p, y = miscalibrated(3000, 6)
+    y[:, 1] = -1
+    calibrator = Calibrator.fit(p, y, "ABCD", dict.fromkeys("ABCD", "head"))
+    assert calibrator.maps["B"]["flag"] == NO_LABELS
+    assert calibrator.maps["B"]["known"] == 0
+    assert calibrator.maps["B"]["parameters"] == calibrator.maps["D"]["parameters"]
+    assert calibrator.provenance()["flags"]["B"] == NO_LABELS
+    nothing = Calibrator.fit(p, np.full_like(y, -1), "ABCD")
+    np.testing.assert_array_equal(nothing.apply(p), p)
+    assert set(nothing.provenance()["flags"].values()) == {NO_LABELS}
+
+
+def test_folds_keep_patients_whole_and_never_change():
+    patients = np.array([f"p{i}" for i in np.random.default_rng(0).integers(0, 40, 300)])
+    fold = deal_patients(patients, 5)
+    assert all(len(set(fold[patients == one])) == 1 for one in np.unique(patients))
+    assert sorted(np.bincount(fold[np.unique(patients, return_index=True)[1]]).tolist()) == [8] * 5
+    shuffled = np.random.default_rng(1).permutation(300)
+    np.testing.assert_array_equal(deal_patients(patients[shuffled], 5), fold[shuffled])
+    with pytest.raises(PredictionError, match="found 3"):
+        deal_patients([*patients[:1].tolist(), "x", "y"], 5)
+    with pytest.raises(ConfigError, match="2 folds"):
+        deal_patients(patients, 1)
+
+
+def test_cross_fitting_maps_an_item_by_other_patients_alone():
+    """A patient's own labels do not reach the map of its items; another patient's do."""
+    p, y = miscalibrated(1500, 7)
+    patients = np.arange(1500) // 3
+    fold = deal_patients(patients, 5)
+    options = ("ABCD", GROUPS, dict.fromkeys("ABCD", "temperature_bias"), fold)
+    before = cross_fit(p, y, *options)
+    turned = y.copy()
+    turned[fold == 2] = 1 - turned[fold == 2]
+    after = cross_fit(p, turned, *options)
+    np.testing.assert_array_equal(after[fold == 2], before[fold == 2])
+    assert (after[fold != 2] != before[fold != 2]).all()
+
+
+def test_the_report_is_of_patients_held_out():
+    """Labels without any relation to the scores: a map fitted on them looks better than it is; held out it does not."""
+    rng = np.random.default_rng(8)
+    patients = np.arange(300)
+    p, y = rng.random((300, 1)), (rng.random((300, 1)) < 0.5).astype(np.int8)
+    calibrator = Calibrator.fit(p, y, "A", method="isotonic", patients=patients)
+    fitted, held_out = (log_loss(v[:, 0], y[:, 0]) for v in (calibrator.apply(p), p))
+    before, after = calibrator.cross_fitted["findings"]["A"]["log_loss"]
+    assert before == held_out
+    assert after > fitted
+    assert calibrator.cross_fitted["folds"] == 5
+    assert calibrator.cross_fitted["macro"]["log_loss"] == [before, after]
+    assert Calibrator.from_dict(json.loads(json.dumps(calibrator.to_dict()))) == calibrator
+    assert "cross_fitted" not in Calibrator.fit(p, y, "A").to_dict()
+
+
+def test_cross_fitting_chooses_the_kind_that_was_planted():
+    """Straight scores: none or a slope near 1; a slope; a slope and a shift; a beta map."""
+    rng = np.random.default_rng(9)
+    p = rng.beta(1.0, 2.0, (8000, 4))
+    x = np.log(p / (1 - p))
+    posterior = np.stack(
+        [
+            p[:, 0],
+            expit(0.3 * x[:, 1]),
+            expit(0.5 * x[:, 2] - 1),
+            expit(0.2 * np.log(p[:, 3]) - 3 * np.log(1 - p[:, 3]) - 2),
+        ],
+        axis=1,
+    )
+    y = (rng.random(p.shape) < posterior).astype(np.int8)
+    calibrator = Calibrator.fit(p, y, "ABCD", method="cross_fitted", patients=np.arange(8000) // 2)
+    kinds = [calibrator.maps[name]["kind"] for name in "ABCD"]
+    losses = {name: calibrator.cross_fitted["findings"][name]["log_loss"] for name in "ABCD"}
+    assert kinds[0] in ("identity", "temperature")
+    assert kinds[1] in ("temperature", "temperature_bias", "platt")
+    assert kinds[2] in ("temperature_bias", "platt")
+    assert kinds[3] == "beta"
+    assert losses["A"][1] <= losses["A"][0]
+    for name in "BCD":
+        assert losses[name][1] < losses[name][0] - 0.01
