@@ -1,11 +1,12 @@
-"""Many learning rates side by side on one pass over the features: a head, an optimiser and a cosine for each.
+"""Many heads side by side on one pass over the features: a learning rate and a cosine for each.
 
-All heads start from the same weights and see the same batches and dropout masks, and share nothing else: training
-them together equals training each alone. This module knows no metric; whoever runs it passes scores to `select`.
+Candidates are architectures (blocks, pooling, kind of head) at learning rates. All start from the same seed and see the
+same batches; those of one architecture see the same dropout masks. They share nothing else: training them together
+equals training each alone. This module knows no metric; whoever runs it passes scores to `select`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +16,20 @@ from torch import Tensor, nn
 
 from hilum.core.errors import ConfigError, NonFiniteLossError
 from hilum.core.seeding import forked, torch_stream
+from hilum.heads.adamw import StackedAdamW
+from hilum.heads.averaging import RunningMeans
+from hilum.heads.candidates import Candidate, last_blocks
 from hilum.heads.features import Features
 from hilum.heads.loss_settings import LossSettings
-from hilum.heads.losses import Loss, build_loss, known_targets
-from hilum.heads.registry import Head, HeadConfig, build_head
+from hilum.heads.losses import Loss, Targets, build_loss, known_targets
+from hilum.heads.registry import HeadConfig, build_head
+from hilum.heads.stacked import StackedHeads, Stepped, Way, choose_way
 
 SLIDES_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 """The nine learning rates of the slides."""
+
+Trainable = Callable[[nn.Module], Collection[str]] | Collection[str]
+"""Names of parameters, or of modules whose parameters all move; or what gives them for a head."""
 
 
 def cosine(step: int, total: int) -> float:
@@ -39,34 +47,56 @@ def prior_log_odds(labels: Int[np.ndarray, "N C"]) -> Float[Tensor, " C"]:
 
 
 @dataclass
-class _Candidate:
-    rate: float
-    head: Head
-    optimiser: torch.optim.AdamW
+class _Group:
+    """Candidates of one architecture."""
+
+    config: HeadConfig
+    positions: list[int]
+    """Among the candidates of the sweep."""
+    heads: StackedHeads
+    optimiser: StackedAdamW
+    means: RunningMeans | None
+    generator: torch.Generator
+
+    def read(self, features: Features) -> Features:
+        return last_blocks(features, self.config.blocks, self.config.embed_dim)
+
+    def averages(self) -> Mapping[str, Tensor]:
+        return {} if self.means is None else self.means.values
 
 
 class Sweep:
-    """Heads of one architecture, one per learning rate, trained on the same features.
+    """Heads trained on the same features, each at its own learning rate.
 
     Args:
-        config: the head.
-        rates: learning rates, all different.
+        candidates: architectures and rates, all different; rates positive.
         total_steps: length of the cosine, steps; training may stop before.
-        loss: what `build_loss` made, or the name of one that needs no frequencies.
-        weight_decay: AdamW, on every parameter.
+        loss: what `build_loss` made, or the name of one that needs no frequencies. May be replaced between steps.
+        weight_decay: AdamW, on every parameter that moves.
         seed: root seed; heads start from its stream ("head initialisation"), dropout follows ("head dropout", phase).
         phase: name of the training phase ("search", "refit").
         device: where heads live.
         precision: "bf16" runs heads under autocast; losses are float32.
         bias: start the heads' biases from these values (`prior_log_odds`) instead of 0.
-        initial: start from these weights (`state`) instead of the seed's.
+        initial: start from these weights (`state`) instead of the seed's: of all candidates, or one for each.
+        ema: decay per step of a running mean of the weights, which `logits` and `state` then give; 0: the weights.
+        trainable: which parameters move; None: all that require gradients. The others keep their start, to the bit.
+        clip: largest norm of a candidate's gradient, larger ones are scaled down to it; None: no limit.
+        build: makes a head from its description; None: `build_head`.
+        way: how heads of one architecture are run (`stacked`); None: what is faster on the device.
+
+    Raises:
+        ConfigError: candidates that are not all different, rates or settings out of range, parameters to train that
+            are not there.
     """
+
+    loss: Loss
 
     def __init__(
         self,
-        config: HeadConfig,
-        rates: Sequence[float],
-        total_steps: int,
+        candidates: Sequence[tuple[HeadConfig, float]] | HeadConfig,
+        total_steps: int | Sequence[float],
+        steps: int = 0,
         *,
         loss: str | Loss = "masked_bce_sum",
         weight_decay: float = 1e-4,
@@ -75,89 +105,188 @@ class Sweep:
         device: torch.device | str = "cpu",
         precision: str = "fp32",
         bias: Float[Tensor, " C"] | None = None,
-        initial: dict[str, Tensor] | None = None,
+        initial: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
+        ema: float = 0.0,
+        trainable: Trainable | None = None,
+        clip: float | None = None,
+        build: Callable[[HeadConfig], nn.Module] | None = None,
+        way: Way | None = None,
     ) -> None:
-        if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
-            raise ConfigError(f"Learning rates must be positive and all different, found {list(rates)}.")
-        self.total_steps, self.steps = max(total_steps, 1), 0
+        if isinstance(candidates, HeadConfig):  # one architecture and its rates, as fit.py still calls it
+            assert not isinstance(total_steps, int)
+            candidates, total_steps = [(candidates, rate) for rate in total_steps], steps
+        assert isinstance(total_steps, int)
+        self.candidates = tuple(Candidate(*candidate) for candidate in candidates)
+        _check(self.candidates, ema, clip)
+        self.total_steps, self.steps, self.clip = max(total_steps, 1), 0, clip
         self.loss = build_loss(LossSettings(loss)) if isinstance(loss, str) else loss
-        self.precision, self.device = precision, torch.device(device)
-        self.generator = torch_stream(seed, "head dropout", phase, device=self.device.type)
-        self.candidates = []
-        for rate in rates:
+        self.device = torch.device(device)
+        starts = [initial] * len(self.candidates) if initial is None or isinstance(initial, Mapping) else list(initial)
+        if len(starts) != len(self.candidates):
+            raise ConfigError(f"Initial weights: found {len(starts)} for {len(self.candidates)} candidates.")
+        self._groups = []
+        for config in dict.fromkeys(candidate.config for candidate in self.candidates):
+            positions = [place for place, candidate in enumerate(self.candidates) if candidate.config == config]
             with forked(seed, "head initialisation"):
-                head = build_head(config)
+                template = (build or build_head)(config)
             if bias is not None:
-                head.bias.data.copy_(bias)
-            if initial is not None:
-                head.load_state_dict(initial)
-            head.to(self.device).train()
-            trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-            optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=weight_decay, fused=True)
-            self.candidates.append(_Candidate(rate, head, optimiser))
+                own = template.bias
+                assert isinstance(own, Tensor)
+                own.data.copy_(bias if own.numel() == bias.numel() else bias.mean())
+            template.to(self.device)
+            names = _names(template, trainable)
+            states = _states(template, [starts[place] for place in positions])
+            heads = StackedHeads(template, states, names, precision, way or choose_way(self.device, len(positions)))
+            self._groups.append(
+                _Group(
+                    config, positions, heads, StackedAdamW(list(heads.moving.values()), weight_decay),
+                    RunningMeans(heads.moving, ema) if ema else None,
+                    torch_stream(seed, "head dropout", phase, device=self.device.type),
+                )
+            )  # fmt: skip
 
     @property
     def rates(self) -> tuple[float, ...]:
         """Learning rates, in the order of everything this class returns."""
         return tuple(candidate.rate for candidate in self.candidates)
 
-    def step(self, features: Features, labels: Int[Tensor, "B C"]) -> Float[np.ndarray, " R"]:
-        """One optimiser step of every head; returns the losses before it, one per rate.
+    def step(self, features: Features, targets: Targets | Int[Tensor, "B C"]) -> Float[np.ndarray, " R"]:
+        """One optimiser step of every head; returns the losses before it, one per candidate.
 
         Args:
-            features: of a batch, on this sweep's device.
-            labels: codes 1, 0, -1 unknown, -2 uncertain; only 1 and 0 train.
+            features: of a batch, on this sweep's device, of the largest number of blocks; with patches if any head
+                reads them.
+            targets: of the batch; or label codes 1, 0, -1 unknown, -2 uncertain, of which only 1 and 0 train.
 
         Raises:
             NonFiniteLossError: a loss or gradient is NaN or infinite; no head has moved.
         """
-        targets = known_targets(labels.to(self.device), features.study)
-        masks = self.candidates[0].head.draw_masks(features, self.generator)
-        losses, norms = [], []
-        for candidate in self.candidates:  # one graph at a time: backward frees it before the next head's
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                logits = candidate.head(features, masks)  # type: ignore[arg-type]
-            loss = self.loss(logits, targets)
-            candidate.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            losses.append(loss.detach())
-            norms.append(nn.utils.get_total_norm(_gradients(candidate.head)))
-        self._require_finite(torch.stack(losses + norms).double().cpu().numpy())
-        for candidate in self.candidates:
-            candidate.optimiser.param_groups[0]["lr"] = candidate.rate * cosine(self.steps, self.total_steps)
-            candidate.optimiser.step()
+        if isinstance(targets, Tensor):
+            targets = known_targets(targets.to(self.device), features.study)
+        found: list[Stepped] = []
+        for group in self._groups:
+            own = group.read(features)
+            masks = group.heads.template.draw_masks(own, group.generator)  # type: ignore[operator]
+            found.append(group.heads.backward(own, masks, targets, self.loss))
+        norms = [[nn.utils.get_total_norm(gradients) for gradients in stepped.gradients] for stepped in found]
+        values = self._in_order([stepped.losses for stepped in found]) + self._in_order(norms)
+        losses, sizes = torch.stack(values).double().cpu().numpy().reshape(2, -1)  # the one wait for the device
+        self._require_finite(losses, sizes)
+        factor = cosine(self.steps, self.total_steps)
+        for group, stepped, own_norms in zip(self._groups, found, norms, strict=True):
+            if self.clip is not None:
+                for gradients, norm in zip(stepped.gradients, own_norms, strict=True):
+                    torch._foreach_mul_(gradients, (self.clip / norm).clamp(max=1))
+            group.optimiser.step(stepped.gradients, [self.rates[place] * factor for place in group.positions])
+            if group.means is not None:
+                group.means.update(group.heads.moving)
         self.steps += 1
-        return torch.stack(losses).double().cpu().numpy()
+        return losses
 
-    @torch.no_grad()
     def logits(self, features: Features) -> Float[Tensor, "R B C"]:
-        """Logits of every head, without dropout, on the CPU."""
-        rows = []
-        for candidate in self.candidates:
-            candidate.head.eval()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                rows.append(candidate.head(features).cpu())
-            candidate.head.train()
-        return torch.stack(rows)
+        """Logits of every head, without dropout, on the CPU; features as for `step`."""
+        rows = [list(group.heads.logits(group.read(features), group.averages()).cpu()) for group in self._groups]
+        return torch.stack(self._in_order(rows))
 
-    def state(self, rate: float) -> dict[str, Tensor]:
-        """A copy, on the CPU, of the weights of the head at a rate."""
-        head = self.candidates[self.rates.index(rate)].head
-        return {name: value.detach().cpu().clone() for name, value in head.state_dict().items()}
+    def state(self, candidate: int | float) -> dict[str, Tensor]:
+        """A copy, on the CPU, of a head's weights (their running means, with `ema`).
 
-    def _require_finite(self, values: Float[np.ndarray, " values"]) -> None:
-        bad = ~np.isfinite(values).reshape(2, -1).all(axis=0)
+        Args:
+            candidate: position in `candidates`; or the rate, where that says which.
+        """
+        place = candidate if isinstance(candidate, int) else self.rates.index(candidate)
+        [group] = [group for group in self._groups if place in group.positions]
+        return group.heads.state(group.positions.index(place), group.averages())
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Go on with some candidates and free the others; the course of those that stay does not change.
+
+        Args:
+            positions: in `candidates`, which has them in this order afterwards.
+
+        Raises:
+            ConfigError: none, one twice, or one that is not there.
+        """
+        chosen = list(positions)
+        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(self.candidates))):
+            raise ConfigError(f"Cannot go on with candidates {chosen} of {len(self.candidates)}.")
+        left = []
+        for group in self._groups:
+            rows = [group.positions.index(place) for place in chosen if place in group.positions]
+            if not rows:
+                continue
+            group.heads.keep(rows)
+            group.optimiser.keep(list(group.heads.moving.values()), rows)
+            if group.means is not None:
+                group.means.keep(rows)
+            group.positions = [new for new, old in enumerate(chosen) if old in group.positions]
+            left.append(group)
+        self._groups = left
+        self.candidates = tuple(self.candidates[place] for place in chosen)
+
+    def _in_order(self, rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """What groups have for their heads, in the order of the candidates."""
+        pairs = [
+            (place, value)
+            for group, values in zip(self._groups, rows, strict=True)
+            for place, value in zip(group.positions, values, strict=True)
+        ]
+        return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+
+    def _require_finite(self, losses: Float[np.ndarray, " R"], norms: Float[np.ndarray, " R"]) -> None:
+        bad = ~(np.isfinite(losses) & np.isfinite(norms))
         if bad.any():
             rates = ", ".join(f"{rate:g}" for rate, wrong in zip(self.rates, bad, strict=True) if wrong)
             raise NonFiniteLossError(
                 f"Step {self.steps}: the loss or gradient of the head(s) at learning rate {rates} is not finite "
-                f"(losses {[float(f'{value:.4g}') for value in values[: len(bad)]]}). No weight has moved. Look for "
+                f"(losses {[float(f'{value:.4g}') for value in losses]}). No weight has moved. Look for "
                 "damaged backbone weights, or lower learning_rates."
             )
 
 
-def _gradients(head: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in head.parameters() if parameter.grad is not None]
+def _check(candidates: Sequence[Candidate], ema: float, clip: float | None) -> None:
+    rates = [candidate.rate for candidate in candidates]
+    if not rates or len(set(candidates)) < len(candidates) or not all(0 < rate < math.inf for rate in rates):
+        raise ConfigError(
+            f"Candidates must be all different and their learning rates positive, found {len(candidates)} at {rates}."
+        )
+    if not 0 <= ema < 1:
+        raise ConfigError(f"ema: expected a decay in [0, 1), found {ema}.")
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"clip: expected a norm above 0, found {clip}.")
+
+
+def _names(head: nn.Module, trainable: Trainable | None) -> list[str]:
+    """Parameters that move, in the order of the head."""
+    able = [name for name, parameter in head.named_parameters() if parameter.requires_grad]
+    if trainable is None:
+        return able
+    wanted = list(trainable(head) if callable(trainable) else trainable)
+    found = {one: [name for name in able if name == one or name.startswith(f"{one}.")] for one in wanted}
+    missing = [one for one, names in found.items() if not names]
+    if missing or not wanted:
+        raise ConfigError(f"trainable: {missing or 'nothing'} named, of parameters {able}.")
+    chosen = {name for names in found.values() for name in names}
+    return [name for name in able if name in chosen]
+
+
+def _states(template: nn.Module, starts: Sequence[Mapping[str, Tensor] | None]) -> list[dict[str, Tensor]]:
+    """Where each head starts: as the template does, or from given weights."""
+
+    def snapshot() -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in template.state_dict().items()}
+
+    own, states = snapshot(), []
+    for start in starts:
+        if start is None:
+            states.append(own)
+            continue
+        try:
+            template.load_state_dict(dict(start))
+        except RuntimeError as error:
+            raise ConfigError(f"Initial weights are of another head: {error}") from error
+        states.append(snapshot())
+    return states
 
 
 def select(scores: Sequence[float], rates: Sequence[float]) -> float:
