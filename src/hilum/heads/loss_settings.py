@@ -141,6 +141,12 @@ class LossSettings:
     logit_adjusted: LogitAdjustedSettings = field(default_factory=LogitAdjustedSettings)
     """Of logit_adjusted."""
 
+    @property
+    def reduced(self) -> Literal["sum", "mean"]:
+        """How the named loss is reduced."""
+        named: dict[str, Literal["sum", "mean"]] = {"masked_bce_sum": "sum", "masked_bce_mean": "mean"}
+        return named.get(self.name, self.reduction)
+
 
 def second_stage(settings: LossSettings) -> LossSettings:
     """Deferred re-weighting (Cao 2019, algorithm 1): the settings for the last epochs, after those with `settings`."""
