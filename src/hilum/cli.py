@@ -304,6 +304,35 @@ def fit(
     program.run(fit_recipe(recipe, overrides or []), data, backbone, out, device)
 
 
+@app.command(epilog=example("hilum ablate slides --scale laptop --data store --out ablation seeds=[0,1,2,3,4]"))
+def ablate(
+    plan: Annotated[str, typer.Argument(help="slides, losses, labels, study; or a plan as YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, of the plan: seeds, bootstraps, ...", show_default=False)
+    ] = None,
+    data: Store = Path("store"),
+    out: Out = Path("ablation"),
+    scale: Annotated[
+        Literal["full", "laptop"] | None, typer.Option(help="Of a built-in plan; full, if not said.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The dataset that is judged; others are only learned from.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Rows, with commas; all if empty.")] = "",
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="NAME=RUN, weights in place of pretraining; may be repeated.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Heads made side by side, in processes.")] = 1,
+    device: Device = "auto",
+    show: Annotated[bool, typer.Option("--show", help="Print the plan as YAML, and run nothing.")] = False,
+) -> None:
+    """Make a table of configurations beside published numbers, with intervals; goes on where it was."""
+    from hilum.plans import carry_out
+
+    rows = [name.strip() for name in only.split(",") if name.strip()]
+    carry_out(plan, overrides or [], data, out, scale, target, rows, backbone or [], workers, device, show)
+
+
 @app.command()
 def recipes(
     name: Annotated[str, typer.Argument(help="One of them, to print it whole.", show_default=False)] = "",

@@ -44,6 +44,7 @@ def interval_track(
     reference: float | None = None,
     mark: str = "circle",
     hollow: bool = False,
+    beside: float | None = None,
 ) -> str:
     """A value with its interval on one line: a row of a forest plot.
 
@@ -56,10 +57,15 @@ def interval_track(
         mark: a name of `MARKS`.
         label: for screen readers.
         hollow: an outline only, for a difference that is not shown.
+        beside: somebody else's value, as a diamond of its own colour.
     """
     parts = [_grid(scale(tick)) for tick in ticks]
     if reference is not None:
         parts.append(_tick(scale(reference), "reference"))
+    if beside is not None:
+        parts.append(
+            f'<svg x="{scale(beside)}%" y="50%" overflow="visible"><path class="beside" d="{MARKS["diamond"]}"/></svg>'
+        )
     if value is not None and ends is not None:
         parts.append(_span(scale(ends[0]), scale(ends[1]), "interval"))
     if value is not None:
