@@ -207,7 +207,7 @@ class TextQueries(nn.Module):
 class AttentionTemperature(nn.Module):
     """An image's factor of the attention logits, in (1/e, e): mean token -> small network -> tanh -> exp.
 
-    Its hidden width (a quarter) and its start (factor 1: the last weights are 0) are choices made here.
+    Its hidden layer (a quarter of the width, GELU) and its start (factor 1: the last weights are 0) are choices made here.
     """
 
     def __init__(self, dim: int) -> None:
@@ -219,7 +219,7 @@ class AttentionTemperature(nn.Module):
 
     def forward(self, pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B 1 1 1"]:
         """Factors for mean tokens."""
-        return self.output(self.hidden(pooled).relu()).tanh().exp()[:, :, None, None]
+        return self.output(F.gelu(self.hidden(pooled))).tanh().exp()[:, :, None, None]
 
 
 class Pyramid(nn.Module):

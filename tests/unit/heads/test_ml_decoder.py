@@ -63,6 +63,42 @@ def test_initialisation_is_that_of_the_released_head() -> None:
     assert not decoder.duplicate_pooling_bias.detach().any()
 
 
+def test_without_options_every_number_is_that_of_the_first_version(make_features) -> None:
+    """Bit for bit: the order in which weights are drawn, and the operations from features to logits."""
+    head, features = small(), make_features(3)
+    torch.manual_seed(1)
+    project, queries = nn.Linear(12, 8), nn.Embedding(5, 8)
+    attention_weight, attention_out = torch.empty(24, 8), nn.Linear(8, 8)
+    nn.init.xavier_uniform_(attention_weight)
+    first, second, rows = nn.Linear(8, 12), nn.Linear(12, 8), torch.empty(5, 8, 1)
+    nn.init.xavier_normal_(rows)
+    nn.init.zeros_(attention_out.bias)
+    drawn = {
+        "embed_standart.weight": project.weight, "embed_standart.bias": project.bias,
+        "query_embed.weight": queries.weight, "layers.0.multihead_attn.in_proj_weight": attention_weight,
+        "layers.0.multihead_attn.in_proj_bias": torch.zeros(24),
+        "layers.0.multihead_attn.out_proj.weight": attention_out.weight,
+        "layers.0.multihead_attn.out_proj.bias": attention_out.bias, "layers.0.linear1.weight": first.weight,
+        "layers.0.linear1.bias": first.bias, "layers.0.linear2.weight": second.weight,
+        "layers.0.linear2.bias": second.bias, "duplicate_pooling": rows, "duplicate_pooling_bias": torch.zeros(5),
+    }  # fmt: skip
+    state = head.state_dict()
+    assert all(torch.equal(state[f"decoder.{name}"], value) for name, value in drawn.items())
+
+    memory = torch.relu(project(features.patches))
+    tokens = queries.weight.expand(3, -1, -1)
+    tokens = nn.functional.layer_norm(tokens + tokens, (8,))
+    parts = attention_weight.chunk(3)
+    q, k, v = (
+        nn.functional.linear(x, w, torch.zeros(8)).unflatten(-1, (2, 4)).transpose(1, 2)
+        for x, w in zip((tokens, memory, memory), parts, strict=True)
+    )
+    attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    tokens = nn.functional.layer_norm(tokens + attention_out(attended), (8,))
+    tokens = nn.functional.layer_norm(tokens + second(torch.relu(first(tokens))), (8,))
+    assert torch.equal(head(features), torch.einsum("bcd,cd->bc", tokens, rows[:, :, 0]))
+
+
 def reference(head: MLDecoder, features, masks=None) -> np.ndarray:
     """The head written out with torch's own attention, in float64, one finding at a time."""
     decoder = head.decoder.double()

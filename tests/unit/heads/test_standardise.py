@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from hilum.core.seeding import forked
 from hilum.heads.features import Features
-from hilum.heads.registry import HeadConfig, build_head
+from hilum.heads.registry import VIEWS_OF_HEADS, HeadConfig, build_head
 from hilum.heads.standardise import measure
 from hilum.heads.sweep import Sweep, prior_log_odds
 
@@ -23,7 +25,8 @@ def features(seed: int, patches: bool = True) -> Features:
 
     cls = torch.cat([draw(IMAGES) for _ in range(BLOCKS)], dim=1)
     tokens = torch.cat([draw(IMAGES, GRID[0] * GRID[1]) for _ in range(BLOCKS)], dim=2)
-    return Features(cls, draw(IMAGES), tokens if patches else None, GRID)
+    study, view = torch.arange(IMAGES) // 3, torch.arange(IMAGES) % 4
+    return Features(cls, draw(IMAGES), tokens if patches else None, GRID, study, view)
 
 
 def test_statistics_are_those_of_all_images_and_positions() -> None:
@@ -40,18 +43,42 @@ def test_statistics_are_those_of_all_images_and_positions() -> None:
     assert standard.cls[:, 3].abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        HeadConfig("linear", DIM, 3, BLOCKS),
-        HeadConfig("linear", DIM, 3, BLOCKS, patch_mean=True),
-        HeadConfig("ml_decoder", DIM, 3, BLOCKS, decoder_dim=8, decoder_feed_forward=8, decoder_heads=2),
-        HeadConfig("ml_decoder", DIM, 3, BLOCKS, decoder_dim=8, decoder_feed_forward=8, decoder_heads=2, cat_cls=True),
-    ],
-)
+OPTIONS = (
+    {}, {"cat_cls": True}, {"decoder_layers": 2, "positions": "sincos"}, {"query_groups": 2, "cat_cls": True},
+    {"cls_memory": True}, {"attention_temperature": True}, {"pyramid": True}, {"shared_output": True, "cat_cls": True},
+    {"text_dim": 4},
+)  # fmt: skip
+CONFIGS = [
+    *(
+        HeadConfig("linear", DIM, 3, BLOCKS, patch_mean=patch_mean, views=views)
+        for patch_mean in (False, True)
+        for views in VIEWS_OF_HEADS["linear"]
+    ),
+    *(
+        HeadConfig("ml_decoder", DIM, 3, BLOCKS, decoder_dim=8, decoder_feed_forward=8, decoder_heads=2, views=views)
+        for views in VIEWS_OF_HEADS["ml_decoder"]
+    ),
+    *(
+        HeadConfig("csra", DIM, 3, BLOCKS, views=views, csra_lambda=0.5, csra_temperatures=(1.0, 2.0, 99.0))
+        for views in VIEWS_OF_HEADS["csra"]
+    ),
+]
+CONFIGS = [
+    *(config for config in CONFIGS if config.name != "ml_decoder"),
+    *(
+        replace(config, **options)
+        for config in CONFIGS
+        if config.name == "ml_decoder"
+        for options in OPTIONS
+        if not (config.views == "attention" and "shared_output" in options)
+    ),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_folded_head_says_of_raw_features_what_it_said_of_standardised_ones(config: HeadConfig) -> None:
     with forked(0, "head"):
-        head = build_head(config).eval()
+        head = build_head(config, torch.randn(3, config.text_dim) if config.text_dim else None).eval()
         for parameter in head.parameters():
             parameter.data.normal_()
     measured = measure([features(0)])
@@ -60,7 +87,7 @@ def test_a_folded_head_says_of_raw_features_what_it_said_of_standardised_ones(co
         before = head(measured.apply(seen))
         head.absorb(measured)
         after = head(seen)
-    assert before.std() > 0.1
+    assert before.std() > 0.02
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
 
@@ -76,11 +103,14 @@ def test_prior_log_odds_count_known_labels_only() -> None:
     np.testing.assert_allclose(prior_log_odds(labels), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["linear", "ml_decoder"])
-def test_heads_start_from_the_prior(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("linear", "linear.bias"), ("ml_decoder", "decoder.duplicate_pooling_bias"), ("csra", "bias")],
+)
+def test_heads_start_from_the_prior(name: str, tensor: str) -> None:
     config = HeadConfig(name, DIM, 2, BLOCKS, decoder_dim=8, decoder_feed_forward=8, decoder_heads=2)  # type: ignore[arg-type]
     bias = torch.tensor([-2.0, 1.0])
     sweep = Sweep(config, [1e-3], 1, bias=bias)
-    assert torch.equal(sweep.candidates[0].head.bias.detach(), bias)
+    assert torch.equal(sweep.state(1e-3)[tensor], bias)
     start = Sweep(config, [1e-3], 1, bias=bias, initial=Sweep(config, [1e-3], 1).state(1e-3))
-    assert torch.equal(start.candidates[0].head.bias.detach(), torch.zeros(2))
+    assert torch.equal(start.state(1e-3)[tensor], torch.zeros(2))
