@@ -25,6 +25,7 @@ from hilum.deploy import model_files as files
 from hilum.deploy.out_of_sample import fit_calibrators
 from hilum.deploy.predictor import load
 from hilum.evaluation.predictions import read_predictions
+from hilum.heads import training
 from hilum.heads.config import FitConfig
 from hilum.heads.features import FeatureSource
 from hilum.heads.sweep import Sweep
@@ -98,14 +99,16 @@ def test_a_model_directory_is_complete_and_holds_no_pickle(folder: Path) -> None
 
 def test_search_record_says_what_was_chosen_and_why(folder: Path) -> None:
     record = json.loads((folder / "linear" / "search.json").read_text())
-    assert record["rates"] == [1e-3, 1e-2, 1e-1]
+    rates = [one["learning_rate"] for one in record["variants"]]
+    assert rates == [1e-3, 1e-2, 1e-1]
     assert [epoch["epoch"] for epoch in record["epochs"]] == [1, 2, 3]
     assert record["findings"] == ["Edema", "Hernia", "Mass"]
     last = record["epochs"][-1]["scores"]
     chosen = record["chosen"]
-    assert chosen["learning_rate"] == record["rates"][int(np.argmax(last))]
+    rate = chosen["variant"]["learning_rate"]
+    assert rate == rates[int(np.argmax(last))]
     assert chosen["score"] == max(last)
-    course = [epoch["scores"][record["rates"].index(chosen["learning_rate"])] for epoch in record["epochs"]]
+    course = [epoch["scores"][rates.index(rate)] for epoch in record["epochs"]]
     assert chosen["epoch"] == int(np.argmax(course)) + 1
     assert chosen["refit_epochs"] == max(round(chosen["epoch"] * 40 / 56), 1) == len(record["refit_losses"])
     assert len(chosen["reasons"]) == 3
@@ -119,7 +122,7 @@ def test_validation_predictions_are_those_of_the_search_head_and_score_as_record
     assert predictions.metadata["head_splits"] == ["train"]
     record = json.loads((folder / name / "search.json").read_text())
     chosen = record["chosen"]
-    recorded = record["epochs"][chosen["epoch"] - 1]["scores"][record["rates"].index(chosen["learning_rate"])]
+    recorded = record["epochs"][chosen["epoch"] - 1]["scores"][record["variants"].index(chosen["variant"])]
     from sklearn.metrics import average_precision_score
 
     values = []
@@ -224,7 +227,7 @@ def test_the_search_sees_train_alone_and_the_refit_train_and_val(folder: Path, t
             passes.append(np.concatenate(batches))
             return super().training(epoch, batches)
 
-    monkeypatch.setattr(fit, "Sweep", Watched)
+    monkeypatch.setattr(training, "Sweep", Watched)
     monkeypatch.setattr(fit, "FeatureSource", Source)
     fit.run(override(SMALL, ["stop_epoch=2", "refit_epochs=5"]), folder / "store", folder / "run", tmp_path / "model")
     assert [sorted(order.tolist()) for order in passes] == [list(range(40))] * 3 + [list(range(56))] * 2
@@ -232,7 +235,9 @@ def test_the_search_sees_train_alone_and_the_refit_train_and_val(folder: Path, t
     search, refit = sweeps
     assert (search.steps, search.total_steps) == (3 * 3, 3 * 3)  # 40 images in batches of 16
     assert (refit.steps, refit.total_steps) == (2 * 4, 5 * 4)  # 56 images
-    assert refit.rates == (json.loads((tmp_path / "model" / "search.json").read_text())["chosen"]["learning_rate"],)
+    assert refit.rates == (
+        json.loads((tmp_path / "model" / "search.json").read_text())["chosen"]["variant"]["learning_rate"],
+    )
 
 
 def test_class_aware_sampling_draws_rare_findings_more_and_reads_no_test_label(
@@ -275,10 +280,10 @@ def test_a_refit_starts_where_it_says(folder: Path, tmp_path: Path, monkeypatch,
             sweeps.append(self)
             starts.append({rate: self.state(rate) for rate in self.rates})
 
-    monkeypatch.setattr(fit, "Sweep", Watched)
+    monkeypatch.setattr(training, "Sweep", Watched)
     fit.run(override(SMALL, [f"refit_init={init}"]), folder / "store", folder / "run", tmp_path / "model")
     chosen = json.loads((tmp_path / "model" / "search.json").read_text())["chosen"]
-    rate = chosen["learning_rate"]
+    rate = chosen["variant"]["learning_rate"]
     began, ended = starts[0][rate]["linear.weight"], sweeps[0].state(rate)["linear.weight"]
     assert torch.equal(starts[1][rate]["linear.weight"], ended if init == "warm" else began)
     assert not torch.equal(ended, began)

@@ -8,16 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Int64
+import torch
+from jaxtyping import Bool, Float32, Int, Int64
 
 from hilum.backbones.vit import SIZES, VisionTransformer
 from hilum.backbones.weights import load_backbone, read_backbone_config, resolve_weights
 from hilum.core.errors import ConfigError, LeakageError, PreprocessingMismatchError, UnknownNameError
-from hilum.core.seeding import forked
-from hilum.core.types import POSITIVE, UNKNOWN
+from hilum.core.seeding import forked, stream
+from hilum.core.tracking import progress, say
+from hilum.core.types import POSITIVE, UNKNOWN, view_kind
+from hilum.data.label_maps import apply_hierarchy
 from hilum.data.labels import frequency_groups
 from hilum.data.store import Store
+from hilum.data.studies import StudyIndex
 from hilum.deploy.model_files import Finding
+from hilum.deploy.predictor import load
+from hilum.heads.config import FitConfig
+from hilum.heads.sources import parse_source_weights
+from hilum.heads.targets import pseudo_targets
+from hilum.heads.text_queries import read_vectors
+from hilum.heads.training import LearningSet
 from hilum.pretraining.exposure import SEEN_NAME, Seen, leak_of, read_seen
 
 RANDOM = "random:"
@@ -37,6 +47,10 @@ class Examples:
     """By store index; unknown for other splits, and for findings without a positive training image."""
     scored: Bool[np.ndarray, " C"]
     """Findings that are trained and have a validation positive."""
+    sources: tuple[str, ...]
+    """Datasets with training images; the first is the one that is predicted for."""
+    unused: int = 0
+    """Images of train and val that the settings leave out."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,30 +58,83 @@ class Examples:
         return tuple(finding.name for finding in self.findings)
 
     @property
+    def studies(self) -> Int64[np.ndarray, " N"]:
+        """Study of every image of the store."""
+        return StudyIndex(self.store).of_image
+
+    @property
+    def views(self) -> Int64[np.ndarray, " N"]:
+        """Position in `VIEW_KINDS` of every image of the store."""
+        names, of_image = np.unique(self.store.views, return_inverse=True)
+        return np.array([view_kind(name) for name in names.tolist()], dtype=np.int64)[of_image.reshape(-1)]
+
+    @property
+    def source_of_image(self) -> Int64[np.ndarray, " N"]:
+        """Position in `sources` of every image of the store; 0 for datasets without training images."""
+        numbers = {name: number for number, name in enumerate(self.sources)}
+        names, of_image = np.unique(self.store.datasets, return_inverse=True)
+        return np.array([numbers.get(name, 0) for name in names.tolist()], dtype=np.int64)[of_image.reshape(-1)]
+
+    def describe_sources(self) -> dict[str, dict[str, int]]:
+        """Training and validation images of each dataset, for `config.json`."""
+        return {
+            name: {
+                split: int((self.store.datasets[images] == name).sum())
+                for split, images in (("train", self.train), ("val", self.val))
+            }
+            for name in self.sources
+        }
+
+    @property
     def both(self) -> Int64[np.ndarray, " k"]:
         """Store indices of train and val."""
         return np.concatenate([self.train, self.val])
 
 
-def open_examples(data: Path, wanted: tuple[str, ...] | None) -> Examples:
+def open_examples(
+    data: Path,
+    wanted: tuple[str, ...] | None,
+    datasets: tuple[str, ...] | None = None,
+    target: str | None = None,
+    train_images: int | None = None,
+    val_images: int | None = None,
+    seed: int = 0,
+    hierarchy: bool = False,
+) -> Examples:
     """Read the splits and labels of a store.
 
     Args:
         data: the store.
         wanted: findings, in the order they shall have; None: all.
+        datasets: learn from these alone; None: all.
+        target: the dataset that is predicted for: validation is its images alone; None: all, and the one with most
+            validation images counts as the first source.
+        train_images: at most so many images to learn from, whole patients drawn by the seed; None: all.
+        val_images: the same of validation.
+        seed: of the draw.
+        hierarchy: fill unknown findings from their relatives (`data.label_maps.apply_hierarchy`).
 
     Raises:
         ConfigError: no training or validation split, or no finding that can be both learned and scored.
         LeakageError: a patient in two splits.
-        UnknownNameError: a finding that the store does not have.
+        UnknownNameError: a finding or a dataset that the store does not have.
     """
     store = Store.open(data)
     train, val = store.indices("train"), store.indices("val")
     _check_splits(store, train, val)
+    available = len(train) + len(val)
+    train, val, sources = _choose_datasets(store, train, val, datasets, target)
+    train, val = (
+        _budget(store, images, budget, seed, split)
+        for images, budget, split in ((train, train_images, "train"), (val, val_images, "val"))
+    )
     names = _choose_findings(store, wanted)
     labels = np.full((len(store), len(names)), UNKNOWN, dtype=np.int8)
     both = np.concatenate([train, val])
-    labels[both] = store.labels[both][:, [store.findings.index(name) for name in names]]
+    of_both = store.labels[both]
+    if hierarchy:  # relatives may stand among the findings that are not wanted
+        of_both = apply_hierarchy(of_both, store.findings).codes
+    labels[both] = of_both[:, [store.findings.index(name) for name in names]]
     findings = _describe_findings(names, labels[train])
     trained = np.array([finding.trained for finding in findings])
     labels[:, ~trained] = UNKNOWN  # without a positive there is nothing to learn; their predictions are null
@@ -77,7 +144,7 @@ def open_examples(data: Path, wanted: tuple[str, ...] | None) -> Examples:
             f"{data}: none of {len(names)} findings has positive images in both train and val; there is nothing to "
             "select a learning rate on. Check the labels and the splits (`hilum audit`)."
         )
-    return Examples(store, train, val, findings, labels, scored)
+    return Examples(store, train, val, findings, labels, scored, sources, available - len(train) - len(val))
 
 
 def _check_splits(store: Store, train: np.ndarray, val: np.ndarray) -> None:
@@ -101,6 +168,43 @@ def _check_splits(store: Store, train: np.ndarray, val: np.ndarray) -> None:
             )
 
 
+def _choose_datasets(
+    store: Store, train: np.ndarray, val: np.ndarray, datasets: tuple[str, ...] | None, target: str | None
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Images of the wanted datasets, and the datasets to learn from, the target first."""
+    known = sorted(set(store.datasets.tolist()))
+    for name in (*(datasets or ()), *(() if target is None else (target,))):
+        if name not in known:
+            raise UnknownNameError("dataset of the store", name, known)
+    if datasets is not None:
+        train = train[np.isin(store.datasets[train], datasets)]
+    if target is not None:
+        val = val[store.datasets[val] == target]
+    if not len(train) or not len(val):
+        raise ConfigError(
+            f"{store.path}: {len(train)} training images of {', '.join(datasets or ('all datasets',))} and {len(val)} "
+            f"validation images of {target or 'all datasets'}; both are needed. Check `datasets` and `target`."
+        )
+    most, counts = np.unique(store.datasets[val], return_counts=True)
+    first = target or str(most[counts.argmax()])
+    others = [name for name in np.unique(store.datasets[train]).tolist() if name != first]
+    return train, val, (first, *others)
+
+
+def _budget(store: Store, images: np.ndarray, budget: int | None, seed: int, split: str) -> np.ndarray:
+    """Whole patients, in an order of the seed, as long as they fit the budget; the last one is cut to fill it exactly.
+
+    RPIDIAL/CheXFound linear_glori.py trains few-shot heads on the few images and then on the whole validation set; here
+    each split has a budget of its own, and the refit sees what the search saw.
+    """
+    if budget is None or budget >= len(images):
+        return images
+    patients = np.char.add(np.char.add(store.datasets[images], "\x1f"), store.patients[images])
+    _, of_image = np.unique(patients, return_inverse=True)
+    turn = stream(seed, "image budget", split).permutation(int(of_image.max()) + 1)
+    return np.sort(images[np.argsort(turn[of_image], kind="stable")[:budget]])
+
+
 def _choose_findings(store: Store, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
     names = store.findings if wanted is None else wanted
     for name in names:
@@ -118,6 +222,62 @@ def _describe_findings(names: tuple[str, ...], train_labels: Int[np.ndarray, "N 
         Finding(name, groups[name], positives[column] > 0, positives[column], known[column])
         for column, name in enumerate(names)
     )
+
+
+def open_learning_set(config: FitConfig, examples: Examples, device: torch.device) -> LearningSet:
+    """The examples as heads learn from them: studies, sources, pseudo-labels and text vectors where settings ask.
+
+    Raises:
+        ConfigError, UnknownNameError: weights of datasets that are not there, or findings without a text vector.
+        LeakageError: the model that gives pseudo-labels was trained on validation images.
+    """
+    soft = None
+    if config.pseudo_labels is not None:
+        soft = _pseudo_labels(config, examples, device)
+    several = bool(config.source_weights) or config.source_bias
+    text = None
+    if config.text_vectors is not None:
+        text = torch.from_numpy(read_vectors(config.text_vectors, examples.names))
+    return LearningSet(
+        examples.train, examples.val, examples.labels, soft,
+        studies=examples.studies if config.needs_studies else None,
+        views=examples.views if config.needs_studies else None,
+        sources=examples.source_of_image if several else None,
+        source_weights=parse_source_weights(config.source_weights, examples.sources) if several else None,
+        text=text,
+    )  # fmt: skip
+
+
+def _pseudo_labels(
+    config: FitConfig, examples: Examples, device: torch.device
+) -> tuple[Float32[np.ndarray, "N C"], Float32[np.ndarray, "N C"]]:
+    """Values and weights of all images: labels where known, the teacher's probabilities where not, in training alone.
+
+    Validation images keep their labels: what is unknown there judges nothing and, in the refit, teaches nothing.
+    """
+    assert config.pseudo_labels is not None
+    teacher = load(config.pseudo_labels, str(device))
+    store, train = examples.store, examples.train
+    met = teacher.exposure.count(store.uids[examples.val], store.pictures[examples.val])
+    if trained_on := met["train"] + met["val"]:
+        raise LeakageError(
+            f"{config.pseudo_labels} was trained on {trained_on} of {len(examples.val)} validation images; its "
+            "pseudo-labels would carry their labels into training. Fit the teacher on the same splits with refit=false."
+        )
+    with progress("pseudo-labels", len(train), "images") as bar:
+        predicted = teacher.predict_store(
+            store, train, batch_size=config.batch_size, workers=config.workers, done=bar.advance
+        )
+    place = {name: column for column, name in enumerate(predicted.findings)}
+    columns = [column for column, finding in enumerate(examples.findings) if finding.trained and finding.name in place]
+    probabilities = np.full(examples.labels.shape, np.nan)
+    found = predicted.probabilities[:, [place[examples.names[column]] for column in columns]]
+    probabilities[train[:, None], np.array(columns)] = found
+    low, high = 0.5 - config.pseudo_certainty, 0.5 + config.pseudo_certainty
+    values, weights = pseudo_targets(examples.labels, probabilities, weight=config.pseudo_weight, low=low, high=high)
+    filled = int(((weights[train] > 0) & (examples.labels[train] < 0)).sum())
+    say(f"Pseudo-labels: {filled} of {int((examples.labels[train] < 0).sum())} unknown training labels filled")
+    return values, weights
 
 
 @dataclass(frozen=True)

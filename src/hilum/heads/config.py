@@ -1,22 +1,30 @@
 """Settings of a head and its training; `commands/fit.py` runs them, `recipes.py` names them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from hilum.core.errors import ConfigError, UnknownNameError
+from hilum.heads.loss_settings import LossSettings
 from hilum.heads.losses import LOSSES
-from hilum.heads.protocol import RefitInit
+from hilum.heads.protocol import RefitInit, Variant
 from hilum.heads.registry import HeadConfig
 from hilum.heads.sweep import SLIDES_RATES
+from hilum.heads.tune_settings import TuneSettings
 
 
 @dataclass(frozen=True)
 class FitConfig:
     """Settings of a head and its training. Defaults: the slides' ML-Decoder, its stopping epoch left to validation."""
 
-    head: Literal["linear", "ml_decoder"] = "ml_decoder"
+    head: Literal["linear", "ml_decoder", "csra"] = "ml_decoder"
     """Which head."""
+    views: Literal["single", "concat", "set", "attention", "memory"] = "single"
+    """What a head makes of the other images of a study. single: nothing. concat (linear): [image; a partner], as on the
+    slides. set (linear): own features and the means over the study's frontal, lateral and other images. attention
+    (every head): logits of the study's images, weighted by learned attention. memory (ml_decoder): each query reads
+    the patches of all images of the study."""
     resolution: int | None = None
     """Side of the square images, pixels; None: the backbone's own."""
     blocks: int = 4
@@ -31,22 +39,56 @@ class FitConfig:
     """Decoder: attention heads; divides `decoder_dim`."""
     dropout: float = 0.1
     """Decoder: probability of dropping while training."""
-    queries: Literal["fixed", "learnable"] = "fixed"
-    """Decoder: random queries that stay (the slides), or are trained."""
+    queries: Literal["fixed", "learnable", "text"] = "fixed"
+    """Decoder: random queries that stay (the slides), are trained, or are projected from `text_vectors`."""
+    text_vectors: Path | None = None
+    """Decoder with queries=text: file of one vector per finding (docs/how-to/add-findings.md)."""
+    decoder_layers: int = 1
+    """Decoder: layers."""
+    query_groups: int | None = None
+    """Decoder: queries, each for ceil(findings / queries) findings (ML-Decoder's groups); None: one per finding."""
+    cls_memory: bool = False
+    """Decoder: put the [CLS] of the n blocks into the memory, as one more token."""
+    positions: Literal["none", "sincos"] = "none"
+    """Decoder: add fixed 2-D sines and cosines of a patch's place to the memory."""
+    attention_temperature: bool = False
+    """Decoder: sharpen or soften attention by a factor in (1/e, e) that a small network gives for each image."""
+    pyramid: bool = False
+    """Decoder: add means over 8 x 8, 4 x 4 and 2 x 2 patches to the memory."""
+    shared_output: bool = False
+    """Decoder: one output row for all findings, which can score findings it has not seen."""
+    csra_lambda: float = 0.1
+    """CSRA: weight of the attended score beside the mean score."""
+    csra_temperatures: tuple[float, ...] = (1.0,)
+    """CSRA: one head for each temperature; 99 and more: the largest score."""
     cat_cls: bool = False
     """Decoder: put the [CLS] of the n blocks before each query's output."""
     learning_rates: tuple[float, ...] = SLIDES_RATES
     """Tried side by side."""
+    also_blocks: tuple[int, ...] = ()
+    """Further numbers of blocks, each tried at every rate in the same pass over the backbone."""
+    also_patch_mean: bool = False
+    """Linear: also try each of these with the other setting of `patch_mean`."""
+    prune_after: tuple[int, ...] = ()
+    """After these search epochs only the better half of what is tried goes on; empty: all go on to the end."""
     search_epochs: int = 10
     """Epochs of the search, and length of its cosine."""
     refit_epochs: int = 10
     """Length of the refit's cosine, epochs; the refit may stop before."""
     stop_epoch: int | None = None
     """Take the refit's weights after this epoch (2 in the slides); None: derived from the best search epoch."""
+    refit: bool = True
+    """False: the search head itself is the model; it has not seen validation, and can teach (`pseudo_labels`)."""
     refit_init: RefitInit = "cold"
     """cold: the refit starts from the initial weights; warm: from the search head, as the released code does."""
     loss: str = "masked_bce_sum"
     """A key of `hilum.heads.losses.LOSSES`."""
+    losses: LossSettings = field(default_factory=LossSettings)
+    """Settings of whichever loss `loss` names; those of the others are not read."""
+    deferred: float = 1.0
+    """From this share of the epochs on, the loss weighs findings by their rarity (LDAM-DRW); 1: never."""
+    hierarchy: bool = False
+    """Fill unknown findings from their relatives: a rib fracture is a fracture (training and validation labels)."""
     batch_size: int = 256
     """Images a step; also of validation and prediction."""
     standardise: bool = False
@@ -55,6 +97,13 @@ class FitConfig:
     """Start biases from the log-odds of each finding in the training images instead of 0."""
     weight_decay: float = 1e-4
     """AdamW, on every parameter of the head."""
+    ema: float = 0.0
+    """Decay per step of a running mean of the weights, which is what is judged and kept; 0: the weights themselves."""
+    consistency: float = 0.0
+    """Weight of the difference between the predictions of the images of one study; batches then hold whole studies."""
+    classifier_epochs: int = 0
+    """After the search and the refit, so many epochs more for the classifier alone, images drawn class-aware
+    (Kang 2020, "Decoupling"); 0: none. The number of epochs before is then fixed, not chosen."""
     sampling: Literal["natural", "class_aware"] = "natural"
     """natural: every training image once an epoch. class_aware: images of rare findings more often, others less."""
     sampling_power: float = 0.5
@@ -73,8 +122,30 @@ class FitConfig:
     """Of matrix products, in training and prediction; weights and losses are float32."""
     flip_average: bool = False
     """Predict the mean over an image and its mirror image."""
+    tune: TuneSettings = field(default_factory=TuneSettings)
+    """Train the backbone too, after the head has converged; off by default."""
     findings: tuple[str, ...] | None = None
     """Which findings of the store, in this order; None: all."""
+    datasets: tuple[str, ...] | None = None
+    """Learn from images of these datasets alone; None: all of the store. Findings that a dataset does not annotate are
+    unknown in its images, and train nothing."""
+    target: str | None = None
+    """The dataset that is predicted for: selection and calibration see its images alone; None: all."""
+    source_weights: tuple[str, ...] = ()
+    """How much an image of a dataset counts in the loss, as in chexpert=0.5; others count 1."""
+    source_bias: bool = False
+    """In training, images of other datasets than the target have a bias of their own for every finding."""
+    pseudo_labels: Path | None = None
+    """A MODEL whose probabilities stand in for unknown labels of training images; one that has not seen validation
+    (`refit=false`)."""
+    pseudo_weight: float = 0.5
+    """How much such an entry counts."""
+    pseudo_certainty: float = 0.0
+    """Entries count only where the teacher's probability is at least this far from 0.5, of 0.5 at most."""
+    train_images: int | None = None
+    """Learn from so many images only, drawn by patient."""
+    val_images: int | None = None
+    """Select, calibrate and refit with so many validation images only."""
     threads: int | None = None
     """CPU threads of torch; None leaves torch's choice. Another number changes results in the last bits."""
     workers: int = 2
@@ -85,12 +156,12 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name in (
             "blocks", "search_epochs", "refit_epochs", "batch_size", "decoder_dim", "decoder_feed_forward",
-            "decoder_heads", "resolution", "threads",
+            "decoder_heads", "resolution", "threads", "train_images", "val_images",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {value}.")
-        for name in ("augmented_views", "weight_decay", "workers"):
+        for name in ("augmented_views", "weight_decay", "workers", "consistency", "classifier_epochs"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}.")
         if self.decoder_dim % self.decoder_heads:
@@ -104,16 +175,57 @@ class FitConfig:
             raise ConfigError(f"learning_rates: expected one or more, positive and all different, found {list(rates)}.")
         if self.stop_epoch is not None and not 1 <= self.stop_epoch <= self.refit_epochs:
             raise ConfigError(f"stop_epoch: expected 1 to refit_epochs = {self.refit_epochs}, found {self.stop_epoch}.")
+        if any(blocks < 1 for blocks in self.also_blocks) or not 0 <= self.ema < 1:
+            raise ConfigError(
+                f"also_blocks {list(self.also_blocks)} and ema {self.ema}: expected 1 or more, a decay in [0, 1)."
+            )
+        if not 0 <= self.pseudo_weight <= 1 or not 0 <= self.pseudo_certainty <= 0.5:
+            raise ConfigError(
+                f"pseudo_weight {self.pseudo_weight} and pseudo_certainty {self.pseudo_certainty}: expected a weight "
+                "in [0, 1] and a distance in [0, 0.5]."
+            )
+        if any(not 1 <= epoch < self.search_epochs for epoch in self.prune_after):
+            raise ConfigError(
+                f"prune_after: expected epochs before the last of {self.search_epochs}, found {list(self.prune_after)}."
+            )
+        if self.classifier_epochs and (self.refit_init == "warm" or self.stop_epoch is not None):
+            raise ConfigError("classifier_epochs goes with neither refit_init=warm nor stop_epoch.")
         if not 0 <= self.sampling_power <= 2:
             raise ConfigError(f"sampling_power: expected 0 to 2, found {self.sampling_power}.")
         if self.loss not in LOSSES:
             raise UnknownNameError("loss", self.loss, LOSSES)
+        if self.losses.name not in (LossSettings().name, self.loss):
+            raise ConfigError("losses.name: name the loss by `loss`.")
+        if not 0 <= self.deferred <= 1:
+            raise ConfigError(f"deferred: expected a share in [0, 1], found {self.deferred}.")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1 or not 0 <= self.flip <= 1:
             raise ConfigError(f"crop_scale {self.crop_scale} and flip {self.flip}: expected shares between 0 and 1.")
 
-    def describe_head(self, embed_dim: int, findings: int) -> HeadConfig:
-        """The head on a backbone of that width."""
+    @property
+    def needs_studies(self) -> bool:
+        """Whether batches have to hold whole studies."""
+        return self.views != "single" or self.consistency > 0
+
+    def describe_loss(self) -> LossSettings:
+        """The loss by name with its settings."""
+        return replace(self.losses, name=self.loss)
+
+    def variants(self) -> tuple[Variant, ...]:
+        """All that the search tries."""
+        blocks = dict.fromkeys((self.blocks, *self.also_blocks))
+        means = (self.patch_mean, not self.patch_mean) if self.also_patch_mean else (self.patch_mean,)
+        return tuple(Variant(rate, n, mean) for n in blocks for mean in means for rate in self.learning_rates)
+
+    def describe_head(
+        self, embed_dim: int, findings: int, variant: Variant | None = None, text_dim: int = 0
+    ) -> HeadConfig:
+        """The head on a backbone of that width; of a variant, or as the settings name it."""
+        chosen = variant or Variant(self.learning_rates[0], self.blocks, self.patch_mean)
         return HeadConfig(
-            self.head, embed_dim, findings, self.blocks, self.patch_mean, self.decoder_dim, self.decoder_feed_forward,
-            self.decoder_heads, self.dropout, self.queries == "learnable", self.cat_cls,
+            self.head, embed_dim, findings, chosen.blocks, chosen.patch_mean, self.decoder_dim,
+            self.decoder_feed_forward, self.decoder_heads, self.dropout, self.queries == "learnable", self.cat_cls,
+            views=self.views, decoder_layers=self.decoder_layers, query_groups=self.query_groups,
+            cls_memory=self.cls_memory, text_dim=text_dim, positions=self.positions,
+            attention_temperature=self.attention_temperature, pyramid=self.pyramid, shared_output=self.shared_output,
+            csra_lambda=self.csra_lambda, csra_temperatures=self.csra_temperatures,
         )  # fmt: skip

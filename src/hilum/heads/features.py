@@ -63,7 +63,7 @@ def extract(
     patches: bool,
     precision: str = "fp32",
 ) -> Features:
-    """Features of a batch of grey images on the backbone's device.
+    """Features of a batch of grey images on the backbone's device, out of reach of gradients.
 
     Args:
         backbone: frozen, in evaluation mode.
@@ -74,6 +74,18 @@ def extract(
         precision: "bf16" runs the backbone under autocast; what comes out is float32 either way.
     """
     assert not backbone.training, "features come from a frozen backbone in evaluation mode"
+    return read_tokens(backbone, images, recipe, blocks, patches, precision)
+
+
+def read_tokens(
+    backbone: VisionTransformer,
+    images: UInt8[Tensor, "B 1 H W"],
+    recipe: Preprocessing,
+    blocks: int,
+    patches: bool,
+    precision: str = "fp32",
+) -> Features:
+    """As `extract`, with gradients to whatever in the backbone asks for them."""
     height, width = images.shape[2] // backbone.config.patch_size, images.shape[3] // backbone.config.patch_size
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         tokens = backbone.intermediate(normalise(images, recipe), blocks)
@@ -239,9 +251,15 @@ class FeatureSource:
                 cache.put(self.rows[indices], features)
             yield batch, cache.get(self.rows[batch], self.device)
 
-    def _compute(self, view: int, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Features]]:
+    def squares(
+        self, view: int, batches: Iterable[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, UInt8[Tensor, "B 1 S S"]]]:
+        """The crops of a view, batch by batch, on the device: (store indices, images)."""
         for indices, crops in read_ahead(batches, lambda index: self.pixels(index, view), self.workers):
-            images = to_batch(crops).to(self.device)
+            yield indices, to_batch(crops).to(self.device)
+
+    def _compute(self, view: int, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Features]]:
+        for indices, images in self.squares(view, batches):
             yield indices, extract(self.backbone, images, self.recipe, self.blocks, self.patches, self.precision)
 
 

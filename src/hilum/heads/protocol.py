@@ -1,4 +1,4 @@
-"""How a learning-rate search ends: which rate, which epoch, how long the refit is, and the record of it.
+"""How a search ends: which candidate, which epoch, how long the refit is, and the record of it.
 
 Pure functions of scores and counts (docs/reference/model.md, fit protocol). Scores come from whoever computes them;
 no metric is known here.
@@ -11,35 +11,53 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from hilum.heads.sweep import select
+from hilum.core.errors import ConfigError
 
 RefitInit = Literal["cold", "warm"]
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What a search tries: a head that differs from the others in these alone."""
+
+    learning_rate: float
+    blocks: int
+    """n, last blocks whose tokens it reads."""
+    patch_mean: bool = False
+    """Linear: the mean patch token beside [CLS]."""
+
+    def __str__(self) -> str:
+        return f"rate {self.learning_rate:g}, {self.blocks} blocks" + (", patch mean" if self.patch_mean else "")
+
+
+@dataclass(frozen=True)
 class SearchEpoch:
-    """One epoch of the search, over all rates in their order."""
+    """One epoch of the search, over all candidates in their order; None for those that were pruned before."""
 
     epoch: int
     """From 1."""
-    scores: tuple[float, ...]
+    scores: tuple[float | None, ...]
     """Macro average precision on validation, after the epoch."""
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]
     """Mean training loss of a step, during the epoch."""
+    stage: Literal["whole", "classifier"] = "whole"
+    """What was trained."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """What a search decided, and why."""
 
-    learning_rate: float
+    variant: Variant
     """Of the refit, and of the head that calibration sees."""
     epoch: int
     """Search epoch (from 1) whose weights predict validation for calibration."""
     score: float
-    """Validation score at the chosen rate after the last search epoch, the one it was chosen by."""
+    """Validation score of the chosen one after the last search epoch, by which it was chosen."""
     refit_epochs: int
-    """Epochs that the refit runs before its weights are taken."""
+    """Epochs that the refit runs before its weights are taken; 0: there is no refit."""
+    classifier_epochs: int
+    """Epochs of the refit for the classifier alone, after those."""
     reasons: tuple[str, ...]
     """For people."""
 
@@ -54,7 +72,7 @@ class SearchRecord:
     """Over which the criterion is averaged."""
     train_images: int
     val_images: int
-    rates: tuple[float, ...]
+    variants: tuple[Variant, ...]
     epochs: tuple[SearchEpoch, ...]
     chosen: Choice
     refit_init: RefitInit
@@ -62,38 +80,76 @@ class SearchRecord:
     """Mean training loss of a step, each refit epoch."""
 
 
+def best(scores: Sequence[float | None], variants: Sequence[Variant]) -> int:
+    """Position of the highest score; of equal ones the lower rate, then fewer blocks, then no patch mean.
+
+    Raises:
+        ConfigError: a score that is not finite, or nothing to choose from.
+    """
+    alive = [(score, one, place) for place, (score, one) in enumerate(zip(scores, variants, strict=True))
+             if score is not None]  # fmt: skip
+    if not alive or not np.isfinite([score for score, _, _ in alive]).all():
+        raise ConfigError(f"Cannot choose among {', '.join(map(str, variants))} by scores {list(scores)}.")
+    return min(alive, key=lambda row: (-row[0], row[1].learning_rate, row[1].blocks, row[1].patch_mean))[2]
+
+
+def survivors(scores: Sequence[float], variants: Sequence[Variant]) -> list[int]:
+    """Positions of the better half (rounded up), ties as `best` breaks them, in their order."""
+    left: list[float | None] = list(scores)
+    kept = []
+    while len(kept) < -(-len(scores) // 2):
+        kept.append(best(left, variants))
+        left[kept[-1]] = None
+    return sorted(kept)
+
+
 def choose(
-    scores: Float[np.ndarray, "E R"],
-    rates: Sequence[float],
+    epochs: Sequence[SearchEpoch],
+    variants: Sequence[Variant],
     *,
     train_images: int,
     val_images: int,
     refit_epochs: int,
     stop_epoch: int | None,
     refit_init: RefitInit,
+    refit: bool = True,
 ) -> Choice:
-    """Decide from the validation scores of every epoch and rate.
+    """Decide from the validation scores of every epoch and candidate.
 
-    The rate is the best after the last epoch, the lower of equals. The refit stops at `stop_epoch` where that is given;
-    else at the chosen rate's best epoch (the first of equals) times n_train / (n_train + n_val), because an epoch of
-    the refit has that many more steps; at least 1, at most `refit_epochs`.
+    The candidate is the best after the last epoch (`best`). The refit stops at `stop_epoch` where that is given; else
+    at the chosen one's best epoch (the first of equals) times n_train / (n_train + n_val), because an epoch of the
+    refit has that many more steps; at least 1, at most `refit_epochs`. A search that ends with a classifier stage is
+    taken as it ends, and both stages of the refit are scaled.
 
     The search weights that calibrate are those closest to the refit head in training: of the epoch at which the refit
     stops (`stop_epoch`), or of the best epoch; of the last where the refit goes on from there (warm).
     """
-    last = len(scores)
-    rate = select(scores[-1].tolist(), rates)
-    course = scores[:, list(rates).index(rate)]
-    best = int(np.argmax(course)) + 1
-    reasons = [f"rate {rate:g}: highest score after search epoch {last}, the lower rate of equals"]
+    last = len(epochs)
+    place = best(epochs[-1].scores, variants)
+    chosen, score = variants[place], epochs[-1].scores[place]
+    assert score is not None
+    course: Float[np.ndarray, " E"] = np.array([epoch.scores[place] for epoch in epochs], dtype=np.float64)
+    peak, share = int(np.argmax(course)) + 1, train_images / (train_images + val_images)
+    classifier = sum(epoch.stage == "classifier" for epoch in epochs)
+    reasons = [f"{chosen}: highest score after search epoch {last}, the lower rate of equals"]
+    if not refit:
+        epoch = min(stop_epoch or (last if classifier else peak), last)
+        reasons.append(f"no refit: the head of search epoch {epoch} is the model; it has not seen validation")
+        return Choice(chosen, epoch, score, 0, 0, tuple(reasons))
+    if classifier:
+        stop, epoch = max(round((last - classifier) * share), 1), last
+        classifier = max(round(classifier * share), 1)
+        reasons.append(
+            f"refit: {stop} epochs, then {classifier} of the classifier alone: the search's times {share:.3f}"
+        )
+        return Choice(chosen, epoch, score, min(stop, refit_epochs), classifier, tuple(reasons))
     if stop_epoch is not None:
         stop, epoch = stop_epoch, min(stop_epoch, last)
         reasons.append(f"refit stops after epoch {stop}: stop_epoch, fixed in the settings")
     else:
-        share = train_images / (train_images + val_images)
-        stop, epoch = min(max(round(best * share), 1), refit_epochs), best
+        stop, epoch = min(max(round(peak * share), 1), refit_epochs), peak
         reasons.append(
-            f"refit stops after epoch {stop}: search epoch {best} was best at this rate, times {share:.3f} = n_train / "
+            f"refit stops after epoch {stop}: search epoch {peak} was best of this one, times {share:.3f} = n_train / "
             f"(n_train + n_val), at least 1, at most {refit_epochs}"
         )
     if refit_init == "warm":
@@ -101,4 +157,4 @@ def choose(
         reasons.append(f"calibration sees search epoch {epoch}: the weights that the refit starts from (warm)")
     else:
         reasons.append(f"calibration sees search epoch {epoch}: trained as long as the refit head, without validation")
-    return Choice(rate, epoch, float(course[-1]), stop, tuple(reasons))
+    return Choice(chosen, epoch, score, stop, 0, tuple(reasons))

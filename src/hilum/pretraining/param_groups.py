@@ -4,35 +4,13 @@ Takes the student (backbone, dino_head, ibot_head), gives optimizer groups that 
 the scheduled values of a step into each group's own. Rules of facebookresearch/dinov2 utils/param_groups.py.
 """
 
-import re
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from hilum.backbones.layer_rates import layer_multiplier, takes_weight_decay
 from hilum.pretraining.schedules import Values
-
-_EMBEDDING = re.compile(r"pos_embed|patch_embed|mask_token|cls_token|register_tokens")
-_BLOCK = re.compile(r"\bblocks\.(\d+)\.")
-
-
-def layer_multiplier(name: str, depth: int, decay: float) -> float:
-    """decay^(depth + 1 - layer): embeddings are layer 0, block i is layer i + 1, the rest (final norm) is depth + 1.
-
-    Args:
-        name: of a parameter inside the backbone.
-        depth: number of blocks.
-        decay: factor per layer; 1 treats all layers alike.
-    """
-    block = _BLOCK.search(name)
-    layer = 0 if _EMBEDDING.search(name) else int(block[1]) + 1 if block else depth + 1
-    return decay ** (depth + 1 - layer)
-
-
-def takes_weight_decay(name: str) -> bool:
-    """False for biases, norms and LayerScale; true for the rest: position table, tokens and prototypes included."""
-    return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-
 
 def parameter_groups(
     student: nn.Module, depth: int, layer_decay: float = 0.9, patch_embed_factor: float = 0.2

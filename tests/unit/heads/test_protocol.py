@@ -4,22 +4,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hilum.core.config import from_dict, to_dict
-from hilum.heads.protocol import SearchEpoch, SearchRecord, choose
+from hilum.core.errors import ConfigError
+from hilum.heads.protocol import SearchEpoch, SearchRecord, Variant, best, choose, survivors
 
-RATES = (1e-4, 1e-3, 1e-2)
+VARIANTS = tuple(Variant(rate, 4) for rate in (1e-4, 1e-3, 1e-2))
 SCORES = np.array([[0.1, 0.2, 0.5], [0.2, 0.4, 0.3], [0.3, 0.35, 0.35]])
 
 
-def decide(scores=SCORES, stop_epoch=None, refit_init="cold", train=80, val=20, refit_epochs=10):
+def decide(scores=SCORES, stop_epoch=None, refit_init="cold", train=80, val=20, refit_epochs=10, **options):
+    epochs = [SearchEpoch(number, tuple(row), (1.0,) * 3) for number, row in enumerate(np.asarray(scores).tolist(), 1)]
     return choose(
-        np.asarray(scores), RATES, train_images=train, val_images=val, refit_epochs=refit_epochs,
-        stop_epoch=stop_epoch, refit_init=refit_init,
+        epochs, VARIANTS, train_images=train, val_images=val, refit_epochs=refit_epochs, stop_epoch=stop_epoch,
+        refit_init=refit_init, **options,
     )  # fmt: skip
 
 
 def test_the_rate_is_chosen_after_the_last_epoch_and_ties_go_to_the_lower() -> None:
     choice = decide()
-    assert choice.learning_rate == 1e-3  # not 1e-2, which was best of all after epoch 1
+    assert choice.variant.learning_rate == 1e-3  # not 1e-2, which was best of all after epoch 1
     assert choice.score == 0.35
 
 
@@ -52,14 +54,52 @@ def test_a_refit_has_at_least_one_epoch_and_at_most_its_cosine(best: int, train:
 
 def test_a_record_comes_back_from_plain_values() -> None:
     record = SearchRecord(
-        "hilum-search-1", "macro AP", ("Edema",), 80, 20, RATES, (SearchEpoch(1, (0.1, 0.2, 0.3), (3.0, 2.0, 1.0)),),
-        decide(), "cold", (1.0, 0.5),
+        "hilum-search-2", "macro AP", ("Edema",), 80, 20, VARIANTS,
+        (SearchEpoch(1, (0.1, None, 0.3), (3.0, None, 1.0)),), decide(), "cold", (1.0, 0.5),
     )  # fmt: skip
     assert from_dict(SearchRecord, to_dict(record)) == record
 
 
 def test_a_score_that_is_no_number_is_refused() -> None:
-    from hilum.core.errors import ConfigError
-
     with pytest.raises(ConfigError):
         decide([[0.1, float("nan"), 0.2]])
+    with pytest.raises(ConfigError):
+        best([None, None, None], VARIANTS)
+
+
+def test_ties_go_to_the_lower_rate_then_to_the_smaller_head() -> None:
+    tried = [Variant(1e-3, 4, True), Variant(1e-3, 4), Variant(1e-3, 1, True), Variant(1e-3, 1), Variant(1e-2, 1)]
+    assert best([0.3] * 5, tried) == 3
+    assert best([0.3, 0.3, 0.3, None, 0.3], tried) == 2
+    assert best([0.3, 0.3, None, None, 0.3], tried) == 1
+    assert best([0.3, 0.3, 0.3, 0.3, 0.4], tried) == 4
+
+
+def test_the_better_half_goes_on_and_what_was_pruned_is_never_chosen() -> None:
+    five = [Variant(rate, 4) for rate in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)]
+    assert survivors([0.1, 0.5, 0.2, 0.5, 0.4], five) == [1, 3, 4]
+    assert survivors([0.1], five[:1]) == [0]
+    epochs = [SearchEpoch(1, (0.9, 0.1, 0.2), (1.0,) * 3), SearchEpoch(2, (None, 0.2, 0.3), (None, 1.0, 1.0))]
+    choice = choose(
+        epochs, VARIANTS, train_images=8, val_images=2, refit_epochs=4, stop_epoch=None, refit_init="cold"
+    )  # fmt: skip
+    assert choice.variant == VARIANTS[2]
+
+
+def test_a_classifier_stage_is_taken_as_it_ends_and_scaled_in_the_refit() -> None:
+    epochs = [
+        SearchEpoch(number, (score, 0.0, 0.0), (1.0,) * 3, "whole" if number <= 6 else "classifier")
+        for number, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.3, 0.3, 0.5, 0.4], 1)
+    ]
+    choice = choose(
+        epochs, VARIANTS, train_images=80, val_images=20, refit_epochs=10, stop_epoch=None, refit_init="cold"
+    )  # fmt: skip
+    assert (choice.epoch, choice.score) == (8, 0.4)
+    assert (choice.refit_epochs, choice.classifier_epochs) == (round(6 * 0.8), round(2 * 0.8))
+
+
+def test_without_a_refit_the_head_of_the_best_epoch_is_the_model() -> None:
+    choice = decide(refit=False)
+    assert (choice.epoch, choice.refit_epochs) == (2, 0)
+    assert "not seen validation" in choice.reasons[-1]
+    assert decide(refit=False, stop_epoch=3).epoch == 3

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from hilum.backbones.layer_rates import layer_multiplier, takes_weight_decay
 from hilum.backbones.vit import ViTConfig
 from hilum.pretraining.dinov2 import HeadConfig, Network, make_networks
-from hilum.pretraining.param_groups import layer_multiplier, parameter_groups, set_values, takes_weight_decay
+from hilum.pretraining.param_groups import parameter_groups, set_values
 from hilum.pretraining.schedules import Values
 
 TINY = ViTConfig(8, 3, 2, patch_size=4, image_size=16, registers=2, feed_forward="swiglu")
