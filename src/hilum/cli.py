@@ -387,13 +387,31 @@ def calibrate(
     labels: Annotated[Path | None, typer.Option(help="A store, a manifest or a CSV with an id column.")] = None,
     split: Annotated[str, typer.Option(help="The split to fit on; never the test split.")] = "val",
     out: Out = Path("calibration.json"),
-    method: Annotated[str, typer.Option(help="auto, platt, temperature_bias or isotonic.")] = "auto",
+    method: Annotated[
+        str,
+        typer.Option(help="auto, cross_fitted, temperature, temperature_bias, platt, beta, isotonic or identity."),
+    ] = "auto",
     use: Annotated[Path | None, typer.Option(help="Apply this calibration instead of fitting one.")] = None,
+    sensitivity: Annotated[
+        list[float] | None, typer.Option(help="Another operating point: this sensitivity, such as 0.9.")
+    ] = None,
+    specificity: Annotated[
+        list[float] | None, typer.Option(help="Another operating point: this specificity, such as 0.99.")
+    ] = None,
 ) -> None:
     """Fit calibrators and thresholds on validation predictions, or apply them to others."""
     from hilum.commands import calibrate as program
 
-    program.run(predictions, labels=labels, split=split, out=out, method=method, use=use)
+    program.run(
+        predictions,
+        labels=labels,
+        split=split,
+        out=out,
+        method=method,
+        use=use,
+        sensitivity=sensitivity or (),
+        specificity=specificity or (),
+    )
 
 
 @app.command(epilog=example("hilum evaluate test.parquet --labels store --out evaluation"))
@@ -410,9 +428,18 @@ def evaluate(
     explain: Annotated[
         Path | None, typer.Option(help="A model that shows example studies in the report; labels must be a store.")
     ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A column, or a finding, whose groups to judge; none for none. [default: sex, age, view, "
+            "dataset, where recorded]",
+            show_default=False,
+        ),
+    ] = None,
+    min_group: Annotated[int, typer.Option(help="Groups of fewer patients are listed, not judged.")] = 20,
     seed: Seed = 0,
 ) -> None:
-    """Metrics with intervals by patient: metrics.json and report.html."""
+    """Metrics with intervals by patient, and by subgroup: metrics.json and report.html."""
     from hilum.commands import evaluate as program
 
     program.run(
@@ -427,25 +454,51 @@ def evaluate(
         seed=seed,
         min_positives=min_positives,
         explain=explain,
+        by=by or None,
+        min_group=min_group,
     )
 
 
 @app.command(epilog=example("hilum submit test.parquet --task cxrlt2024-task1 --ids test.csv --out submission.csv"))
 def submit(
-    predictions: Annotated[Path, typer.Argument(help="Predictions for the images of --ids.")],
-    task: Annotated[str, typer.Option(help="cxrlt2023, cxrlt2024-task1 or cxrlt2024-task2.")],
+    task: Annotated[str, typer.Option(help="cxrlt2023, cxrlt2024-task1 to -task3, cxrlt2026-task1 or -task2.")],
     ids: Annotated[Path, typer.Option(help="The challenge's CSV of image ids.")],
-    out: Out = Path("submission.csv"),
+    predictions: Annotated[
+        Path | None, typer.Argument(help="Predictions for the images of --ids.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="A .csv, or a .zip with it and code/.")] = Path("submission.csv"),
+    study: Annotated[str | None, typer.Option(help="mean, frontal_weighted:0.8, ...: of raw predictions.")] = None,
     scale: Annotated[str | None, typer.Option(help="f1: move each finding's F1-optimal cut to 0.5.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Where the thresholds come from, for --scale.")] = None,
     fill_untrained: Annotated[
         str | None, typer.Option(help="prevalence: what findings never trained get instead of an error.")
     ] = None,
+    compress: Annotated[float, typer.Option(help="With --scale: factor of the log-odds toward 0.5.")] = 1.0,
+    code: Annotated[Path | None, typer.Option(help="Folder that becomes code/ of the zip.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Validate this submission instead of writing one.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="With --check: labels to score it by.")] = None,
 ) -> None:
-    """Write a validated CXR-LT submission."""
+    """Write a validated CXR-LT submission, or check one."""
     from hilum.commands import submit as program
 
-    program.run(predictions, task, ids, out, scale=scale, calibration=calibration, fill_untrained=fill_untrained)
+    if (predictions is None) == (check is None):
+        raise typer.BadParameter("Give predictions to write a submission, or --check FILE to validate one.")
+    if check is not None:
+        program.check(check, task, ids, labels=labels)
+        return
+    assert predictions is not None
+    program.run(
+        predictions,
+        task,
+        ids,
+        out,
+        scale=scale,
+        calibration=calibration,
+        fill_untrained=fill_untrained,
+        study=study,
+        compress=compress,
+        code=code,
+    )
 
 
 @app.command(epilog=example("hilum bench crops"))

@@ -66,7 +66,7 @@ def test_agreement_with_scikit_learn(case):
         assert alarms == pytest.approx(fp / negatives, abs=TOLERANCE) if negatives else alarms is None
     assert abs(brier(p, y) - brier_score_loss(y[known], p[known])) < TOLERANCE
     assert METRICS["LogLoss"](p, y, None) == pytest.approx(log_loss(y[known], p[known], labels=[0, 1]), abs=1e-11)
-    lift = METRICS["AP_lift"](p, y, None)
+    lift = POINT_METRICS["AP_lift"](p, y, None)
     assert (
         lift == pytest.approx(average_precision(p, y) / y[known].mean(), abs=TOLERANCE) if positives else lift is None
     )

@@ -3,6 +3,8 @@
 Refuses to judge predictions on items that their calibrator or thresholds were fitted on. Chooses nothing.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ from hilum.core.files import sha256_file, write_json
 from hilum.core.tracking import say, warn
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.labels import TASKS, frequency_groups
-from hilum.evaluation.bootstrap import paired_difference
+from hilum.evaluation.bootstrap import paired_comparison
 from hilum.evaluation.calibration import check_out_of_sample, read_calibrator
 from hilum.evaluation.curves import curves
 from hilum.evaluation.joining import Joined, join, match_findings
+from hilum.evaluation.leaderboards import NOT_COMPARABLE, Row, is_challenge_test, leaderboard, leaderboard_table
 from hilum.evaluation.metrics import GROUPS, evaluate
 from hilum.evaluation.predictions import Predictions, read_predictions
 from hilum.evaluation.report import ReportExample, write_report
+from hilum.evaluation.subgroups import DEFAULT_ATTRIBUTES, MIN_PATIENTS, choose_attributes, subgroups
 from hilum.evaluation.truth import Truth, read_truth
 
 TABLE = ("mAP", "mAUC", "mF1@0.5", "mF1@tuned", "mECE_standard")
@@ -51,6 +55,8 @@ def run(
     seed: int = 0,
     min_positives: int = 0,
     explain: Path | None = None,
+    by: Sequence[str] | None = None,
+    min_group: int = MIN_PATIENTS,
 ) -> dict[str, Any]:
     """Judge predictions; returns what `metrics.json` holds.
 
@@ -66,17 +72,25 @@ def run(
         seed: of the resamples.
         min_positives: findings with fewer stay out of the means and are listed.
         explain: a model that shows example studies of the report; `labels` must be a store.
+        by: columns of the labels (or findings) whose groups are judged; None for those of sex, age, view and dataset
+            that are recorded and differ; empty, or "none", for no groups.
+        min_group: groups of fewer patients are listed and not judged.
 
     Raises:
         ConfigError: options that mean nothing.
+        UnknownNameError: no such task, or column to group by.
         StageError: a calibrator or threshold was fitted on evaluated items, or at another stage.
         PredictionError: items or findings that cannot be joined.
     """
     if task is not None and task not in TASKS:
         raise UnknownNameError("task", task, TASKS)
-    if bootstraps < 0 or min_positives < 0:
-        raise ConfigError(f"--bootstraps, --min-positives: expected 0 or more, found {bootstraps} and {min_positives}.")
-    table, truth = read_predictions(predictions), read_truth(labels)
+    for option, value in (("bootstraps", bootstraps), ("min-positives", min_positives), ("min-group", min_group)):
+        if value < 0:
+            raise ConfigError(f"--{option}: expected 0 or more, found {value}.")
+    by = None if by is None else tuple(name for name in by if name != "none")
+    optional = ("view", "dataset") if by else DEFAULT_ATTRIBUTES if by is None else ()
+    required = tuple(name for name in by or () if name not in optional)
+    table, truth = read_predictions(predictions), read_truth(labels, required, optional)
     if split is not None and not truth.has_splits:
         raise PredictionError(f"{labels} does not say which split an item is in; leave out --split.")
     joined = join(truth, table, split)
@@ -88,6 +102,15 @@ def run(
     result["excluded"] |= only
     result = {"format": FORMAT, "hilum": hilum.__version__, "notice": RESEARCH_NOTICE, **result}
     result |= _context(joined, groups_from, task, split)
+    attributes = choose_attributes(joined.predictions, joined.attributes, by)
+    if attributes:
+        result["subgroups"] = subgroups(
+            joined.predictions, joined.labels, attributes, thresholds, bootstraps, seed, min_positives, min_group
+        )
+    board = _board(task, joined, result, predictions.stem) if task else []
+    if board:
+        remarks = {"comparable": board[0].note != NOT_COMPARABLE, "note": board[0].note}
+        result["leaderboard"] = {"rows": [dataclasses.asdict(row) for row in board], **remarks}
     if compare is not None:
         result["compare"] = _compare(joined, thresholds, compare, bootstraps, seed, min_positives)
     result["inputs"] = {
@@ -110,6 +133,8 @@ def run(
     for line in notes:
         warn(line)
     say(summary(result))
+    if board:
+        say(leaderboard_table(board))
     say(
         f"{out / 'metrics.json'}, {out / 'report.html'}: {len(names)} findings, "
         f"{len(joined.predictions)} {table.unit} rows"
@@ -194,16 +219,25 @@ def _without_digests(calibration: dict[str, Any] | None) -> dict[str, Any] | Non
     return {**calibration, "fitted_on": fitted_on}
 
 
+def _board(task: str, joined: Joined, result: dict[str, Any], name: str) -> list[Row]:
+    """The own row and the published ones; nothing where none was published."""
+    table = joined.predictions
+    comparable = table.unit == "image" and is_challenge_test(task, len(table), sorted(set(table.dataset.tolist())))
+    rows = leaderboard(task, result["macro"], name, comparable)
+    return rows if len(rows) > 1 else []
+
+
 def _compare(
     joined: Joined, thresholds: dict[str, float] | None, path: Path, bootstraps: int, seed: int, min_positives: int
 ) -> dict[str, Any]:
     other = read_predictions(path)
     other = other.rows(np.flatnonzero(np.isin(other.image_uid, joined.predictions.image_uid)))
     cuts = f1_thresholds(other, None)
-    differences = paired_difference(
+    macro, by_finding = paired_comparison(
         joined.predictions, other, joined.labels, thresholds, cuts, bootstraps, seed, min_positives
     )
-    return {"file": path.name, "model": other.metadata.get("model"), "stage": other.stage, "differences": differences}
+    about = {"file": path.name, "model": other.metadata.get("model"), "stage": other.stage}
+    return {**about, "differences": macro, "by_finding": by_finding}
 
 
 def _comparisons(result: dict[str, Any]) -> list[dict[str, Any]] | None:

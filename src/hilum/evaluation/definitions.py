@@ -213,7 +213,6 @@ def normalised_average_precision(scores: Float[np.ndarray, " N"], labels: Int[np
 METRICS: dict[str, Measure] = {
     "AP": lambda p, y, _: average_precision(p, y),
     "AP_normalised": lambda p, y, _: normalised_average_precision(p, y),
-    "AP_lift": lambda p, y, _: ap_lift(p, y),
     "AUC": lambda p, y, _: roc_auc(p, y),
     "F1@0.5": lambda p, y, _: f1_at(p, y, 0.5),
     "F1@tuned": lambda p, y, threshold: None if threshold is None else f1_at(p, y, threshold),
@@ -226,7 +225,10 @@ METRICS: dict[str, Measure] = {
 }
 """Name in metrics.json -> function of (probabilities (N,), labels (N,), threshold of the finding or None)."""
 
-POINT_METRICS: dict[str, Measure] = {"ECE_equal_mass": lambda p, y, _: equal_mass_ece(p, y)}
+POINT_METRICS: dict[str, Measure] = {
+    "AP_lift": lambda p, y, _: ap_lift(p, y),
+    "ECE_equal_mass": lambda p, y, _: equal_mass_ece(p, y),
+}
 """The same, of those that are given without an interval."""
 
 MACRO_NAMES = {"ECE": "mECE_standard"}

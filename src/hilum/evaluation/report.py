@@ -16,6 +16,7 @@ from hilum.core.files import write_text
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.evaluation import report_assets as words
 from hilum.evaluation import report_figures as figures
+from hilum.evaluation import report_subgroups as groups
 from hilum.evaluation import report_tables as tables
 from hilum.evaluation.curves import Curves, FindingCurve, curves
 from hilum.evaluation.films import ExampleFinding, ReportExample, poster, study
@@ -74,7 +75,8 @@ def render_report(
 
     Args:
         title: heading of the page.
-        metrics: the content of `metrics.json`; None, NaN or a missing key shows as an en dash with its reason.
+        metrics: the content of `metrics.json`; None, NaN or a missing key shows as an en dash with its reason. Its
+            `subgroups`, `leaderboard` and `compare` make sections of their own where they are there.
         curves: of the findings in `metrics`; a finding without curves is listed as not drawn.
         steps: rows `{"name", "mAP", "mAUC", "mF1@0.5", "mF1@tuned", "mECE_standard", "difference": {"metric", "value",
             "low", "high", "shown"} or None}`: each step beside the one before.
@@ -94,7 +96,10 @@ def render_report(
     if steps:
         parts.append(("steps", "Step by step", words.STEPS, tables.steps_table(steps)))
     if comparisons:
-        parts.append(("comparisons", "Comparisons", "", tables.comparisons_table(comparisons)))
+        by_finding = tables.finding_differences_table((metrics.get("compare") or {}).get("by_finding") or {})
+        parts.append(("comparisons", "Comparisons", "", tables.comparisons_table(comparisons) + by_finding))
+    if board := metrics.get("leaderboard"):
+        parts.append(("leaderboard", "Leaderboard", "", groups.leaderboard_table(board)))
     if rows:
         parts += [
             ("overview", "Overview", words.OVERVIEW, figures.overview(rows, metrics, minimum)),
@@ -103,6 +108,8 @@ def render_report(
             ("reliability", "Reliability", words.RELIABILITY, figures.reliability(rows, curves, curves_before)),
             ("thresholds", "Thresholds", words.THRESHOLDS, figures.thresholds(rows)),
         ]
+    if attributes := metrics.get("subgroups"):
+        parts.append(("subgroups", "Subgroups", groups.LEAD, groups.subgroups_table(attributes)))
     if examples:
         shown = "".join(study(example, number) for number, example in enumerate(examples, 1))
         outlined = any(example.outlined for example in examples)
@@ -170,8 +177,13 @@ def _section(name: str, heading: str, lead: str, content: str) -> str:
 
 def _provenance(metrics: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     listed = [(name, value) for name, value in facts.items() if name not in HEADLINE_FACTS]
-    shown = ("macro", "groups", "findings", "excluded", "unit", "stage", *COUNTS.values())
-    listed += [(name.replace("_", " "), _words(value)) for name, value in metrics.items() if name not in shown]
+    shown = (
+        "macro", "groups", "findings", "excluded", "unit", "stage", "subgroups", "leaderboard", *COUNTS.values()
+    )  # fmt: skip
+    recorded = {**metrics}
+    if isinstance(compared := recorded.get("compare"), Mapping):
+        recorded["compare"] = {key: compared[key] for key in ("file", "model", "stage") if key in compared}
+    listed += [(name.replace("_", " "), _words(value)) for name, value in recorded.items() if name not in shown]
     return listing(listed)
 
 

@@ -20,6 +20,10 @@ STEPS_NOTE = (
     "Arrows say which way is better; the best value of a column is bold. Differences are paired over the same "
     "patients, with 95 % intervals; <b>not shown</b> (hollow mark) means that the interval includes zero."
 )
+DIFFERENCES_NOTE = (
+    "<b>Not shown</b>: the 95 % interval of that finding includes zero. With many findings some intervals leave out "
+    "zero by chance; p is corrected for their number (Holm), bold under 0.05."
+)
 OVERVIEW = (
     "Each finding on one line: average precision on the left, area under the ROC curve on the right, with 95 % "
     "intervals. Findings run from the most to the least common inside each group."

@@ -26,7 +26,11 @@ METRIC_NAMES: dict[str, tuple[str, str]] = {
     "mECE_standard": ("mECE", "lower is better"),
     "mECE_challenge_inferred": ("mECE, challenge (inferred)", "not a quality measure"),
 }
-
+OTHER_NAMES: dict[str, str] = {
+    "mAP_normalised": "mAP, normalised", "mBrier": "mBrier", "mLogLoss": "mean log loss",
+    "mFNR@tuned": "missed (mFNR tuned)", "mFPR@tuned": "false alarms (mFPR tuned)",
+}  # fmt: skip
+"""Metrics of comparisons that the headline table leaves out."""
 
 EXCLUDED: dict[str, str] = {
     "untrained": "this model was never trained for it",

@@ -8,8 +8,8 @@ from typing import Any
 
 from hilum.evaluation.charts import nice_ticks
 from hilum.evaluation.markup import bracket, count, decimal, finite, interval, share, signed, text, undefined
-from hilum.evaluation.report_assets import STEPS_NOTE
-from hilum.evaluation.report_rows import GROUPS, METRIC_NAMES, FindingRow, badge, reason_for, value_cell
+from hilum.evaluation.report_assets import DIFFERENCES_NOTE, STEPS_NOTE
+from hilum.evaluation.report_rows import GROUPS, METRIC_NAMES, OTHER_NAMES, FindingRow, badge, reason_for, value_cell
 from hilum.evaluation.summary import STEP_METRICS, is_shown
 from hilum.evaluation.tracks import Position, axis, interval_track
 
@@ -57,7 +57,7 @@ def steps_table(steps: Sequence[Mapping[str, Any]]) -> str:
     """What each step adds: macro metrics and the paired difference with its interval."""
     best = {key: _best(steps, key) for key in STEP_METRICS}
     differences = [step.get("difference") for step in steps]
-    scale = _difference_scale([part for part in differences if part])
+    scale = difference_scale([part for part in differences if part])
     head = "".join(
         f'<th class="number">{text(METRIC_NAMES[key][0])}<small>{"&darr;" if "ECE" in key else "&uarr;"}</small></th>'
         for key in STEP_METRICS
@@ -69,10 +69,10 @@ def steps_table(steps: Sequence[Mapping[str, Any]]) -> str:
             number = finite(step.get(key))
             strong = number is not None and number == best[key]
             cells += f'<td class="number">{f"<b>{decimal(number)}</b>" if strong else value_cell(number)}</td>'
-        body.append(f'<tr><th scope="row">{text(step["name"])}</th>{cells}{_difference_cells(difference, scale)}</tr>')
+        body.append(f'<tr><th scope="row">{text(step["name"])}</th>{cells}{difference_cells(difference, scale)}</tr>')
     return (
         '<div class="scroll"><table class="plain steps"><thead><tr><th>Step</th>'
-        f'{head}<th class="wide">Difference from the step before{_difference_axis(scale)}</th><th></th></tr></thead>'
+        f'{head}<th class="wide">Difference from the step before{difference_axis(scale)}</th><th></th></tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
         f'<p class="note">{STEPS_NOTE}</p>'
     )
@@ -80,20 +80,51 @@ def steps_table(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """Differences between pairs of models, one per row."""
-    scale = _difference_scale(comparisons)
+    scale = difference_scale(comparisons)
     body = "".join(
         f'<tr><th scope="row">{text(row["name"])}{_small(row.get("note"))}</th><td>{text(_metric(row))}</td>'
         f'<td class="number">{value_cell(finite(row.get("first")))}</td>'
         f'<td class="number">{value_cell(finite(row.get("second")))}</td>'
-        f"{_difference_cells(row, scale, metric=False)}</tr>"
+        f"{difference_cells(row, scale, metric=False)}</tr>"
         for row in comparisons
     )
     return (
         '<div class="scroll"><table class="plain steps"><thead><tr><th>Comparison</th><th>Metric</th>'
         '<th class="number">First</th><th class="number">Second</th>'
-        f'<th class="wide">First minus second{_difference_axis(scale)}</th><th></th></tr></thead>'
+        f'<th class="wide">First minus second{difference_axis(scale)}</th><th></th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def finding_differences_table(by_finding: Mapping[str, Mapping[str, Any]], metric: str = "AP") -> str:
+    """Differences of two models, one finding per row, largest first, with p-values corrected by Holm."""
+    rows = [
+        (name, {"value": row["difference"], **row}) for name, part in by_finding.items() if (row := part.get(metric))
+    ]
+    if not rows:
+        return ""
+    rows.sort(key=lambda pair: -abs(pair[1]["value"] or 0.0))
+    scale = difference_scale([row for _, row in rows])
+    body = "".join(
+        f'<tr><th scope="row">{text(name)}</th><td class="number">{value_cell(finite(row["first"]))}</td>'
+        f'<td class="number">{value_cell(finite(row["second"]))}</td>{difference_cells(row, scale, metric=False)}'
+        f'<td class="number">{_p_words(finite(row["p_holm"]))}</td></tr>'
+        for name, row in rows
+    )
+    return (
+        '<h3>By finding</h3><div class="scroll"><table class="plain steps"><thead><tr>'
+        f'<th>{text(metric)}</th><th class="number">First</th><th class="number">Second</th>'
+        f'<th class="wide">First minus second{difference_axis(scale)}</th><th></th>'
+        f'<th class="number">p, Holm</th></tr></thead><tbody>{body}</tbody></table></div>'
+        f'<p class="note">{DIFFERENCES_NOTE}</p>'
+    )
+
+
+def _p_words(p: float | None) -> str:
+    if p is None:
+        return undefined("no scatter over the resamples")
+    words = "&lt; 0.001" if p < 0.001 else decimal(p)
+    return f"<b>{words}</b>" if p < 0.05 else words
 
 
 def findings_table(rows: Sequence[FindingRow]) -> str:
@@ -129,7 +160,7 @@ def findings_table(rows: Sequence[FindingRow]) -> str:
 
 def _metric(difference: Mapping[str, Any]) -> str:
     given = str(difference.get("metric", ""))
-    return METRIC_NAMES.get(given, (given, ""))[0]
+    return METRIC_NAMES.get(given, (OTHER_NAMES.get(given, given), ""))[0]
 
 
 def _sortable(number: float | None, shown: str) -> str:
@@ -153,19 +184,21 @@ def _best(steps: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return min(numbers) if "ECE" in key else max(numbers)
 
 
-def _difference_scale(differences: Sequence[Mapping[str, Any]]) -> float:
+def difference_scale(differences: Sequence[Mapping[str, Any]]) -> float:
     """Half the width of a symmetric axis that holds every interval."""
     ends = [finite(part.get(key)) for part in differences for key in ("value", "low", "high")]
     largest = max((abs(end) for end in ends if end is not None), default=0.1)
     return max(largest * 1.08, 1e-3)
 
 
-def _difference_axis(scale: float) -> str:
+def difference_axis(scale: float) -> str:
+    """The numbers above a column of differences."""
     ticks = [tick for tick in nice_ticks(-scale, scale, 4) if abs(tick) <= scale]
     return axis(ticks, Position(-scale, scale), 2 if scale >= 0.02 else 3, plus=True)
 
 
-def _difference_cells(difference: Mapping[str, Any] | None, scale: float, *, metric: bool = True) -> str:
+def difference_cells(difference: Mapping[str, Any] | None, scale: float, *, metric: bool = True) -> str:
+    """Two cells, a track and its numbers; hollow and "not shown" where the interval includes zero."""
     value = finite(difference.get("value")) if difference else None
     if difference is None or value is None:
         return "<td></td><td></td>"

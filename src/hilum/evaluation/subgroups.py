@@ -77,6 +77,31 @@ def _level(name: str, text: str) -> str:
     return "".join("" if part.casefold() in UNRECORDED else part for part in parts)
 
 
+def choose_attributes(
+    predictions: Predictions, recorded: Mapping[str, np.ndarray], by: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    """The attributes to group by: those named, or of `DEFAULT_ATTRIBUTES` those that tell at least two groups apart.
+
+    Args:
+        predictions: whose own view and dataset stand in where the labels record none.
+        recorded: of the labels (`Joined.attributes`).
+        by: names; None for the default.
+
+    Raises:
+        ConfigError: a named attribute of which nothing is recorded.
+    """
+    own = {"view": predictions.view, "dataset": predictions.dataset}
+    found: dict[str, np.ndarray] = {}
+    for name in DEFAULT_ATTRIBUTES if by is None else by:
+        values = next((v for v in (recorded.get(name), own.get(name)) if v is not None and (v != "").any()), None)
+        distinct = set() if values is None else set(levels(name, values).tolist()) - {""}
+        if by is not None and not distinct:
+            raise ConfigError(f"--by {name}: nothing is recorded for the evaluated items.")
+        if values is not None and len(distinct) >= (2 if by is None else 1):
+            found[name] = values
+    return found
+
+
 @dataclass(frozen=True)
 class _Side:
     """One side of a comparison: metrics of every finding over some of the items, and in every resample."""

@@ -15,7 +15,7 @@ from scipy import sparse
 from hilum.evaluation.definitions import BINS, bin_of, surprise
 
 FAST: tuple[str, ...] = (
-    "AP", "AP_normalised", "AP_lift", "AUC", "F1@0.5", "F1@tuned", "ECE", "ECE_challenge_inferred", "Brier", "LogLoss",
+    "AP", "AP_normalised", "AUC", "F1@0.5", "F1@tuned", "ECE", "ECE_challenge_inferred", "Brier", "LogLoss",
     "FNR@tuned", "FPR@tuned",
 )  # fmt: skip
 """Metrics of `definitions.METRICS` that `WeightedFinding.measure` knows; any other is recomputed on repeated rows."""
@@ -88,7 +88,6 @@ class WeightedFinding:
         with np.errstate(invalid="ignore", divide="ignore"):
             prevalence = positives / items
             results["AP_normalised"] = (results["AP"] - prevalence) / np.where(prevalence < 1, 1 - prevalence, np.nan)
-            results["AP_lift"] = results["AP"] / prevalence
             results["Brier"] = sums[1] / items
             results["LogLoss"] = sums[8 + 2 * BINS] / items
             results["ECE"] = np.abs(sums[8 : 8 + BINS]).sum(axis=0) / items
