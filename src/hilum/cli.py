@@ -349,7 +349,9 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(help="Images, folders, a CSV of paths, or STORE:split.")],
     out: Out = Path("predictions.parquet"),
     raw: Annotated[bool, typer.Option(help="Without the model's calibrator, for combine.")] = False,
-    study: Annotated[str | None, typer.Option(help="mean: one row per study instead of one per image.")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="own (the model's rule), mean, ...: one row per study instead of one per image.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
     device: Device = "auto",
     shard: Annotated[
@@ -365,20 +367,38 @@ def predict(
 @app.command(epilog=example("hilum combine a.parquet b.parquet --study mean --ensemble mean --out both.parquet"))
 def combine(
     files: Annotated[list[Path], typer.Argument(help="Raw prediction files, or models to join into an ensemble.")],
-    out: Out = Path("combined.parquet"),
-    study: Annotated[str | None, typer.Option(help="mean: the images of a study.")] = None,
-    ensemble: Annotated[str | None, typer.Option(help="mean: the files.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the result goes. [default: combined.parquet, or ensemble]")
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(help="The images of a study: mean, logit_mean, frontal_weighted:0.8, learned, ...")
+    ] = None,
+    ensemble: Annotated[str | None, typer.Option(help="The members: mean, logit_mean or rank_mean.")] = None,
     unit: Annotated[str, typer.Option(help="image (each keeps its row) or study (one row each).")] = "image",
+    weights: Annotated[str | None, typer.Option(help="Of the members, with commas, as in 2,1. Default: equal.")] = None,
+    normal_damping: Annotated[
+        str | None, typer.Option(help="power:0.5 or linear:0.5: hold abnormal findings down by the Normal score.")
+    ] = None,
+    choose: Annotated[
+        bool, typer.Option("--choose", help="Find members, weights and rules on validation; 'choose' for every rule.")
+    ] = False,
+    labels: Annotated[
+        Path | None, typer.Option(help="For --choose or learned on files: a store, a manifest, a CSV.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of --labels; never the test split.")] = "val",
 ) -> None:
-    """Average the images of a study and the members of an ensemble, in that order."""
-    if all((path / "config.json").exists() for path in files):
+    """Put together the images of a study and the members of an ensemble, in that order."""
+    models = all((path / "config.json").exists() for path in files)
+    if models:
         from hilum.commands import combine_models
 
-        combine_models.run(files, out, study, ensemble, unit)
+        where = out or Path("ensemble")
+        combine_models.run(files, where, study, ensemble, unit, weights, normal_damping, choose, labels)
         return
     from hilum.commands import combine as program
 
-    program.run(files, out, study, ensemble, unit)
+    where = out or Path("combined.parquet")
+    program.run(files, where, study, ensemble, unit, weights, normal_damping, choose, labels, split)
 
 
 @app.command(epilog=example("hilum calibrate val.parquet --labels store --split val --out cal.json"))

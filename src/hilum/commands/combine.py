@@ -1,47 +1,166 @@
-"""`hilum combine`: raw prediction files -> the mean over each study's images -> the mean over models -> one file."""
+"""`hilum combine`: raw prediction files -> the images of each study -> models -> damping by Normal -> one file.
 
+With `--choose`, the members, their weights and the rules that are best on labelled validation predictions, to be used
+on other predictions of the same models.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from hilum.core.errors import ConfigError, UnknownNameError
-from hilum.core.tracking import next_step, say
-from hilum.evaluation.ensemble import ENSEMBLES
-from hilum.evaluation.predictions import read_predictions, write_predictions
+import numpy as np
+
+from hilum.commands.combine_options import Rules, tell, tell_views
+from hilum.core.errors import ConfigError, StageError
+from hilum.core.tracking import next_step, progress, say, warn
+from hilum.evaluation.calibration import describe_items
+from hilum.evaluation.composition import Composition
+from hilum.evaluation.ensemble import combine_members
+from hilum.evaluation.ensemble_search import choose_ensemble, steps_of
+from hilum.evaluation.joining import join
+from hilum.evaluation.learned_views import fit_views
+from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
 from hilum.evaluation.studies import aggregate_studies
+from hilum.evaluation.truth import read_truth
 
 
 def run(
-    files: list[Path], out: Path, study: str | None = None, ensemble: str | None = None, unit: str = "image"
+    files: list[Path],
+    out: Path,
+    study: str | None = None,
+    ensemble: str | None = None,
+    unit: str = "image",
+    weights: str | None = None,
+    normal_damping: str | None = None,
+    choose: bool = False,
+    labels: Path | None = None,
+    split: str = "val",
 ) -> None:
-    """Combine prediction files; studies first, then models, whatever the order of the options.
+    """Combine prediction files; studies first, then models, then damping, whatever the order of the options.
 
     Args:
         files: raw predictions, one file per model.
         out: `.parquet`, `.csv` or `.json`.
-        study: a study rule such as "frontal_weighted:0.8", or None.
+        study: a study rule such as "frontal_weighted:0.8", or None; `learned` without weights is fitted on `labels`.
         ensemble: a name in ENSEMBLES, or None; needed for more than one file.
         unit: image (each keeps its row and carries its study's value) or study (one row each).
+        weights: one number per file, with commas; None: equal.
+        normal_damping: such as "power:0.5", or None.
+        choose: find members, weights and rules on `labels`; then None and "choose" mean what `Rules.plan` says.
+        labels: a store, a manifest or a CSV, for `choose` and `learned`.
+        split: of the labels, on which is chosen; never the test split.
 
     Raises:
         ConfigError: nothing to do, or several files without an ensemble.
-        StageError: calibrated input.
+        StageError: calibrated input; a choice on the test split, or on images that a head was trained on.
         PredictionError: files that do not cover the same items or findings.
     """
-    if ensemble is not None and ensemble not in ENSEMBLES:
-        raise UnknownNameError("ensemble", ensemble, ENSEMBLES)
-    if study is None and ensemble is None:
-        raise ConfigError("Nothing to combine: say --study mean, --ensemble mean, or both.")
+    rules = Rules(study, ensemble, weights, normal_damping)
+    if choose:
+        _choose(files, out, rules, unit, labels, split)
+        return
+    if study is None and ensemble is None and normal_damping is None:
+        raise ConfigError("Nothing to combine: say --study mean, --ensemble mean, --normal-damping, or several.")
+    composition = rules.composition(Composition())
     if len(files) > 1 and ensemble is None:
         raise ConfigError(f"{len(files)} files become one by an ensemble: say --ensemble mean, or give one file.")
+    if weights and ensemble is None:
+        raise ConfigError("--weights are those of an ensemble: say --ensemble mean as well.")
     if unit == "study" and study is None:
         raise ConfigError("One row per study needs a rule for its images: say --study mean.")
     members = [read_predictions(path) for path in files]
-    if study is not None:
-        members = [aggregate_studies(member, study, unit) for member in members]
+    chosen_on = None
+    if composition.study.needs_fit:
+        rows, codes, chosen_on = _labelled(members, files, labels, split)
+        fitted = fit_views(rows[0] if len(rows) == 1 else rows[0].replace(combine_members(rows).probabilities), codes)
+        composition = dataclasses.replace(composition, study=fitted.rule)
+        say(tell_views(fitted))
+        _say_how([str(path) for path in files], composition, ensemble is not None, unit)
+    result = _combine(members, composition, study is not None, ensemble is not None, unit)
+    _write(result, out, chosen_on)
+
+
+def _combine(
+    members: Sequence[Predictions], composition: Composition, studies: bool, models: bool, unit: str
+) -> Predictions:
+    if studies:
+        members = [aggregate_studies(member, composition.study, unit) for member in members]
         say(f"Images per study: {_histogram(members[0].metadata['images_per_study'])}")
-    result = members[0] if ensemble is None else ENSEMBLES[ensemble](members)
+    result = combine_members(members, composition.ensemble, composition.weights) if models else members[0]
+    return composition.damping.apply(result) if composition.damping else result
+
+
+def _choose(files: list[Path], out: Path, rules: Rules, unit: str, labels: Path | None, split: str) -> None:
+    members = [read_predictions(path) for path in files]
+    rows, codes, chosen_on = _labelled(members, files, labels, split)
+    plan = rules.plan(Composition())
+    names = [str(path) for path in files]
+    with progress("choose", steps_of(plan), "searches") as bar:
+        choice = choose_ensemble(rows, codes, names, plan, bar.advance)
+    for line in tell(choice, names):
+        say(line)
+    kept = [members[place] for place in choice.members]
+    result = _combine(kept, choice.composition, True, len(kept) > 1, unit)
+    _write(result.replace(result.probabilities, choice=choice.describe(names)), out, chosen_on)
+    _say_how([names[place] for place in choice.members], choice.composition, len(kept) > 1, unit)
+
+
+def _labelled(
+    members: Sequence[Predictions], files: Sequence[Path], labels: Path | None, split: str
+) -> tuple[list[Predictions], np.ndarray, dict[str, object]]:
+    """The members' rows of a split with their labels, columns as the first member's, and a record of the items."""
+    if labels is None:
+        raise ConfigError("What is chosen is chosen on labels: say --labels FILE (a store, a manifest or a CSV).")
+    if split == "test":
+        raise StageError("Nothing is chosen on the test split. Predict the validation split and choose there.")
+    for path, member in zip(files, members, strict=True):
+        if member.stage != "raw" or member.unit != "image":
+            raise StageError(
+                f"{path} is at stage {member.stage!r} per {member.unit}; members and rules are chosen on raw "
+                "predictions per image (hilum predict --raw)."
+            )
+        if split in member.metadata.get("head_splits", ()) or member.metadata.get("split") == "test":
+            raise StageError(
+                f"{path} comes from a head that was trained on split {split!r}, or says that it is of the test split: "
+                "nothing can be chosen on it. Use the model's validation_logits.parquet."
+            )
+    truth = read_truth(labels)
+    if not truth.has_splits:
+        warn(f"{labels} does not say which split an item is in: every predicted item is used.")
+    combine_members(members)  # the same items in all, or an error that says which
+    joined = [join(truth, member, split if truth.has_splits else None) for member in members]
+    first = joined[0].select(members[0].findings)
+    order = first.predictions.image_uid
+    rows = [_in_order(one.predictions, order) for one in joined]
+    return rows, first.labels, describe_items(order.tolist())
+
+
+def _in_order(p: Predictions, uids: np.ndarray) -> Predictions:
+    order = np.argsort(p.image_uid)
+    return p.rows(order[np.searchsorted(p.image_uid, uids, sorter=order)])
+
+
+def _write(result: Predictions, out: Path, chosen_on: dict[str, object] | None) -> None:
+    if chosen_on:
+        result = result.replace(result.probabilities, chosen_on=chosen_on)
     write_predictions(result, out)
     say(f"{out}: {len(result)} {result.unit} rows, {len(result.findings)} findings, stage {result.stage}")
     next_step(f"hilum calibrate {out} --labels STORE --split val --out calibration.json")
+
+
+def _say_how(names: Sequence[str], composition: Composition, models: bool, unit: str) -> None:
+    """The options that do the same to other predictions of the same models."""
+    options = ["--study", str(composition.study)]
+    if models:
+        options += ["--ensemble", composition.ensemble]
+    if composition.weights:
+        options += ["--weights", ",".join(repr(one) for one in composition.weights)]
+    if composition.damping:
+        options += ["--normal-damping", str(composition.damping)]
+    if unit != "image":
+        options += ["--unit", unit]
+    say(f"The same for other predictions of {', '.join(names)}, in this order: hilum combine ... {shlex.join(options)}")
 
 
 def _histogram(sizes: dict[str, int]) -> str:

@@ -4,6 +4,7 @@ A file that cannot be used is listed in `OUT.quarantine.csv` with its reason, an
 """
 
 import csv
+import dataclasses
 import io
 import threading
 import zlib
@@ -14,18 +15,21 @@ from pathlib import Path
 import numpy as np
 
 from hilum.core.config import parse_shard
-from hilum.core.errors import ConfigError, EmptyStudyError, ImageError, UnknownNameError
+from hilum.core.errors import ConfigError, EmptyStudyError, ImageError
 from hilum.core.files import write_text
 from hilum.core.tracking import next_step, progress, say, warn
 from hilum.data.images import read_image
 from hilum.deploy.inputs import Inputs, Refused, resolve
 from hilum.deploy.network import store_identity
 from hilum.deploy.predictor import Model, load
+from hilum.evaluation.composition import Composition
 from hilum.evaluation.predictions import Predictions, write_predictions
 from hilum.evaluation.studies import study_uids
+from hilum.evaluation.study_rules import StudyRule
 from hilum.evaluation.table_files import READERS
 
-STUDY_RULES = ("mean",)
+OWN = "own"
+"""In place of a study rule: the model's."""
 READING_THREADS = 2
 
 
@@ -46,7 +50,8 @@ def run(
         inputs: files, folders, CSV files of paths, or one STORE:split.
         out: `.parquet`, `.csv` or `.json`.
         raw: without calibration, as `hilum combine` wants it.
-        study: "mean": one row per study, calibrated as studies are; None: one row per image.
+        study: one row per study, by this study rule; "own": by the rule that the model's calibrators were fitted for,
+            and any other needs `raw`; None: one row per image.
         batch_size: images at a time.
         device: auto, cpu or cuda.
         shard: "i/n", job i of n, counted from 0; a study is never divided.
@@ -59,11 +64,12 @@ def run(
     out = Path(out)
     if out.suffix not in READERS:
         raise ConfigError(f"--out {out}: expected a name that ends in {', '.join(READERS)}.")
-    if study is not None and study not in STUDY_RULES:
-        raise UnknownNameError("study aggregation", study, STUDY_RULES)
+    rule = None if study in (None, OWN) else StudyRule.parse(str(study))
     if batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, found {batch_size}.")
     loaded = load(model, device)
+    if rule is not None and rule != loaded.composition.study:
+        loaded.composition = _other_rule(loaded, rule, raw)
     found = resolve(inputs)
     identity = store_identity(found.store, found.indices) if found.store else found.identity()
     part = _part(identity, *parse_shard(shard))
@@ -84,6 +90,16 @@ def run(
         if raw and unit == "image"
         else f"hilum evaluate {out} --labels {labels} --out evaluation"
     )
+
+
+def _other_rule(model: Model, rule: StudyRule, raw: bool) -> Composition:
+    """The model's composition with another study rule, for raw predictions alone: calibrators belong to their rule."""
+    if not raw:
+        raise ConfigError(
+            f"This model's calibrators for studies were fitted for {str(model.composition.study)!r} and would not hold "
+            f"for {str(rule)!r}. Say --study own, or --raw; or make a model of it: hilum combine MODEL --study {rule}."
+        )
+    return dataclasses.replace(model.composition, study=rule, ranks={})
 
 
 def _part(identity: dict[str, np.ndarray], job: int, jobs: int) -> np.ndarray:

@@ -75,7 +75,7 @@ def explain_study(
         threshold: which operating point.
     """
     views = [store.read(int(index)) for index in indices]
-    result = model.predict(views)
+    result = model.predict(views, view_names=[str(store.views[index]) for index in indices])
     truth = dict(zip(store.findings, store.labels[indices[0]].tolist(), strict=True))
     present = [name for name in result.findings if truth.get(name) == POSITIVE]
     absent = sorted(

@@ -1,8 +1,8 @@
 """A trained model, or several as one: images or a study in, findings out. The only way to a prediction.
 
-Order of operations, everywhere: sigmoid, mean with the mirror image, mean over the images of a study, mean over
-models, the calibrator that was fitted at that stage (docs/reference/model.md). Files are in `model_files.py`, the
-forward pass in `network.py`. A little past 300 lines: one class, and the result that it gives.
+Order of operations, everywhere: sigmoid, mean with the mirror image, the images of a study, models, damping by Normal
+(`evaluation/composition.py`), the calibrator that was fitted at that stage (docs/reference/model.md). Files are in
+`model_files.py`, the forward pass in `network.py`. Past 300 lines: one class, and the result that it gives.
 """
 
 import hashlib
@@ -15,15 +15,25 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from hilum.core.errors import CheckpointError, EmptyStudyError, PreprocessingMismatchError, UnsupportedImageError
-from hilum.core.types import RESEARCH_NOTICE, image_uid
-from hilum.data.images import read_image, shrink
+from hilum.core.errors import (
+    CheckpointError,
+    ConfigError,
+    EmptyStudyError,
+    ImageError,
+    PreprocessingMismatchError,
+    UnknownNameError,
+    UnsupportedImageError,
+)
+from hilum.core.types import RESEARCH_NOTICE, VIEWS, image_uid, view_kind
+from hilum.data.images import read_dicom_header, read_image, shrink
 from hilum.data.store import Indices, Store
 from hilum.deploy import model_files as files
+from hilum.deploy.ensemble_model import read_composition
 from hilum.deploy.network import Network, Read, choose_device, raw_probabilities, store_identity
-from hilum.evaluation.ensemble import mean_over_models
+from hilum.deploy.out_of_sample import PLAIN
+from hilum.evaluation.composition import Composition
 from hilum.evaluation.predictions import Predictions
-from hilum.evaluation.studies import mean_over_studies
+from hilum.evaluation.studies import study_uids, view_weights
 from hilum.heads.features import to_batch
 from hilum.pretraining.exposure import join_leaks
 
@@ -40,7 +50,10 @@ class StudyResult:
     probabilities: dict[str, float | None]
     """Of the study, in [0, 1]; None for a finding that was never trained."""
     image_probabilities: list[dict[str, float | None]]
-    """Of each view alone, calibrated as images are (or raw)."""
+    """Of each view alone, calibrated as images are (or raw); a head that looks at whole studies gives all the same."""
+    view_weights: list[float]
+    """What each view contributes to `probabilities` by the model's study rule; they add up to 1. Equal ones say nothing
+    where the head itself weighs views."""
     attention: dict[str, list[Float[np.ndarray, "h w"]] | None]
     """One map per view on the patch grid, each summing to 1; None where the head has none. Maps cover `boxes`."""
     boxes: list[Box]
@@ -68,6 +81,7 @@ class Model:
         exposure: images met in pretraining and training, all networks together.
         groups: head, medium or tail per finding.
         leak: leaks by design that its pretraining or training accepted, in words.
+        composition: how images become studies and networks one model; the calibrators were fitted with the same.
 
     Raises:
         PreprocessingMismatchError: the networks were trained with different recipes.
@@ -81,8 +95,9 @@ class Model:
         exposure: files.Exposure,
         groups: Mapping[str, str],
         leak: str = "",
+        composition: Composition = PLAIN,
     ) -> None:
-        self.leak = leak
+        self.leak, self.composition = leak, composition
         recipes = sorted({network.config.preprocess_id for network in networks})
         if len(recipes) > 1:
             raise PreprocessingMismatchError(
@@ -97,7 +112,13 @@ class Model:
         """Names, in order."""
         return self.networks[0].findings
 
-    def predict(self, views: Sequence[Image] | Image, raw: bool = False, attention: bool = True) -> StudyResult:
+    def predict(
+        self,
+        views: Sequence[Image] | Image,
+        raw: bool = False,
+        attention: bool = True,
+        view_names: Sequence[str] | None = None,
+    ) -> StudyResult:
         """Findings of one study.
 
         Args:
@@ -105,35 +126,43 @@ class Model:
                 (H, W) arrays.
             raw: without calibration.
             attention: also attention maps.
+            view_names: PA, AP, LATERAL, ... (`core.types.VIEWS`) or "", one for each, for rules and heads that look
+                at views; None: as DICOM headers say, unknown otherwise.
 
         Raises:
             EmptyStudyError: no image.
             ImageError: a view cannot be used; names it by its position.
+            UnknownNameError: no such view.
         """
         if isinstance(views, Path | str | bytes | np.ndarray):
             views = [views]
         if not len(views):
             raise EmptyStudyError("A study needs at least one image, found none.")
+        names = _view_names(views, view_names)
         decoded = [_decode(view, number, self.short_side, self.preprocess_id) for number, view in enumerate(views, 1)]
-        members, maps = [], []
-        for network in self.networks:
+        kinds = np.array([view_kind(name) for name in names], dtype=np.int64)
+        members, maps, shares = [], [], []
+        for network, share in zip(self.networks, self.composition.weights or [1.0] * len(self.networks), strict=True):
             squares = to_batch([network.crop(pixels) for pixels, _ in decoded])
-            features = network.features(squares)
-            members.append(_as_study(network.probabilities(squares, features), [p for p, _ in decoded], self.findings))
+            features = network.features(squares, np.zeros(len(names), np.int64), kinds)
+            values = network.probabilities(squares, features)
+            members.append(_as_study(values, [pixels for pixels, _ in decoded], names, network.findings))
             found = network.attention(features) if attention else None
             if found is not None:
                 maps.append(found)
+                shares.append(share)
         image, study = self._finish(members, raw), self._finish(members, raw, unit="study")
         trained = {name: bool(known) for name, known in zip(self.findings, study.trained, strict=True)}
-        joined = _mean_of_maps(maps, len(decoded))
+        joined = _mean_of_maps(maps, shares, len(decoded))
         calibrator = self.calibrators["study"]
         points = calibrator.raw_thresholds if raw else calibrator.thresholds
         return StudyResult(
             findings=self.findings,
             probabilities=_by_name(self.findings, study.probabilities[0]),
             image_probabilities=[_by_name(self.findings, row) for row in image.probabilities],
+            view_weights=view_weights(members[0], self.composition.study).tolist(),
             attention={
-                name: [view[column] for view in joined] if joined and trained[name] else None
+                name: [view[column] for view in joined] if trained[name] and _has_maps(joined, column) else None
                 for column, name in enumerate(self.findings)
             },
             boxes=[_box(pixels) for pixels, _ in decoded],
@@ -208,7 +237,12 @@ class Model:
         Raises:
             EmptyStudyError: no image is left.
         """
-        outputs, kept = raw_probabilities(self.networks, indices, read, batch_size, workers, done)
+        names = ("dataset", "patient_id", "study_id", "image_uid")
+        studies = study_uids(*(np.asarray(identity[name]) for name in names))
+        views = np.asarray(identity["view"])
+        outputs, kept = raw_probabilities(
+            self.networks, indices, read, batch_size, workers, done, studies=studies, views=views
+        )
         if len(kept) == 0:
             raise EmptyStudyError("There is no image to predict.")
         rows = {name: np.asarray(column)[kept] for name, column in identity.items()}
@@ -244,9 +278,7 @@ class Model:
 
     def _finish(self, members: list[Predictions], raw: bool, unit: str = "image") -> Predictions:
         """From raw image predictions of every network to this model's predictions per image or study."""
-        if unit == "study":
-            members = [mean_over_studies(member, unit="study") for member in members]
-        combined = members[0] if len(members) == 1 else mean_over_models(members)
+        combined = self.composition.apply(members, unit)
         return combined if raw else self.calibrators[unit].apply_to(combined)
 
 
@@ -277,8 +309,10 @@ def load(path: Path | str, device: str = "auto") -> Model:
         uses = (*files.EXPOSURES, "pictures")
         merged = (np.unique(np.concatenate([getattr(one, use) for one in exposures])) for use in uses)
         exposures = [files.Exposure(*merged)]
-    leak = join_leaks(*leaks)
-    return Model(networks, files.read_calibrators(path, content), files.digest_of(path), exposures[0], groups, leak)
+    return Model(
+        networks, files.read_calibrators(path, content), files.digest_of(path), exposures[0], groups,
+        join_leaks(*leaks), read_composition(path, content),
+    )  # fmt: skip
 
 
 def member_folders(path: Path, content: Mapping[str, Any]) -> list[Path]:
@@ -323,17 +357,43 @@ def _decode(
     return decoded.pixels, decoded.quality
 
 
-def _as_study(probabilities: np.ndarray, pixels: Sequence[np.ndarray], findings: tuple[str, ...]) -> Predictions:
+def _view_names(views: Sequence[Image], given: Sequence[str] | None) -> list[str]:
+    if given is None:
+        return [_view_of(view) for view in views]
+    if isinstance(given, str) or len(given) != len(views):
+        raise ConfigError(f"view_names: expected {len(views)}, one for each view; found {given!r}.")
+    for name in given:
+        if name and name not in VIEWS:
+            raise UnknownNameError("view", name, VIEWS)
+    return list(given)
+
+
+def _view_of(view: Image) -> str:
+    """What a DICOM header says; any other file says nothing, and a damaged one is found out when it is decoded."""
+    if isinstance(view, np.ndarray):
+        return "UNKNOWN"
+    try:
+        position = read_dicom_header(view if isinstance(view, bytes) else Path(view))["ViewPosition"].upper()
+    except (ImageError, OSError):
+        return "UNKNOWN"
+    return position if position in VIEWS else "UNKNOWN"
+
+
+def _as_study(
+    probabilities: np.ndarray, pixels: Sequence[np.ndarray], views: Sequence[str], findings: tuple[str, ...]
+) -> Predictions:
     """Images of one study as a table; uids follow the content, so that the order of views does not matter."""
     count = len(pixels)
-    content = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+    content = [
+        hashlib.sha256(view.encode() + image.tobytes()).hexdigest() for view, image in zip(views, pixels, strict=True)
+    ]
     ranks = np.argsort(np.argsort(content, kind="stable"))
     study = image_uid("study", "".join(sorted(content)))
     empty = np.full(count, "", dtype=str)
     return Predictions(
         image_uid=np.array([f"{rank:016d}" for rank in ranks]), image_id=empty,
-        study_id=np.full(count, study), patient_id=empty, dataset=empty, view=empty, findings=findings,
-        probabilities=probabilities,
+        study_id=np.full(count, study), patient_id=empty, dataset=empty, view=np.array(views, dtype=str),
+        findings=findings, probabilities=probabilities,
     )  # fmt: skip
 
 
@@ -349,8 +409,15 @@ def _box(pixels: UInt8[np.ndarray, "H W"]) -> Box:
     return (1 - short / height) / 2, (1 - short / width) / 2, short / height, short / width
 
 
-def _mean_of_maps(maps: Sequence[Float[np.ndarray, "B C _ _"]], views: int) -> list[Float[np.ndarray, "C h w"]]:
-    """Mean of the attention of several networks, on the finest grid among them."""
+def _has_maps(views: Sequence[np.ndarray], column: int) -> bool:
+    """Whether there are maps of a finding; those of an extension without maps are NaN."""
+    return bool(views) and all(np.isfinite(view[column]).all() for view in views)
+
+
+def _mean_of_maps(
+    maps: Sequence[Float[np.ndarray, "B C _ _"]], shares: Sequence[float], views: int
+) -> list[Float[np.ndarray, "C h w"]]:
+    """Weighted mean of the attention of several networks, on the finest grid among them."""
     if not maps:
         return []
     rows, columns = max(one.shape[2:] for one in maps)
@@ -360,6 +427,6 @@ def _mean_of_maps(maps: Sequence[Float[np.ndarray, "B C _ _"]], views: int) -> l
             np.stack([cv2.resize(plane, (columns, rows), interpolation=cv2.INTER_LINEAR) for plane in one[view]])
             for one in maps
         ]
-        mean = np.mean([planes / planes.sum(axis=(1, 2), keepdims=True) for planes in resized], axis=0)
-        joined.append(mean)
+        whole = [planes / planes.sum(axis=(1, 2), keepdims=True) for planes in resized]
+        joined.append(np.average(whole, axis=0, weights=shares))
     return joined

@@ -1,44 +1,77 @@
-"""From several models to one: the mean of their probabilities over the same items.
+"""From several models to one: a weighted mean of their probabilities, log-odds or ranks over the same items.
 
 Runs after study aggregation and before calibration. It never guesses which rows or columns belong together: items are
-joined by uid and findings by name, and members that do not cover the same items are refused.
+joined by uid and findings by name, and members that do not cover the same items are refused. Which members, and with
+what weights, is decided in `ensemble_search.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
+from scipy.special import expit, logit
 
-from hilum.core.errors import PredictionError, StageError
+from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.evaluation.predictions import Predictions, column_indices
+from hilum.evaluation.ranks import Ranks
+from hilum.evaluation.study_rules import SMALLEST
+
+ENSEMBLES: dict[str, str] = {
+    "mean": "arithmetic mean of probabilities (CXR-LT 2024 slides, ensemble)",
+    "logit_mean": "mean of log-odds: a member that is sure weighs more",
+    "rank_mean": "mean of ranks, for members of different losses: not probabilities until calibrated",
+}
+"""Name -> what it is."""
 
 
 def mean_over_models(members: Sequence[Predictions]) -> Predictions:
-    """Arithmetic mean of probabilities over models, at one stage and unit (CXR-LT 2024 slides, ensemble).
+    """`combine_members` by the arithmetic mean of probabilities (CXR-LT 2024 slides, ensemble)."""
+    return combine_members(members)
+
+
+def combine_members(
+    members: Sequence[Predictions],
+    rule: str = "mean",
+    weights: Sequence[float] | None = None,
+    ranks: Sequence[Ranks] | None = None,
+) -> Predictions:
+    """Several models' predictions of the same items as one, at one stage and unit.
 
     Rows and columns come in the first member's order; the values do not depend on the order of the members. A finding
-    that some members were never trained on is the mean over those that were.
+    that some members were never trained on is combined over those that were.
+
+    Args:
+        members: raw or study predictions, one per model.
+        rule: a name in ENSEMBLES.
+        weights: one per member, not negative, of any sum; None: equal.
+        ranks: for `rank_mean`, where each member's scores stand; None: among the items given here, so that an item's
+            value depends on the others.
 
     Raises:
-        StageError: members at different stages, calibrated, or themselves ensembles.
+        StageError: members at different stages, calibrated, damped, or themselves ensembles.
         PredictionError: different items (with counts and an example), units, identities or findings.
+        ConfigError: weights that do not fit.
     """
+    if rule not in ENSEMBLES:
+        raise UnknownNameError("ensemble", rule, ENSEMBLES)
     if not members:
         raise PredictionError("An ensemble needs at least one member.")
+    shares = check_weights(weights, len(members))
     first = members[0]
     for number, member in enumerate(members, 1):
         _check_member(first, member, number)
     stacked = np.stack([_aligned(first, member) for member in members])
-    # sorted before the sum, so that no member is "first" in the rounding; NaN (never trained) goes to the end
-    stacked = np.sort(stacked, axis=0)
-    trained = ~np.isnan(stacked)
-    counts = trained.sum(axis=0)
-    total = np.where(trained, stacked, 0.0).sum(axis=0)
-    average = np.divide(total, counts, out=np.full(total.shape, np.nan), where=counts > 0)
-    lowest = stacked[0]
-    highest = np.take_along_axis(stacked, np.maximum(counts - 1, 0)[None], axis=0)[0]
+    if rule == "rank_mean":
+        own = ranks or [Ranks.of_values(values, first.findings, knots=None) for values in stacked]
+        stacked = np.stack([one.apply(values, first.findings) for one, values in zip(own, stacked, strict=True)])
+    described = [{"model": member.metadata.get("model"), "stage": member.stage} for member in members]
+    if weights is not None:
+        described = [one | {"weight": float(share)} for one, share in zip(described, shares, strict=True)]
     metadata = {
         "stage": "ensemble",
-        "members": [{"model": m.metadata.get("model"), "stage": m.stage} for m in members],
+        "ensemble": rule,
+        "scale": "ranks, not probabilities" if rule == "rank_mean" else None,
+        "members": described,
         "model": None,
         "thresholds": None,
         "calibration": None,
@@ -46,7 +79,39 @@ def mean_over_models(members: Sequence[Predictions]) -> Predictions:
         "exposed_images": _most_exposed(members),
         "accepted_leak": "; ".join(dict.fromkeys(leak for m in members if (leak := m.metadata.get("accepted_leak")))),
     }
-    return first.replace(np.clip(average, lowest, highest), **metadata)
+    return first.replace(_mean(stacked[shares > 0], shares[shares > 0], rule == "logit_mean"), **metadata)
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> Float[np.ndarray, " M"]:
+    """Weights as an array; ones where there are none.
+
+    Raises:
+        ConfigError: another number of them, a negative one, or none above 0.
+    """
+    values = np.ones(count) if weights is None else np.asarray(list(weights), np.float64)
+    if len(values) != count or not (np.isfinite(values) & (values >= 0)).all() or not values.any():
+        raise ConfigError(
+            f"An ensemble of {count} needs as many weights of at least 0, not all 0; found {values.tolist()}."
+        )
+    return values
+
+
+def _mean(
+    stacked: Float[np.ndarray, "M N C"], shares: Float[np.ndarray, " M"], logits: bool
+) -> Float[np.ndarray, "N C"]:
+    """Weighted mean over members; NaN (never trained) has no say, and stays where nobody has one."""
+    # sorted before the sum, so that no member is "first" in the rounding; NaN goes to the end
+    weights = np.broadcast_to(shares[:, None, None], stacked.shape)
+    order = np.lexsort((weights, stacked), axis=0)
+    stacked, weights = (np.take_along_axis(values, order, axis=0) for values in (stacked, weights))
+    trained = ~np.isnan(stacked)
+    values = logit(np.clip(stacked, SMALLEST, 1 - SMALLEST)) if logits else stacked
+    total = np.where(trained, values * weights, 0.0).sum(axis=0)
+    sums = np.where(trained, weights, 0.0).sum(axis=0)
+    average = np.divide(total, sums, out=np.full(total.shape, np.nan), where=sums > 0)
+    lowest = stacked[0]
+    highest = np.take_along_axis(stacked, np.maximum(trained.sum(axis=0) - 1, 0)[None], axis=0)[0]
+    return np.clip(expit(average) if logits else average, lowest, highest)
 
 
 def _most_exposed(members: Sequence[Predictions]) -> int | None:
@@ -62,10 +127,14 @@ def _check_member(first: Predictions, member: Predictions, number: int) -> None:
             f"Member {number} of the ensemble is at stage {member.stage!r}; an ensemble is made of raw or study "
             "predictions, all members at once, and calibrated afterwards."
         )
-    if member.stage != first.stage:
+    if "normal_damping" in member.metadata:
+        raise StageError(f"Member {number} of the ensemble is damped by Normal already; that comes after the ensemble.")
+    rules = [one.metadata.get("study_aggregation") for one in (first, member)]
+    if member.stage != first.stage or rules[0] != rules[1]:
         raise StageError(
-            f"Member 1 is at stage {first.stage!r} and member {number} at {member.stage!r}. Aggregate studies in all "
-            "members or in none (hilum combine --study mean does it for every file)."
+            f"Member 1 is at stage {first.stage!r} ({rules[0]}) and member {number} at {member.stage!r} ({rules[1]}). "
+            "Aggregate studies in all members by one rule or in none (hilum combine --study mean does it for every "
+            "file)."
         )
     if member.unit != first.unit:
         raise PredictionError(f"Member 1 has a row per {first.unit}, member {number} one per {member.unit}.")
@@ -94,6 +163,3 @@ def _aligned(first: Predictions, member: Predictions) -> np.ndarray:
             )
     columns = column_indices(member.findings, first.findings, "a member of the ensemble")
     return member.probabilities[rows][:, columns]
-
-
-ENSEMBLES: dict[str, Callable[[Sequence[Predictions]], Predictions]] = {"mean": mean_over_models}

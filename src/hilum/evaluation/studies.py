@@ -7,7 +7,7 @@ rules are in `study_rules.py`.
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +16,16 @@ from hilum.core.errors import PredictionError, StageError, UnknownNameError
 from hilum.evaluation.predictions import IDENTITY, Predictions
 from hilum.evaluation.study_rules import AGGREGATIONS, MEAN, StudyRule, as_rule
 
-__all__ = ["AGGREGATIONS", "aggregate_studies", "mean_over_studies", "study_uid", "study_uids", "view_weights"]
+__all__ = [
+    "AGGREGATIONS",
+    "Grouped",
+    "aggregate_studies",
+    "group_studies",
+    "mean_over_studies",
+    "study_uid",
+    "study_uids",
+    "view_weights",
+]
 
 
 def study_uid(dataset: str, patient_id: str, study_id: str) -> str:
@@ -58,19 +67,20 @@ def aggregate_studies(p: Predictions, rule: StudyRule | str = MEAN, unit: str = 
         return p
     if len(p) == 0:
         raise PredictionError("There is no image to aggregate: the prediction file has no rows.")
-    uids, order, studies, starts, counts = _group(p)
+    grouped = group_studies(p)
+    order, starts = grouped.order, grouped.starts
     values = rule.aggregate(p.probabilities[order], starts, p.view[order])
-    sizes, how_many = np.unique(counts, return_counts=True)
+    sizes, how_many = np.unique(grouped.counts, return_counts=True)
     metadata: dict[str, Any] = {
         "stage": "study",
         "study_aggregation": str(rule),
         "images_per_study": {str(size): int(n) for size, n in zip(sizes, how_many, strict=True)},
     }
     if unit == "image":
-        return p.replace(values[np.searchsorted(studies, uids)], **metadata, thresholds=None, calibration=None)
+        return p.replace(values[grouped.study_of], **metadata, thresholds=None, calibration=None)
     first = p.rows(order[starts])
     views = np.array(["+".join(sorted(set(group))) for group in np.split(p.view[order], starts[1:])], dtype=str)
-    rows = {name: getattr(first, name) for name in IDENTITY} | {"image_uid": studies, "view": views}
+    rows = {name: getattr(first, name) for name in IDENTITY} | {"image_uid": grouped.studies, "view": views}
     rows["image_id"] = np.where(first.study_id == "", first.image_id, first.study_id)
     merged = {**p.metadata, **metadata, "unit": "study"}
     for key in ("thresholds", "calibration"):  # fitted on images
@@ -85,17 +95,35 @@ def mean_over_studies(p: Predictions, unit: str = "image") -> Predictions:
 
 def view_weights(p: Predictions, rule: StudyRule | str = MEAN) -> Float[np.ndarray, " N"]:
     """What each image contributes to its study's value; the images of a study add up to 1."""
-    _, order, _, starts, _ = _group(p)
+    grouped = group_studies(p)
     weights = np.empty(len(p))
-    weights[order] = as_rule(rule).weights(p.view[order], starts)
+    weights[grouped.order] = as_rule(rule).weights(p.view[grouped.order], grouped.starts)
     return weights
 
 
-def _group(p: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Study of each row; rows sorted by study; distinct studies, with the place of their first row, and their size."""
+class Grouped(NamedTuple):
+    """The studies of a table of images.
+
+    Args:
+        order: (N,) rows sorted by study, and within a study by image uid, so that sums do not depend on row order.
+        studies: (S,) their ids, sorted.
+        starts, counts: (S,) place in `order` of the first image of each, and their number.
+        study_of: (N,) position in `studies` of each row of the table.
+    """
+
+    order: np.ndarray
+    studies: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    study_of: np.ndarray
+
+
+def group_studies(p: Predictions) -> Grouped:
+    """Which images of a table form which study."""
     uids = study_uids(p.dataset, p.patient_id, p.study_id, p.image_uid)
-    order = np.lexsort((p.image_uid, uids))  # within a study by image uid, so that sums do not depend on row order
-    return uids, order, *np.unique(uids[order], return_index=True, return_counts=True)
+    order = np.lexsort((p.image_uid, uids))
+    studies, starts, counts = np.unique(uids[order], return_index=True, return_counts=True)
+    return Grouped(order, studies, starts, counts, np.searchsorted(studies, uids))
 
 
 def _check_stage(p: Predictions, rule: StudyRule) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hilum.commands import combine_models as program
-from hilum.core.errors import CheckpointError, ConfigError, PredictionError, StageError
+from hilum.core.errors import CheckpointError, ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.deploy import model_files as files
 from hilum.deploy.ensemble_model import combine_models
 from hilum.deploy.out_of_sample import labels_of_studies
@@ -89,8 +89,9 @@ def test_what_is_not_two_models_is_refused(fitted: Path, tmp_path: Path) -> None
         combine_models([fitted / "linear", fitted / "ensemble"], tmp_path / "out")
     with pytest.raises(ConfigError, match="already holds"):
         combine_models([fitted / "linear", fitted / "decoder"], fitted / "ensemble")
-    with pytest.raises(ConfigError, match="mean"):
-        combine_models([fitted / "linear", fitted / "decoder"], tmp_path / "out", study="max")
+    with pytest.raises(UnknownNameError, match="max"):
+        program.run([fitted / "linear", fitted / "decoder"], tmp_path / "out", study="max")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_program_writes_an_ensemble(fitted: Path, tmp_path: Path, capsys) -> None:

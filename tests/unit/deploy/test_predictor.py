@@ -26,6 +26,7 @@ from hilum.deploy.predictor import load
 from hilum.evaluation.calibration import Calibrator
 from hilum.evaluation.ensemble import mean_over_models
 from hilum.evaluation.studies import mean_over_studies
+from hilum.heads.features import Features
 
 NAMES = ("linear", "decoder", "ensemble")
 ALL = pytest.mark.parametrize("name", NAMES)
@@ -74,7 +75,8 @@ def test_raw_probabilities_are_backbone_head_sigmoid_and_flip_mean_written_out(f
                 tokens = backbone.intermediate(image, 2)
                 cls = torch.cat([block.cls for block in tokens], dim=1)
                 patches = torch.cat([block.patches for block in tokens], dim=2)
-                logits = head.linear(cls) if name == "linear" else head.decoder(patches)
+                features = Features(cls, patches.mean(dim=1), patches, (2, 2))
+                logits = head.linear(cls) if name == "linear" else head.decoder(features)
                 values.append(expit(logits.double().numpy()[0]))
             expected.append(np.mean(values, axis=0))
         found = load(fitted / name, "cpu").predict_store(store, range(56, 60), raw=True)
