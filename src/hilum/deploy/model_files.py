@@ -377,12 +377,12 @@ def read_validation(path: Path) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
         PredictionError: a file is missing or malformed, they do not belong together, or an extension was validated on
             other images.
     """
-    predictions, labels = _read_validation(path, None)
+    predictions, labels = read_validation_of(path, None)
     content = read_json(path / CONFIG_NAME, PredictionError) if (path / CONFIG_NAME).is_file() else {}
     for number, extension in enumerate(content.get("extensions", ())):
         if extension["zero_shot"]:
             continue
-        added, added_labels = _read_validation(path, number)
+        added, added_labels = read_validation_of(path, number)
         mine, theirs = set(predictions.image_uid.tolist()), set(added.image_uid.tolist())
         if mine != theirs:
             raise PredictionError(
@@ -399,7 +399,12 @@ def read_validation(path: Path) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
     return predictions, labels
 
 
-def _read_validation(path: Path, extension: int | None) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
+def read_validation_of(path: Path, extension: int | None = None) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
+    """As `read_validation`, of the first head alone, or of one extension.
+
+    Raises:
+        PredictionError: a file is missing or malformed, or the two do not belong together.
+    """
     name, file = validation_name(LOGITS_NAME, extension), path / validation_name(LABELS_NAME, extension)
     predictions = read_predictions(path / name)
     try:

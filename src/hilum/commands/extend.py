@@ -1,0 +1,270 @@
+"""`hilum extend`: a model and a few labels in, the same model with more findings out. Old outputs are the same bits.
+
+Search: the rungs of the ladder (`extend_training.py`) side by side on one pass over the frozen backbone; validation
+chooses rung, rate and epoch. Calibrate: on validation predictions of the search head. Refit: on train + val. The new
+head is written beside the model's own, whose tensors, maps and thresholds are copied as they are. Distillation into
+one head is in `extend_joint.py`, scoring from text alone in `extend_zero_shot.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from hilum.commands.extend_files import SEEN_NOTE, write_extended
+from hilum.commands.extend_inputs import Base, Shots, check_new, open_base, open_new_examples, settings_of
+from hilum.commands.extend_training import LADDER, Rung, finished, make_ladder, on_meta, refit, search
+from hilum.commands.fit_inputs import Examples
+from hilum.core.config import to_dict
+from hilum.core.errors import ConfigError
+from hilum.core.tracking import next_step, progress, say, warn
+from hilum.core.types import POSITIVE
+from hilum.data.labels import IMPLIES
+from hilum.data.transforms import preprocessing
+from hilum.deploy import model_files as files
+from hilum.deploy.network import Network, choose_device, raw_probabilities, store_identity
+from hilum.deploy.out_of_sample import fit_calibrators
+from hilum.evaluation.composition import Composition
+from hilum.evaluation.predictions import Predictions
+from hilum.heads.config import FitConfig
+from hilum.heads.features import Augmentation, FeatureSource, freeze
+from hilum.heads.registry import Head, HeadConfig
+from hilum.heads.standardise import measure
+from hilum.heads.sweep import prior_log_odds
+from hilum.heads.training import LearningSet
+from hilum.pretraining.exposure import uid_numbers
+
+SEARCH_FORMAT = "hilum-extension-search-1"
+
+
+def run(
+    model: Path,
+    data: Path,
+    findings: Sequence[str],
+    out: Path,
+    overrides: Sequence[str] = (),
+    shots: Shots | None = None,
+    ladder: Sequence[str] = LADDER,
+    device: str = "auto",
+) -> Path:
+    """Add findings to a model and write a new MODEL directory.
+
+    Args:
+        model: a MODEL directory.
+        data: a store with labels of the new findings in train and val.
+        findings: names of the store.
+        out: a new directory.
+        overrides: key=value over the settings that the model was fitted with.
+        shots: how many positive images of each finding may be used.
+        ladder: which ways to try.
+        device: auto, cpu or cuda.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: a finding that the model has, one without positives, or settings that do not fit.
+        LeakageError: patients that would change sides.
+        UnknownNameError: a finding that the store does not have.
+        PreprocessingMismatchError: a store of another recipe.
+        NonFiniteLossError: a loss or gradient is not finite; no weight has moved.
+    """
+    out, shots = Path(out), shots or Shots()
+    files.require_new(out)
+    base = open_base(Path(model))
+    names = check_new(base, findings)
+    composition = composition_of(base)
+    config = settings_of(base, overrides)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    place = choose_device(device)
+    examples = open_new_examples(base, Path(data), names, shots, config.seed)
+    store, train, val, labels = examples.store, examples.train, examples.val, examples.labels
+    say(
+        f"{base.path} has {len(base.names)} findings; {len(names)} new ones from {len(train)} training and {len(val)} "
+        f"validation images: {', '.join(f'{one.name} ({one.positives})' for one in examples.findings)}"
+    )
+
+    # Ways to learn them, and the features that all of them read.
+    model_config, embed_dim = base.network, base.backbone.config.embed_dim
+    bias = prior_log_odds(labels[train]) if config.prior_bias else None
+    old = base.names[: model_config.head.findings]
+    rungs = make_ladder(config, embed_dim, model_config.head, base.main, names, old, bias, ladder)
+    backbone = freeze(base.backbone).to(place)
+    source = feature_source(config, base, examples, [rung.head for rung in rungs], place)
+    learning = learning_set(base, examples)
+    scaling = None
+    if any(rung.standardise for rung in rungs):
+        scaling = measure(features for _, features in source.evaluation(_cut(train, config.batch_size)))
+
+    # Search on train, chosen on val.
+    found = search(config, rungs, learning, source, scaling, place)
+    for name, choice in found.choices.items():
+        [rung] = [one for one in rungs if one.name == name]
+        say(f"{name}: validation mAP {choice.score:.3f} at {choice.variant}, {rung.trained_weights} weights learned")
+    [rung] = [one for one in rungs if one.name == found.best]
+    chosen = found.choices[found.best]
+    say(f"{rung.name} is taken: the highest score, of equal ones the fewest weights")
+
+    # Calibration: validation as the search head predicts it, which has not seen it.
+    search_head = finished(rung, found.states[rung.name], scaling)
+    provenance = {"head": "search", "learning_rate": chosen.variant.learning_rate, "epoch": chosen.epoch}
+    alone = replace(model_config, head=rung.head, findings=examples.findings, extensions=())
+    predictions = predict_validation(Network(alone, backbone, search_head, place), examples, config, provenance)
+    groups = {finding.name: finding.group for finding in examples.findings}
+    calibrators = fit_calibrators([predictions], labels[val], groups, [uid_numbers(store.uids[train])], composition)
+
+    # Refit on train + val.
+    state, refit_losses = refit(config, rung, chosen.variant, chosen.refit_epochs, learning, source, scaling, place)
+    head = finished(rung, state, scaling)
+    _require_untouched(rung, base, head)
+
+    # Files; config.json last.
+    seen = _memory_has_seen(base, rung, predictions)
+    if seen:
+        warn(SEEN_NOTE)
+    cards = make_cards(examples, rung, old)
+    record = {
+        "format": SEARCH_FORMAT,
+        "criterion": "macro average precision per image over new findings with a validation positive",
+        "train_images": len(train),
+        "val_images": len(val),
+        "variants": [to_dict(one) for one in config.variants()],
+        "rungs": {
+            one.name: {
+                "trained_weights": one.trained_weights,
+                "epochs": [to_dict(epoch) for epoch in found.courses[one.name]],
+                "chosen": to_dict(found.choices[one.name]),
+            }
+            for one in rungs
+        },
+        "taken": rung.name,
+        "refit_losses": list(refit_losses),
+    }
+    training = {
+        "extended_from": files.digest_of(base.path),
+        "rung": rung.name,
+        "trained_weights": rung.trained_weights,
+        "shots": {"train": shots.train, "val": shots.val},
+        "memory_has_seen_validation": seen,
+        "fitted_on": {**provenance, "split": "val", "images": len(val), "store_fingerprint": store.fingerprint(val)},
+        "refit_epochs": chosen.refit_epochs,
+        "settings": to_dict(config),
+        "store": {name: store.fingerprint(rows) for name, rows in (("train", train), ("val", val))},
+    }
+    extension = files.Extension(rung.head, names, rung.shared, False, cards, training)
+    exposure = exposure_of(examples)
+    write_extended(
+        base, out, extension, head, examples.findings, calibrators, exposure, (predictions, labels[val]),
+        record, store.accepted_leak,
+    )  # fmt: skip
+    say(f"{out}: {len(base.names)} findings as they were, and {', '.join(names)}")
+    next_step(f"hilum predict {out} {data}:test --out test.parquet")
+    return out
+
+
+def composition_of(base: Base) -> Composition:
+    """How the model's images become studies; what new findings are calibrated with.
+
+    Raises:
+        ConfigError: a model that damps findings by Normal.
+    """
+    composition = Composition.read(base.content)
+    if composition.damping is not None:
+        raise ConfigError(
+            f"{base.path} damps its findings by Normal ({composition.damping}), which would change with every finding "
+            "that is added. Extend the model without damping."
+        )
+    return replace(composition, ensemble="mean", weights=None, ranks={})
+
+
+def feature_source(
+    config: FitConfig, base: Base, examples: Examples, heads: Sequence[HeadConfig], device: torch.device
+) -> FeatureSource:
+    """Features of the model's own backbone for images of train and val."""
+    return FeatureSource(
+        examples.store, examples.both, base.backbone, preprocessing(base.network.preprocess_id),
+        resolution=base.network.resolution, blocks=base.network.head.blocks,
+        patches=any(on_meta(head).needs_patches for head in heads),
+        augmentation=Augmentation(config.crop_scale, flip=config.flip), cached_views=config.augmented_views,
+        cache_dtype=config.cache_dtype, precision=config.precision, workers=config.workers, seed=config.seed,
+        device=device,
+    )  # fmt: skip
+
+
+def learning_set(base: Base, examples: Examples) -> LearningSet:
+    """The examples as heads learn from them; with studies where the head looks at them."""
+    whole = base.network.head.views != "single"
+    return LearningSet(
+        examples.train, examples.val, examples.labels, studies=examples.studies if whole else None,
+        views=examples.views if whole else None,
+    )  # fmt: skip
+
+
+def predict_validation(
+    network: Network, examples: Examples, config: FitConfig, provenance: dict[str, Any]
+) -> Predictions:
+    """Raw predictions of validation images through the code path of every prediction."""
+    val = examples.val
+    with progress("validation", len(val), "images") as bar:
+        [values], _ = raw_probabilities(
+            [network], val, examples.store.read, config.batch_size, config.workers, bar.advance,
+            studies=examples.studies[val], views=examples.views[val],
+        )  # fmt: skip
+    groups = {finding.name: finding.group for finding in network.config.findings}
+    facts = {"split": "val", "head_splits": ["train"], "groups": groups, **provenance}
+    return Predictions(
+        **store_identity(examples.store, val), findings=network.findings, probabilities=values, metadata=facts
+    )
+
+
+def exposure_of(examples: Examples) -> files.Exposure:
+    """The images of train and val."""
+    store = examples.store
+    return files.Exposure(
+        train=uid_numbers(store.uids[examples.train]), val=uid_numbers(store.uids[examples.val]),
+        pictures=uid_numbers(store.pictures[examples.both]),
+    )  # fmt: skip
+
+
+def make_cards(examples: Examples, rung: Rung, old: Sequence[str]) -> dict[str, Any]:
+    """What is kept of each new finding: its labels, where they come from and what it started from."""
+    train, val = examples.labels[examples.train], examples.labels[examples.val]
+    return {
+        name: {
+            "train_positives": int((train[:, column] == POSITIVE).sum()),
+            "train_known": int((train[:, column] >= 0).sum()),
+            "val_positives": int((val[:, column] == POSITIVE).sum()),
+            "val_known": int((val[:, column] >= 0).sum()),
+            "datasets": _datasets(examples, column),
+            "parent": next((one for one in IMPLIES.get(name, ())[:1] if one in old), None) if rung.initial else None,
+        }
+        for column, name in enumerate(examples.names)
+    }
+
+
+def _datasets(examples: Examples, column: int) -> list[str]:
+    labelled = examples.both[examples.labels[examples.both, column] >= 0]
+    return np.unique(examples.store.datasets[labelled]).tolist()
+
+
+def _memory_has_seen(base: Base, rung: Rung, predictions: Predictions) -> bool:
+    """Whether what is taken over was trained on images that calibrate the new findings."""
+    if rung.initial is None:
+        return False
+    return bool(np.isin(uid_numbers(predictions.image_uid), np.union1d(base.exposure.train, base.exposure.val)).any())
+
+
+def _require_untouched(rung: Rung, base: Base, head: Head) -> None:
+    """What is shared must be what it was, bit for bit; anything else would be a fault of this program."""
+    before, after = base.main.state_dict(), head.state_dict()
+    changed = [name for name in rung.shared if not torch.equal(before[name].cpu(), after[name].cpu())]
+    assert not changed, f"shared tensors have changed: {changed}"
+
+
+def _cut(images: Int[np.ndarray, " n"], size: int) -> list[np.ndarray]:
+    return [images[start : start + size] for start in range(0, len(images), size)]

@@ -1,0 +1,273 @@
+"""What `extend` starts from, checked: a model, findings that it does not have, and images with labels for them.
+
+Images that the model was trained on stay on the training side and those that it was validated on stay in validation,
+by patient. No label of another split is read. `extend.py` trains and writes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Int64
+
+from hilum.backbones.vit import VisionTransformer
+from hilum.commands.fit_inputs import Examples, open_examples
+from hilum.core.config import from_dict, override
+from hilum.core.errors import ConfigError, LeakageError, PreprocessingMismatchError
+from hilum.core.seeding import stream
+from hilum.core.tracking import warn
+from hilum.core.types import POSITIVE, UNKNOWN
+from hilum.data.labels import frequency_groups
+from hilum.data.store import Store
+from hilum.deploy import model_files as files
+from hilum.evaluation.predictions import IDENTITY, Predictions
+from hilum.heads.config import FitConfig
+from hilum.heads.extension import ExtendedHead
+from hilum.heads.registry import Head
+from hilum.pretraining.exposure import uid_numbers
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model that is to get more findings."""
+
+    path: Path
+    content: dict[str, Any]
+    """Its `config.json`."""
+    network: files.NetworkConfig
+    backbone: VisionTransformer
+    head: Head | ExtendedHead
+    exposure: files.Exposure
+    calibrators: files.Calibrators
+    validation: Predictions
+    """Of the head that had not seen validation: findings of the first head."""
+    validation_labels: Int[np.ndarray, "N C"]
+
+    @property
+    def main(self) -> Head:
+        """The first head."""
+        return self.head.main if isinstance(self.head, ExtendedHead) else self.head
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its findings, in order."""
+        return tuple(finding.name for finding in self.network.findings)
+
+    @property
+    def validated(self) -> np.ndarray:
+        """Identities (uint64) of the images that selection and calibration were done on."""
+        return np.union1d(self.exposure.val, uid_numbers(self.validation.image_uid))
+
+
+def open_base(path: Path) -> Base:
+    """Read a model, whole.
+
+    Raises:
+        ConfigError: an ensemble.
+        CheckpointError, PredictionError: incomplete or damaged.
+    """
+    content = files.read_config(path)
+    if content["format"] != files.MODEL_FORMAT:
+        raise ConfigError(f"{path} is an ensemble. Extend its members one by one, and combine them again.")
+    network = files.read_network(path, content)
+    backbone, head = files.read_weights(path, network, str(content["weights"]["sha256"]))
+    validation, labels = files.read_validation_of(path)
+    return Base(
+        path, content, network, backbone, head, files.read_exposure(path, content),
+        files.read_calibrators(path, content), validation, labels,
+    )  # fmt: skip
+
+
+def check_new(base: Base, findings: Sequence[str]) -> tuple[str, ...]:
+    """The names of the new findings.
+
+    Raises:
+        ConfigError: none, one twice, one that the model has already, or a name that tables use otherwise.
+    """
+    names = tuple(findings)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"--finding: expected one or more different names, found {', '.join(names) or 'none'}.")
+    known = {name.casefold(): name for name in base.names}
+    had = [known[name.casefold()] for name in names if name.casefold() in known]
+    if had:
+        raise ConfigError(
+            f"{base.path} already has {', '.join(had)}. Nothing was changed: an extension adds findings and never "
+            "changes one. To learn a finding anew from more labels, run `hilum fit`, or `hilum extend --joint` with "
+            "findings that are new; a new reading of it needs a name of its own."
+        )
+    if clash := sorted(set(names) & set(IDENTITY)):
+        raise ConfigError(f"--finding: {', '.join(clash)} is a column of prediction files. Choose another name.")
+    return names
+
+
+def settings_of(base: Base, overrides: Sequence[str] = ()) -> FitConfig:
+    """The settings that the model was fitted with, as far as they apply to an extension, with `key=value` changes.
+
+    The kind of head, its blocks, rates, epochs, loss and augmentation are the model's own. What spoke of its findings,
+    its data or its way of ending is left out: datasets, pseudo-labels, several variants, `stop_epoch`.
+
+    Raises:
+        ConfigError: settings that cannot be read, or other blocks or another resolution than the model's.
+    """
+    recorded = from_dict(FitConfig, base.content["training"]["settings"], "training.settings.")
+    plain = FitConfig()
+    kept = replace(
+        recorded, findings=None, datasets=None, target=None, pseudo_labels=None, source_weights=(), source_bias=False,
+        also_blocks=(), also_patch_mean=False, prune_after=(), classifier_epochs=0, consistency=0.0, deferred=1.0,
+        stop_epoch=None, refit=True, refit_init="cold", train_images=None, val_images=None, hierarchy=False,
+        queries="learnable", text_vectors=None, query_groups=None, shared_output=False, resolution=None,
+        blocks=base.network.head.blocks,
+        learning_rates=recorded.learning_rates if len(recorded.learning_rates) > 1 else plain.learning_rates,
+    )  # fmt: skip
+    config = override(kept, overrides)
+    for name in ("blocks", "resolution", "precision", "flip_average"):
+        if getattr(config, name) != getattr(kept, name):
+            raise ConfigError(
+                f"{name}: an extension reads what the model reads ({getattr(kept, name)}); found "
+                f"{getattr(config, name)}. Leave it out, or fit a new model."
+            )
+    return config
+
+
+@dataclass(frozen=True)
+class Shots:
+    """How many positive images of each new finding may be used; None: all."""
+
+    train: int | None = None
+    val: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("shots", self.train), ("val-shots", self.val)):
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name}: expected at least 1, found {value}.")
+
+
+def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: Shots, seed: int) -> Examples:
+    """Images of train and val with labels of the new findings.
+
+    Training images of which no new finding is known are left out, except where the head looks at whole studies.
+    Validation stays whole, so that all heads of a model are validated on the same images.
+
+    Args:
+        base: the model.
+        data: a store of the model's preprocessing recipe.
+        findings: names of the store.
+        shots: budget of positive images; the others' labels become unknown.
+        seed: of the draw; a larger budget holds the smaller one.
+
+    Raises:
+        ConfigError: a finding without a positive in train, or none with a positive in val.
+        LeakageError: an image changes sides between the model's fit and this one, or a patient is in two splits.
+        UnknownNameError: a finding that the store does not have.
+        PreprocessingMismatchError: a store of another recipe.
+    """
+    store = Store.open(data)
+    check_recipe(base, store)
+    _refuse_absent(store, findings)
+    examples = open_examples(data, findings)
+    check_sides(base, store, examples.train, examples.val)
+    labels = examples.labels.copy()
+    for images, budget, split in ((examples.train, shots.train, "train"), (examples.val, shots.val, "val")):
+        if budget is not None:
+            _limit(labels, images, budget, seed, split, findings)
+    train, val = examples.train, examples.val
+    if base.network.head.views == "single":
+        train = train[(labels[train] >= 0).any(axis=1)]
+    blind = [name for name, some in zip(findings, (labels[val] == POSITIVE).any(axis=0), strict=True) if not some]
+    if blind:
+        warn(
+            f"no positive validation image of {', '.join(blind)}: nothing of the choice or of the calibration rests on "
+            "them, they are flagged as uncalibrated and have no threshold of their own"
+        )
+    return replace(
+        examples, train=train, val=val, labels=labels, findings=describe(findings, labels[train]),
+        scored=(labels[val] == POSITIVE).any(axis=0),
+    )  # fmt: skip
+
+
+def describe(names: Sequence[str], train_labels: Int[np.ndarray, "n C"]) -> tuple[files.Finding, ...]:
+    """Findings as training saw them: positives, known labels and group by share of the training images."""
+    positives, known = (train_labels == POSITIVE).sum(axis=0).tolist(), (train_labels >= 0).sum(axis=0).tolist()
+    groups = frequency_groups(dict(zip(names, positives, strict=True)), len(train_labels))
+    return tuple(
+        files.Finding(name, groups[name], positives[column] > 0, positives[column], known[column])
+        for column, name in enumerate(names)
+    )
+
+
+def check_recipe(base: Base, store: Store) -> None:
+    """Refuse a store of other pixels than the model's.
+
+    Raises:
+        PreprocessingMismatchError: another recipe.
+    """
+    if store.preprocess_id != base.network.preprocess_id:
+        raise PreprocessingMismatchError(
+            f"{store.path} was built for preprocessing {store.preprocess_id!r}, {base.path} needs "
+            f"{base.network.preprocess_id!r}. Build the store again: hilum build ... --intensity "
+            f"{base.network.preprocess_id}."
+        )
+
+
+def check_sides(base: Base, store: Store, train: Int64[np.ndarray, " n"], val: Int64[np.ndarray, " m"]) -> None:
+    """Refuse to learn from patients that the model was validated on, and to validate on those it has learned from.
+
+    Raises:
+        LeakageError: with the number of patients and what to do.
+    """
+    uids, pictures = uid_numbers(store.uids), uid_numbers(store.pictures)
+    patients = np.char.add(np.char.add(store.datasets, "\x1f"), store.patients)
+    sides = {"trained": base.exposure.train, "validated": base.validated}
+    both = np.intersect1d(sides["trained"], sides["validated"])  # a leak by design that was accepted then
+    for name, images, other in (("learn from", train, "validated"), ("validate on", val, "trained")):
+        met = np.isin(uids, np.setdiff1d(sides[other], both)) | np.isin(pictures, np.setdiff1d(sides[other], both))
+        shared = np.intersect1d(patients[images], patients[met])
+        if len(shared):
+            raise LeakageError(
+                f"{base.path} was {other} on images of {len(shared)} patients that {store.path} would have it "
+                f"{name}. Patients keep their splits: build the store from the manifest that the model was fitted on, "
+                "or leave these patients out."
+            )
+    test = store.indices("test")
+    seen = int(np.isin(uids[test], np.union1d(sides["trained"], sides["validated"])).sum())
+    if seen:
+        warn(
+            f"the model was fitted on {seen} test images of {store.path}; a test score would not be one on unseen ones"
+        )
+
+
+def _refuse_absent(store: Store, findings: tuple[str, ...]) -> None:
+    train = store.indices("train")
+    for name in findings:
+        if name not in store.findings:
+            continue  # `open_examples` names the nearest
+        column = store.labels[train, store.findings.index(name)]
+        if not (column == POSITIVE).any():
+            known = int((column >= 0).sum())
+            raise ConfigError(
+                f"{store.path} has no positive training image of {name!r} ({known} known labels). Nothing can be "
+                "learned of it: label some positives, or score it from text alone (--zero-shot)."
+            )
+
+
+def _limit(
+    labels: Int[np.ndarray, "N C"], images: np.ndarray, budget: int, seed: int, split: str, findings: tuple[str, ...]
+) -> None:
+    """Leave `budget` positives of every finding known among some images, in place; the others become unknown.
+
+    RPIDIAL/CheXFound linear_glori.py forgets its few-shot budget in the second phase and trains on the whole validation
+    set; here each split has its own, and what is not in it is unknown to every phase.
+    """
+    for column, name in enumerate(findings):
+        positive = images[labels[images, column] == POSITIVE]
+        order = stream(seed, "shots", split, name).permutation(len(positive))
+        labels[positive[order[budget:]], column] = UNKNOWN
+        if len(positive) < budget:
+            warn(f"{name}: {len(positive)} positive images in {split}, fewer than the {budget} asked for")
+
+
+def scored_columns(labels: Int[np.ndarray, "M C"]) -> Bool[np.ndarray, " C"]:
+    """Findings with a positive among some images."""
+    return (labels == POSITIVE).any(axis=0)

@@ -1,0 +1,338 @@
+"""`hilum extend`: new findings beside old ones that stay the same bits, budgets, splits, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hilum.backbones.vit import VisionTransformer, ViTConfig
+from hilum.backbones.weights import save_backbone
+from hilum.commands import extend, fit
+from hilum.commands.extend_inputs import Shots, open_base, open_new_examples, settings_of
+from hilum.commands.extend_training import make_ladder
+from hilum.core.config import override
+from hilum.core.errors import ConfigError, LeakageError, PredictionError, PreprocessingMismatchError, UnknownNameError
+from hilum.core.seeding import forked
+from hilum.data.store import Store, write_arrays
+from hilum.deploy import model_files as files
+from hilum.deploy.predictor import load
+from hilum.heads.config import FitConfig
+from hilum.heads.registry import build_head
+
+OLD, NEW = ("Atelectasis", "Edema", "Fracture"), ("Lobar Atelectasis", "Rib Fracture")
+SPLITS = ["train"] * 60 + ["val"] * 24 + ["test"] * 12
+SMALL = FitConfig(
+    head="linear", blocks=2, learning_rates=(1e-3, 1e-2), search_epochs=3, refit_epochs=3, batch_size=16,
+    augmented_views=1, threads=1, workers=1, findings=OLD, loss="masked_bce_mean", standardise=True, prior_bias=True,
+)  # fmt: skip
+DECODER = override(
+    SMALL, ["head=ml_decoder", "decoder_dim=8", "decoder_feed_forward=12", "decoder_heads=2", "flip_average=true"]
+)
+FAST = ("search_epochs=2", "refit_epochs=2", "learning_rates=[0.01,0.03]")
+
+
+def make_store(path: Path, splits: list[str] = SPLITS, change=None, **options) -> Store:
+    """The brightness of an image says Edema and Rib Fracture; some new labels are unknown."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((len(splits), 5)) < 0.4).astype(np.int8)
+    labels[::6, 3] = -1
+    images = [
+        rng.integers(0, 60, (22, 20 + 4 * (n % 3)), np.uint8) + np.uint8(100 * int(y[1]) + 60 * int(y[4]))
+        for n, y in enumerate(labels)
+    ]
+    if change is not None:
+        change(labels)
+    defaults = {
+        "studies": [f"arrays/s{n // 2}" for n in range(len(splits))],
+        "patients": [f"arrays/p{n // 4}" for n in range(len(splits))],
+    }
+    return write_arrays(path, images, labels, (*OLD, *NEW), splits=splits, **(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("extend")
+    make_store(path / "store")
+    with forked(0, "test"):
+        backbone = VisionTransformer(ViTConfig(12, 2, 2, patch_size=8, image_size=16, layer_scale=0.5))
+    save_backbone(backbone, path / "run", "hilum-grey-1")
+    for name, config in (("linear", SMALL), ("decoder", DECODER)):
+        fit.run(config, path / "store", path / "run", path / name, device="cpu")
+        extend.run(path / name, path / "store", NEW, path / f"{name}_more", FAST, device="cpu")
+    return path
+
+
+def settings(path: Path) -> dict:
+    return json.loads((path / "config.json").read_text())
+
+
+BOTH = pytest.mark.parametrize("name", ["linear", "decoder"])
+
+
+@BOTH
+def test_old_tensors_are_the_same_bytes_and_old_outputs_the_same_bits(folder: Path, name: str) -> None:
+    before, after = (load_file(folder / one / "model.safetensors") for one in (name, f"{name}_more"))
+    for key, tensor in before.items():
+        assert tensor.numpy().tobytes() == after[key].numpy().tobytes(), key
+    assert {key for key in after if key not in before} == {key for key in after if key.startswith("extension.0.")}
+    old, new = load(folder / name, "cpu"), load(folder / f"{name}_more", "cpu")
+    store = Store.open(folder / "store")
+    assert new.findings == (*OLD, *NEW)
+    for raw in (True, False):
+        for unit in ("image", "study"):
+            one, other = (model.predict_store(store, range(84, 96), raw=raw, unit=unit) for model in (old, new))
+            assert np.array_equal(one.probabilities, other.probabilities[:, :3])
+            assert np.isfinite(other.probabilities).all()
+    study = [store.read(84), store.read(85)]
+    mine, theirs = old.predict(study), new.predict(study)
+    assert {key: theirs.probabilities[key] for key in OLD} == mine.probabilities
+    assert theirs.thresholds["Rib Fracture"] is not None
+
+
+@BOTH
+def test_old_maps_and_thresholds_are_the_same_bytes_and_records_are_joined(folder: Path, name: str) -> None:
+    old, new = settings(folder / name), settings(folder / f"{name}_more")
+    for unit in ("image", "study"):
+        one, other = old["calibration"][unit], new["calibration"][unit]
+        for key in ("maps", "thresholds", "raw_thresholds"):
+            assert json.dumps(one[key]) == json.dumps({finding: other[key][finding] for finding in OLD})
+            assert set(other[key]) == {*OLD, *NEW}
+        assert one["fitted_on"] == other["fitted_on"]  # the same validation images
+    assert new["findings"][:3] == old["findings"]
+    assert new["architecture"] == old["architecture"]
+    assert new["extended_from"] == files.digest_of(folder / name)
+    for kept in ("search.json", "validation_logits.parquet", "validation_labels.npz"):
+        assert (folder / name / kept).read_bytes() == (folder / f"{name}_more" / kept).read_bytes()
+    exposures = [files.read_exposure(folder / one, settings(folder / one)) for one in (name, f"{name}_more")]
+    for use in ("train", "val", "pictures", "pretraining"):
+        assert np.array_equal(*(getattr(exposure, use) for exposure in exposures))
+    validation, labels = files.read_validation(folder / f"{name}_more")
+    assert validation.findings == (*OLD, *NEW)
+    assert labels.shape == (24, 5)
+    card = (folder / f"{name}_more" / "README.md").read_text()
+    assert "Extension 1: Lobar Atelectasis, Rib Fracture" in card
+    cards = new["extensions"][0]["cards"]
+    store = Store.open(folder / "store")
+    assert cards["Rib Fracture"]["train_positives"] == int((store.labels[:60, 4] == 1).sum())
+    assert cards["Lobar Atelectasis"]["val_known"] == int((store.labels[60:84, 3] >= 0).sum())
+
+
+def test_the_search_has_a_course_for_every_rung_and_parents_are_found(folder: Path) -> None:
+    search = json.loads((folder / "decoder_more" / "extension_0_search.json").read_text())
+    assert list(search["rungs"]) == ["rows", "adapter", "own"]
+    weights = [rung["trained_weights"] for rung in search["rungs"].values()]
+    assert weights[0] == 2 * (8 + 8 + 1)  # a query, a row and a bias for each finding
+    assert weights[0] < weights[1] < weights[2]
+    assert all(len(rung["epochs"]) == 2 for rung in search["rungs"].values())
+    best = {name: rung["chosen"]["score"] for name, rung in search["rungs"].items()}
+    assert best[search["taken"]] == max(best.values())
+    assert list(json.loads((folder / "linear_more" / "extension_0_search.json").read_text())["rungs"]) == ["own"]
+
+
+@pytest.mark.parametrize("rung", ["rows", "adapter"])
+def test_what_is_taken_over_is_shared_and_new_findings_start_from_their_parents(
+    folder: Path, tmp_path: Path, rung: str
+) -> None:
+    extend.run(folder / "decoder", folder / "store", NEW, tmp_path / "more", FAST, ladder=[rung], device="cpu")
+    described = settings(tmp_path / "more")["extensions"][0]
+    assert "decoder.embed_standart.weight" in described["shared"]
+    state = load_file(tmp_path / "more" / "model.safetensors")
+    assert "extension.0.decoder.embed_standart.weight" not in state
+    assert ("extension.0.decoder.layers.0.norm1.weight" in state) == (rung == "adapter")
+    assert {name: card["parent"] for name, card in described["cards"].items()} == {
+        "Lobar Atelectasis": "Atelectasis", "Rib Fracture": "Fracture",
+    }  # fmt: skip
+    assert described["training"]["memory_has_seen_validation"]
+    base = open_base(folder / "decoder")
+    config = settings_of(base, FAST)
+    rungs = make_ladder(config, 12, base.network.head, base.main, NEW, OLD, None, [rung])
+    queries, rows = rungs[0].initial["decoder.query_embed.weight"], rungs[0].initial["decoder.duplicate_pooling"]
+    old = base.main.state_dict()
+    assert torch.equal(queries, old["decoder.query_embed.weight"][[0, 2]])
+    assert torch.equal(rows, old["decoder.duplicate_pooling"][[0, 2]])
+
+
+@pytest.mark.slow
+def test_a_second_extension_leaves_the_first_as_it_is(folder: Path, tmp_path: Path) -> None:
+    extend.run(folder / "decoder", folder / "store", NEW[:1], tmp_path / "a", FAST, device="cpu")
+    extend.run(tmp_path / "a", folder / "store", NEW[1:], tmp_path / "b", FAST, device="cpu")
+    store = Store.open(folder / "store")
+    outputs = [
+        load(path, "cpu").predict_store(store, range(60, 96)).probabilities
+        for path in (folder / "decoder", tmp_path / "a", tmp_path / "b")
+    ]
+    assert [values.shape[1] for values in outputs] == [3, 4, 5]
+    assert np.array_equal(outputs[0], outputs[2][:, :3])
+    assert np.array_equal(outputs[1], outputs[2][:, :4])
+    for name in ("search.json", "validation_logits.parquet", "validation_labels.npz"):
+        first = f"extension_0_{name}"
+        assert (tmp_path / "a" / first).read_bytes() == (tmp_path / "b" / first).read_bytes()
+    assert files.read_validation(tmp_path / "b")[0].findings == (*OLD, *NEW)
+
+
+def test_a_new_finding_is_learned(folder: Path) -> None:
+    """Rib Fracture is brightness; what was learned of it ranks images it has never seen."""
+    search = json.loads((folder / "decoder_more" / "extension_0_search.json").read_text())
+    chosen = search["rungs"][search["taken"]]["chosen"]["score"]
+    assert chosen > 0.55  # shares of positives are 0.4
+
+
+@pytest.mark.parametrize(("train", "val"), [(1, 1), (4, 2), (8, 8)])
+def test_shots_are_exactly_what_was_asked_for_in_every_phase(
+    folder: Path, tmp_path: Path, monkeypatch, train: int, val: int
+) -> None:
+    """Defect C6: the budget was forgotten in the second phase, which trained on the whole validation set."""
+    seen = []
+    real = extend.learning_set
+
+    def watched(base, examples):
+        made = real(base, examples)
+        seen.append(made)
+        return made
+
+    monkeypatch.setattr(extend, "learning_set", watched)
+    extend.run(
+        folder / "decoder", folder / "store", NEW, tmp_path / "few", FAST, Shots(train, val), ["rows"], device="cpu"
+    )
+    [learned] = seen
+    for images, budget in ((learned.train, train), (learned.val, val), (learned.both, train + val)):
+        assert (learned.labels[images] == 1).sum(axis=0).tolist() == [budget, budget]
+    cards = settings(tmp_path / "few")["extensions"][0]["cards"]
+    assert [(card["train_positives"], card["val_positives"]) for card in cards.values()] == [(train, val)] * 2
+    maps = settings(tmp_path / "few")["calibration"]["image"]["maps"]
+    assert [maps[name]["positives"] for name in NEW] == [val, val]
+    store = Store.open(folder / "store")
+    truth = store.labels[:, 3:]
+    known = learned.labels >= 0
+    assert np.array_equal(learned.labels[known], truth[known])
+    assert (learned.labels[truth == 0] == 0).sum() == (truth[:84] == 0).sum()  # every negative of train and val stays
+
+
+def test_a_larger_budget_holds_the_smaller_one_and_seeds_differ(folder: Path) -> None:
+    base = open_base(folder / "decoder")
+
+    def positives(shots: int, seed: int) -> set[int]:
+        examples = open_new_examples(base, folder / "store", NEW, Shots(shots, None), seed)
+        return set(np.flatnonzero(examples.labels[:60, 1] == 1).tolist())
+
+    assert positives(2, 0) < positives(5, 0) < positives(9, 0)
+    assert positives(5, 0) != positives(5, 1)
+
+
+def test_findings_that_cannot_be_added_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
+    def refused(error: type[Exception], match: str, findings, data: Path = folder / "store", **options) -> None:
+        with pytest.raises(error, match=match):
+            extend.run(folder / "decoder", data, findings, tmp_path / "out", FAST, device="cpu", **options)
+        assert not (tmp_path / "out").exists()
+
+    refused(ConfigError, r"already has Edema\. Nothing was changed.*hilum fit", ["edema"])
+    refused(UnknownNameError, "Did you mean 'Rib Fracture'", ["Rib Fractur"])
+    refused(ConfigError, "one or more different names", [])
+    refused(ConfigError, "one or more different names", ["Rib Fracture", "Rib Fracture"])
+    refused(ConfigError, "column of prediction files", ["view"])
+    refused(UnknownNameError, "Did you mean 'adapter'", NEW, ladder=["adaptor"])
+    make_store(tmp_path / "none", change=lambda labels: labels[:60, 4].fill(0))
+    refused(
+        ConfigError,
+        r"no positive training image of 'Rib Fracture' \(60 known labels\).*zero-shot",
+        NEW,
+        tmp_path / "none",
+    )
+    make_store(tmp_path / "blind", change=lambda labels: labels[60:84, 3:].fill(0))
+    refused(ConfigError, "positive images in both train and val", NEW, tmp_path / "blind")
+    make_store(tmp_path / "recipe", preprocess_id="mimic-cxr-jpg-1")
+    refused(PreprocessingMismatchError, "mimic-cxr-jpg-1", NEW, tmp_path / "recipe")
+    with pytest.raises(ConfigError, match="blocks: an extension reads what the model reads"):
+        extend.run(folder / "decoder", folder / "store", NEW, tmp_path / "out", ["blocks=1"], device="cpu")
+    with pytest.raises(ConfigError, match="already holds"):
+        extend.run(folder / "decoder", folder / "store", NEW, folder / "linear", device="cpu")
+    with pytest.raises(ConfigError, match="--shots: expected at least 1"):
+        Shots(0)
+
+
+def test_a_finding_without_a_validation_positive_is_flagged(folder: Path, tmp_path: Path, capsys) -> None:
+    make_store(tmp_path / "store", change=lambda labels: labels[60:84, 3].fill(0))
+    extend.run(folder / "decoder", tmp_path / "store", NEW, tmp_path / "out", FAST, ladder=["rows"], device="cpu")
+    assert "no positive validation image of Lobar Atelectasis" in capsys.readouterr().err
+    maps = settings(tmp_path / "out")["calibration"]["image"]["maps"]
+    assert maps["Lobar Atelectasis"]["flag"]
+
+
+def swap(splits: list[str], first: int, second: int) -> list[str]:
+    changed = list(splits)
+    changed[first], changed[second] = splits[second], splits[first]
+    return changed
+
+
+def test_patients_of_the_model_keep_their_splits(folder: Path, tmp_path: Path) -> None:
+    def refused(name: str, match: str, splits: list[str], **options) -> None:
+        make_store(tmp_path / name, splits, **options)
+        with pytest.raises(LeakageError, match=match):
+            extend.run(folder / "linear", tmp_path / name, NEW, tmp_path / "out", FAST, device="cpu")
+
+    moved = [split if not 60 <= n < 64 else "train" for n, split in enumerate(SPLITS)]  # a validation patient
+    refused("val", "was validated on images of 1 patients.*learn from.*keep their splits", moved)
+    moved = [split if not 0 <= n < 4 else "val" for n, split in enumerate(SPLITS)]
+    refused("train", "was trained on images of 1 patients.*validate on.*keep their splits", moved)
+    # another image of a patient that the model was validated on: the image is new, the patient is not
+    patients = [f"arrays/p{n // 4}" for n in range(len(SPLITS))]
+    splits = [*SPLITS, "train"]
+    moved = ["" if 60 <= n < 64 else split for n, split in enumerate(splits)]
+    refused("patient", "validated on images of 1 patients", moved, patients=[*patients, patients[60]],
+            studies=[f"arrays/s{n // 2}" for n in range(97)])  # fmt: skip
+
+
+def test_images_that_the_model_has_never_met_are_joined_to_its_exposure(folder: Path, tmp_path: Path) -> None:
+    names = [f"new{n:03d}" for n in range(len(SPLITS))]
+    make_store(
+        tmp_path / "store", image_ids=names, patients=[f"arrays/q{n // 4}" for n in range(96)],
+        studies=[f"arrays/t{n // 2}" for n in range(96)],
+    )  # fmt: skip
+    extend.run(folder / "decoder", tmp_path / "store", NEW, tmp_path / "out", FAST, ladder=["rows"], device="cpu")
+    content = settings(tmp_path / "out")
+    exposure = files.read_exposure(tmp_path / "out", content)
+    store = Store.open(tmp_path / "store")
+    used = np.flatnonzero((store.labels[:60, 3:] >= 0).any(axis=1))
+    assert len(exposure.train) == 60 + len(used)
+    assert not content["extensions"][0]["training"]["memory_has_seen_validation"]
+    old = settings(folder / "decoder")["calibration"]["image"]["fitted_on"]
+    both = content["calibration"]["image"]["fitted_on"]
+    assert (old["items"], both["items"]) == (24, 48)
+    with pytest.raises(PredictionError, match="added on other validation images"):
+        files.read_validation(tmp_path / "out")
+
+
+def test_an_ensemble_and_a_model_without_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    from hilum.deploy.ensemble_model import combine_models
+
+    combine_models([folder / "linear", folder / "decoder"], tmp_path / "ensemble")
+    with pytest.raises(ConfigError, match="is an ensemble"):
+        extend.run(tmp_path / "ensemble", folder / "store", NEW, tmp_path / "out", device="cpu")
+    combine_models([folder / "linear_more", folder / "decoder_more"], tmp_path / "joined")
+    model = load(tmp_path / "joined", "cpu")
+    assert model.findings == (*OLD, *NEW)
+    predicted = model.predict_store(Store.open(folder / "store"), range(84, 96))
+    assert np.isfinite(predicted.probabilities).all()
+
+
+def test_every_kind_of_head_that_can_be_built_has_a_ladder() -> None:
+    """Whatever tensors a head has: a rung takes over only what does not belong to a finding."""
+    for changes in (
+        [], ["head=linear"], ["head=csra"], ["decoder_layers=2", "positions=sincos"],
+        ["cls_memory=true", "cat_cls=true"],
+        ["pyramid=true", "decoder_dim=24", "decoder_heads=2", "attention_temperature=true"], ["views=memory"],
+        ["head=linear", "views=attention"],
+    ):  # fmt: skip
+        config = override(DECODER, [*changes, "queries=learnable"])
+        main = config.describe_head(12, 3)
+        with forked(0, "ladder"):
+            head = build_head(main)
+        rungs = make_ladder(config, 12, main, head, NEW, OLD, None)
+        assert rungs[-1].name == "own"
+        for rung in rungs[:-1]:
+            assert rung.head.findings == 2
+            for name in rung.shared:
+                assert torch.equal(rung.initial[name], head.state_dict()[name])
