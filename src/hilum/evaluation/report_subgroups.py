@@ -45,9 +45,9 @@ def subgroups_table(attributes: Mapping[str, Mapping[str, Any]]) -> str:
         if not part["groups"]:
             continue
         lines = "".join(_line(level, group, groups, scale, ticks, half) for level, group in part["groups"].items())
+        title = text(name[:1].upper() + name[1:])
         bodies.append(
-            f'<tbody><tr class="group"><th colspan="{columns}" scope="rowgroup">{text(name[:1].upper() + name[1:])}</th></tr>'
-            f"{lines}</tbody>"
+            f'<tbody><tr class="group"><th colspan="{columns}" scope="rowgroup">{title}</th></tr>{lines}</tbody>'
         )
     left_out = _left_out(attributes)
     return (

@@ -68,11 +68,11 @@ def levels(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _level(name: str, text: str) -> str:
-    parts = {part.strip() for part in text.split("+")} if name in ("view", "age") else {text.strip()}
+    parts = {part.strip() for part in text.split("+")} if name in ("view", "age", "age_years") else {text.strip()}
     if name == "view":
         kinds = {view_kind(part) for part in parts if part.casefold() not in UNRECORDED}
         return "+".join(VIEW_KINDS[kind] for kind in sorted(kinds))
-    if name == "age":
+    if name in ("age", "age_years"):
         return "+".join(sorted({age_band(part) for part in parts} - {""}))
     return "".join("" if part.casefold() in UNRECORDED else part for part in parts)
 

@@ -4,9 +4,10 @@ Putting them beside predictions is in `joining.py`. Readers of tables import pol
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -19,12 +20,16 @@ IMAGE_ID_COLUMNS = ("image_id", "dicom_id", "ImageID", "Image Index", "id")
 PATIENT_COLUMNS = ("patient_id", "subject_id", "PatientID", "Patient ID")
 OTHER_COLUMNS = frozenset(
     {"image_uid", "study_id", "dataset", "split", "view", "ViewPosition", "ViewCodeSequence_CodeMeaning", "path",
-     "fpath", "StudyDate_DICOM", "sex", "age", *IMAGE_ID_COLUMNS, *PATIENT_COLUMNS}
+     "fpath", "StudyDate_DICOM", "sex", "age", "age_years", *IMAGE_ID_COLUMNS, *PATIENT_COLUMNS}
 )  # fmt: skip
 """Columns of a plain CSV that hold no label; every other column must hold 0, 1 or nothing."""
-PERSONAL_COLUMNS = frozenset({"image_uid", "study_id", "path", "fpath", *IMAGE_ID_COLUMNS, *PATIENT_COLUMNS})
+PERSONAL_COLUMNS = frozenset(
+    {"image_uid", "study_id", "path", "fpath", "source_relpath", "origin_image", "origin_patient", *IMAGE_ID_COLUMNS,
+     *PATIENT_COLUMNS}
+)  # fmt: skip
 """Columns that name one person or picture: no group is made of them."""
-ATTRIBUTE_SPELLINGS: dict[str, tuple[str, ...]] = {"view": ("view", "ViewPosition")}
+ATTRIBUTE_SPELLINGS: dict[str, tuple[str, ...]] = {"view": ("view", "ViewPosition"), "age": ("age", "age_years")}
+"""Columns, in this order, in which an attribute is looked for; any other in the column of its own name."""
 SPLIT_CELLS = {**SPLIT_NAMES, "training": "train"}
 """Any other name of a split stays as it is."""
 CELLS = {"1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE, "": UNKNOWN, "-1": UNKNOWN, "-1.0": UNKNOWN,
@@ -103,7 +108,8 @@ def read_truth(path: Path, by: Sequence[str] = (), by_if_there: Sequence[str] = 
         truth = Truth(str(path), store.findings, np.asarray(store.labels, np.int8), *map(_text, ids))
         recorded = {"view": _text(store.views), "dataset": truth.dataset, "split": truth.split}
         wanted = [name for name in (*by, *by_if_there) if name not in recorded and name not in store.findings]
-        return _with_attributes(truth, by, by_if_there, recorded | _of_the_manifest(path, wanted, truth.image_uid))
+        found, known = _of_the_manifest(path, wanted, truth.image_uid) if wanted else ({}, ())
+        return _with_attributes(truth, by, by_if_there, recorded | found, known)
     if path.suffix == ".parquet":
         from hilum.data.schema import read_manifest
 
@@ -111,34 +117,40 @@ def read_truth(path: Path, by: Sequence[str] = (), by_if_there: Sequence[str] = 
         names = ("image_uid", "image_id", "study_id", "patient_id", "dataset", "split_project")
         columns = [_text(manifest.frame[name].to_list()) for name in names]
         truth = Truth(str(path), manifest.findings, manifest.labels().astype(np.int8), *columns)
-        wanted = [name for name in (*by, *by_if_there) if name in manifest.frame.columns]
-        return _with_attributes(
-            truth, by, by_if_there, {name: _text(manifest.frame[name].to_list()) for name in wanted},
-            manifest.frame.columns,
-        )  # fmt: skip
+        spelled = {name: _spelled(name, manifest.frame.columns) for name in (*by, *by_if_there)}
+        recorded = {name: _text(manifest.frame[column].to_list()) for name, column in spelled.items() if column}
+        return _with_attributes(truth, by, by_if_there, recorded, manifest.frame.columns)
     if path.suffix == ".csv":
         return _read_csv(path, by, by_if_there)
     raise PredictionError(f"{path}: labels come from a store (a folder), a manifest (.parquet) or a .csv.")
 
 
-def _of_the_manifest(store: Path, names: Sequence[str], uids: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns of the copy of the manifest that a store may hold, in the order of its images."""
+def _spelled(name: str, columns: Collection[str]) -> str | None:
+    """The column in which an attribute is."""
+    return next((column for column in ATTRIBUTE_SPELLINGS.get(name, (name,)) if column in columns), None)
+
+
+def _of_the_manifest(
+    store: Path, names: Sequence[str], uids: np.ndarray
+) -> tuple[dict[str, np.ndarray], Sequence[str]]:
+    """Attributes from the copy of the manifest that a store may hold, in the order of its images; and its columns."""
     path = store / "manifest.parquet"
-    if not names or not path.exists():
-        return {}
+    if not path.exists():
+        return {}, ()
     import polars as pl
 
     from hilum.core.errors import ManifestError
 
     try:
-        have = pl.read_parquet_schema(path)
-        frame = pl.read_parquet(path, columns=["image_uid", *(name for name in names if name in have)])
+        have = list(pl.read_parquet_schema(path))
+        spelled = {name: column for name in names if (column := _spelled(name, have))}
+        frame = pl.read_parquet(path, columns=list({"image_uid": None} | dict.fromkeys(spelled.values())))
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise ManifestError(f"{path} cannot be read ({error}). Build the store again, or leave out --by.") from error
+        raise ManifestError(f"{path} cannot be read ({error}). Build the store again, or say --by none.") from error
     place = {uid: row for row, uid in enumerate(frame["image_uid"].to_list())}
     rows = np.array([place.get(uid, -1) for uid in uids.tolist()], np.int64)
-    columns = {name: _text(frame[name].to_list()) for name in frame.columns if name != "image_uid"}
-    return {name: np.where(rows >= 0, values[rows], "") for name, values in columns.items()}
+    columns = {name: _text(frame[column].to_list()) for name, column in spelled.items()}
+    return {name: np.where(rows >= 0, values[rows], "") for name, values in columns.items()}, have
 
 
 def _with_attributes(
@@ -162,7 +174,7 @@ def _with_attributes(
     return dataclasses.replace(truth, attributes=attributes)
 
 
-def _text(values: Sequence[str] | np.ndarray) -> np.ndarray:
+def _text(values: Sequence[Any] | np.ndarray) -> np.ndarray:
     return np.array(["" if value is None else str(value) for value in values], dtype=str)
 
 
@@ -197,8 +209,8 @@ def _read_csv(path: Path, by: Sequence[str], by_if_there: Sequence[str]) -> Trut
     patient_id, dataset = column(*PATIENT_COLUMNS), column("dataset")
     truth = Truth(str(path), findings, labels, image_uid, image_id, study_id, patient_id, dataset, split)
     recorded = {
-        name: column(*ATTRIBUTE_SPELLINGS.get(name, (name,)))
+        name: _text([cell.strip() for cell in frame[found].to_list()])
         for name in (*by, *by_if_there)
-        if name not in findings and set(ATTRIBUTE_SPELLINGS.get(name, (name,))) & set(frame.columns)
+        if name not in findings and (found := _spelled(name, frame.columns))
     }
     return _with_attributes(truth, by, by_if_there, recorded, frame.columns)

@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hilum.core.errors import PredictionError, UnknownLabelError
+from hilum.core.errors import ConfigError, PredictionError, UnknownLabelError, UnknownNameError
 from hilum.evaluation.joining import join, match_findings
 from hilum.evaluation.metrics import evaluate
 from hilum.evaluation.studies import mean_over_studies
@@ -209,3 +209,72 @@ def test_labels_from_a_manifest(tmp_path, made_up):
     wanted = np.array([int(name[-1]) % 2 == 1 for name in table.patient_id.tolist()])
     np.testing.assert_array_equal(join(truth, table, "val").labels, labels[wanted])
     assert set(join(truth, table, "val").splits.tolist()) == {"val"}
+
+
+def test_attributes_come_from_a_csv(tmp_path, made_up):
+    table, labels = made_up()
+    sex = np.where(np.arange(60) % 3, "F", "M")
+    path = write_csv(tmp_path / "l.csv", table, labels, sex=sex, ViewPosition=table.view, scanner=np.full(60, "x"))
+    order = np.random.default_rng(0).permutation(60)
+    truth = read_truth(path, ["scanner", "B"], ["sex", "view", "age"])
+    assert truth.findings == table.findings
+    joined = join(truth, table.rows(order))
+    assert list(joined.attributes) == ["scanner", "B", "sex", "view"]
+    assert joined.attributes["sex"].tolist() == sex[order].tolist()
+    assert joined.attributes["view"].tolist() == table.view[order].tolist()
+    assert joined.attributes["B"].tolist() == ["present" if code else "absent" for code in labels[order, 1]]
+    assert not read_truth(write_csv(tmp_path / "m.csv", table, labels)).attributes
+    with pytest.raises(UnknownNameError, match=r"'scaner'.*Did you mean 'scanner'"):
+        read_truth(path, ["scaner", "scanner"])
+    for name in ("patient_id", "image_id", "path"):
+        with pytest.raises(ConfigError, match="names people or pictures"):
+            read_truth(path, [name])
+
+
+def test_attributes_of_a_study_whose_images_differ_are_joined(tmp_path, made_up):
+    table, labels = made_up()
+    keys = [*zip(table.patient_id.tolist(), table.study_id.tolist(), strict=True)]
+    labels = labels[[keys.index(key) for key in keys]]
+    columns = {"study_id": table.study_id, "patient_id": table.patient_id, "view": table.view}
+    truth = read_truth(write_csv(tmp_path / "l.csv", table, labels, **columns), (), ["view"])
+    studies = mean_over_studies(table, unit="study")
+    assert join(truth, studies).attributes["view"].tolist() == studies.view.tolist()
+    assert "LATERAL+PA" in studies.view
+
+
+def test_attributes_come_from_a_manifest_and_from_the_copy_in_a_store(tmp_path, made_up):
+    import polars as pl
+
+    from hilum.data.schema import Manifest, complete, write_manifest
+    from hilum.data.store import write_arrays
+
+    table, labels = made_up(count=8, patients=4)
+    store = write_arrays(
+        tmp_path / "store", [np.zeros((2, 2), np.uint8)] * 8, labels, table.findings, datasets=["d"] * 8,
+        image_ids=table.image_id.tolist(), patients=table.patient_id.tolist(), studies=table.study_id.tolist(),
+        views=["PA"] * 8,
+    )  # fmt: skip
+    table = dataclasses.replace(table, image_uid=store.uids)
+    assert list(read_truth(tmp_path / "store", (), ["sex", "view"]).attributes) == ["view"]
+    with pytest.raises(UnknownNameError, match="'sex'"):
+        read_truth(tmp_path / "store", ["sex"])
+    order = np.array([4, 2, 0, 1, 7, 5, 3])  # one image of the store is not in it
+    names = ("image_uid", "dataset", "patient_id", "study_id", "image_id")
+    frame = pl.DataFrame(
+        {
+            **{name: getattr(table, name)[order] for name in names}, "view": ["PA"] * 7,
+            "source_relpath": ["a.png"] * 7, "source_root_key": ["root"] * 7, "split_project": ["train"] * 7,
+            "ssl_ok": [False] * 7, "ssl_reason": ["test"] * 7, "sex": [*"FMFMF", None, "F"],
+            "age_years": [float(row) for row in order * 10],
+            **{f"label.{name}": labels[order, c] for c, name in enumerate(table.findings)},
+        },
+        schema_overrides={"age_years": pl.Float32},
+    )  # fmt: skip
+    manifest = Manifest(complete(frame, table.findings), table.findings, {})
+    write_manifest(manifest, tmp_path / "manifest.parquet")
+    write_manifest(manifest, tmp_path / "store" / "manifest.parquet")
+    for path, rows in ((tmp_path / "manifest.parquet", order), (tmp_path / "store", np.arange(8))):
+        joined = join(read_truth(path, ["sex"], ["age"]), table.rows(rows))
+        expected = dict(zip(order.tolist(), [*"FMFMF", "", "F"], strict=True))
+        assert joined.attributes["sex"].tolist() == [expected.get(row, "") for row in rows.tolist()]
+        assert joined.attributes["age"].tolist() == [f"{row * 10}.0" if row != 6 else "" for row in rows.tolist()]
