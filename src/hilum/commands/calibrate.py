@@ -5,13 +5,17 @@ refused, and so is the test split.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from hilum.core.errors import ConfigError, StageError
 from hilum.core.tracking import next_step, say, warn
+from hilum.evaluation.bootstrap import clusters_of
 from hilum.evaluation.calibration import Calibrator, read_calibrator, write_calibrator
 from hilum.evaluation.joining import join, match_findings
+from hilum.evaluation.map_choice import FOLDS
 from hilum.evaluation.predictions import read_predictions, write_predictions
+from hilum.evaluation.thresholds import point_name
 from hilum.evaluation.truth import read_truth
 
 
@@ -22,6 +26,8 @@ def run(
     out: Path = Path("calibration.json"),
     method: str = "auto",
     use: Path | None = None,
+    sensitivity: Sequence[float] = (),
+    specificity: Sequence[float] = (),
 ) -> None:
     """Fit on `labels` and write a calibrator, or with `use` apply one and write predictions.
 
@@ -30,8 +36,10 @@ def run(
         labels: a store, a manifest or a CSV.
         split: the split to fit on, where the labels have splits.
         out: JSON of the calibrator; with `use`, a prediction file.
-        method: "auto" or a name in CALIBRATORS.
+        method: "auto", "cross_fitted" or a name in CALIBRATORS.
         use: a calibrator to apply.
+        sensitivity: more operating points: the specificity at each of these sensitivities, such as 0.9.
+        specificity: more operating points: the sensitivity at each of these specificities.
 
     Raises:
         ConfigError: neither or both of `labels` and `use`.
@@ -47,7 +55,9 @@ def run(
         next_step(f"hilum evaluate {out} --labels STORE --out evaluation")
         return
     assert labels is not None
-    calibrator = fit(predictions, labels, split, method)
+    points = [point_name("spec_at_sens", share) for share in sensitivity]
+    points += [point_name("sens_at_spec", share) for share in specificity]
+    calibrator = fit(predictions, labels, split, method, points)
     write_calibrator(calibrator, out)
     kinds = Counter(one["flag"] or one["kind"] for one in calibrator.maps.values() if one)
     items = calibrator.fitted_on["items"] if calibrator.fitted_on else 0
@@ -55,14 +65,29 @@ def run(
         f"{out}: fitted on {items} items ({calibrator.unit}) at stage {calibrator.stage}: "
         + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     )
+    if calibrator.cross_fitted:
+        changes = [f"{name} {before:.4f} -> {after:.4f}" for name, (before, after) in _macro(calibrator).items()]
+        say(f"On patients left out of the fit ({FOLDS} folds): {', '.join(changes)}")
     next_step(f"hilum calibrate TEST_PREDICTIONS --use {out} --out calibrated.parquet")
 
 
-def fit(predictions: Path, labels: Path, split: str = "val", method: str = "auto") -> Calibrator:
-    """A calibrator from a prediction file and the labels of one split."""
+def _macro(calibrator: Calibrator) -> dict[str, list[float]]:
+    judged = calibrator.cross_fitted or {}
+    return dict(judged.get("macro", {}))
+
+
+def fit(
+    predictions: Path, labels: Path, split: str = "val", method: str = "auto", points: Sequence[str] = ()
+) -> Calibrator:
+    """A calibrator from a prediction file and the labels of one split, judged on patients left out of the fit."""
     if split == "test":
         raise StageError("Nothing is fitted on the test split. Predict the validation split and fit there.")
     table, truth = read_predictions(predictions), read_truth(labels)
+    if split == "train" and truth.has_splits and not table.metadata.get("head_splits"):
+        raise StageError(
+            f"{predictions} does not say on which splits its head was trained, and split 'train' is what heads are "
+            "trained on. Predict the validation split and fit there."
+        )
     if split in table.metadata.get("head_splits", ()):
         raise StageError(
             f"{predictions} comes from a head that was trained on split {split!r}: its predictions there are not "
@@ -75,6 +100,10 @@ def fit(predictions: Path, labels: Path, split: str = "val", method: str = "auto
     if only["unlabelled"]:
         warn(f"no labels for {', '.join(only['unlabelled'])}: they get the parameters of their group.")
     joined = joined.select(table.findings)
+    patients = clusters_of(joined.predictions)
+    enough = len(set(patients.tolist())) >= FOLDS
+    if not enough:
+        warn(f"fewer than {FOLDS} patients: these maps are not judged on patients left out of their fit.")
     return Calibrator.fit(
         joined.predictions.probabilities,
         joined.labels,
@@ -84,4 +113,6 @@ def fit(predictions: Path, labels: Path, split: str = "val", method: str = "auto
         stage=table.stage,
         unit=table.unit,
         uids=joined.predictions.image_uid.tolist(),
+        patients=patients.tolist() if enough else None,
+        points=points,
     )
