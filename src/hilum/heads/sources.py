@@ -77,13 +77,13 @@ def _findings(head: Any) -> int:
 
 
 def _take_plain(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Let a state without biases by dataset, as heads are saved, be loaded: the biases stay what they are."""
+    """Let a state without biases by dataset, as heads are saved, be loaded: the biases start from 0."""
     assert isinstance(module, SourceBiased)
     if prefix + BIASES in state:
         return
     for name in [name for name in state if name.startswith(prefix) and not name.startswith(prefix + INNER)]:
         state[prefix + INNER + name.removeprefix(prefix)] = state.pop(name)
-    state[prefix + BIASES] = module.source_bias.detach()
+    state[prefix + BIASES] = torch.zeros_like(module.source_bias)
 
 
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

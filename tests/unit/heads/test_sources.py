@@ -4,10 +4,12 @@ import torch
 
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.seeding import forked
+from hilum.heads.decoupling import classifier_parameters
 from hilum.heads.loss_settings import LossSettings
 from hilum.heads.losses import build_loss, known_targets
 from hilum.heads.registry import HeadConfig, build_head
 from hilum.heads.sources import SourceBiased, parse_source_weights, plain_state, weigh_sources
+from hilum.heads.sweep import Sweep
 
 LINEAR = HeadConfig("linear", embed_dim=6, findings=4, blocks=2)
 DECODER = HeadConfig("ml_decoder", 6, 4, 2, decoder_dim=8, decoder_feed_forward=12, decoder_heads=2)
@@ -66,10 +68,10 @@ def test_what_is_saved_is_the_head(make_features, config: HeadConfig) -> None:
     with torch.no_grad():
         other.source_bias.fill_(7.0)
         other.bias.fill_(1.0)
-    for strict in (True, False):  # as heads are saved: the biases by dataset stay
+    for strict in (True, False):  # as heads are saved: the biases by dataset start anew
         other.load_state_dict(saved, strict=strict)
         assert torch.equal(other.head.bias, head.head.bias)
-        assert (other.source_bias == 7).all()
+        assert not other.source_bias.any()
     other.load_state_dict(head.state_dict())
     assert (other.source_bias == 3).all()
 
@@ -136,6 +138,40 @@ def test_it_runs_over_a_leading_axis_of_parameters(make_features, config: HeadCo
     )
     for number, head in enumerate(heads):
         assert torch.allclose(together[number], head(features, masks), atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("way", ["together", "in turn"])
+def test_a_sweep_trains_it_and_goes_on_from_what_is_saved(make_features, config: HeadConfig, way) -> None:
+    rates, features = (1e-3, 1e-2), make_features(5)._replace(source=SOURCE)
+    candidates = [(config, rate) for rate in rates]
+
+    def build(described: HeadConfig) -> SourceBiased:
+        return SourceBiased(build_head(described), 3)
+
+    sweep = Sweep(candidates, 6, build=build, weight_decay=0.0, way=way)
+    for _ in range(3):
+        sweep.step(features, known_targets(LABELS))
+    states = [sweep.state(place) for place in range(2)]
+    known = torch.stack([(LABELS[source == SOURCE] >= 0).any(dim=0) for source in (1, 2)])
+    for state in states:
+        assert torch.equal(state["source_bias"] != 0, known)
+    target = features._replace(source=None)
+    for place, state in enumerate(states):
+        with forked(5, "other"):
+            head = build_head(config)
+        head.load_state_dict(plain_state(state))
+        assert torch.allclose(sweep.logits(target)[place], head(target), atol=1e-5)
+        assert not torch.allclose(sweep.logits(features)[place], head(target), atol=1e-4)
+    second = Sweep(
+        candidates, 6, build=build, initial=[plain_state(state) for state in states], way=way,
+        trainable=classifier_parameters,
+    )  # fmt: skip
+    assert torch.equal(second.logits(target), sweep.logits(target))
+    second.step(features, known_targets(LABELS))
+    for place, state in enumerate(states):
+        moved = {name for name, value in second.state(place).items() if not torch.equal(value, state[name])}
+        assert moved == set(classifier_parameters(build(config)))
 
 
 def test_weights_of_datasets_scale_their_entries() -> None:
