@@ -92,9 +92,11 @@ def _curve(values: np.ndarray, knots: int | None) -> Curve:
         dense = np.geomspace(1, last + 1, knots) - 1
         kept = np.unique(np.concatenate([even, dense, last - dense]).round().astype(np.int64))
         scores, ranks = scores[kept], ranks[kept]
-    bottom, top = scores[0] > 0, scores[-1] < 1
-    ends = ([0.0] * bottom, [1.0] * top)
-    return np.concatenate([ends[0], scores, ends[1]]), np.concatenate([ends[0], ranks, ends[1]])
+    if scores[0] > 0:
+        scores, ranks = np.append(0.0, scores), np.append(0.0, ranks)
+    if scores[-1] < 1:
+        scores, ranks = np.append(scores, 1.0), np.append(ranks, 1.0)
+    return scores, ranks
 
 
 def _apply(curve: Curve, values: np.ndarray) -> np.ndarray:

@@ -1,12 +1,17 @@
 import dataclasses
+import math
 from itertools import permutations
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata
 
-from hilum.core.errors import PredictionError, StageError
-from hilum.evaluation.ensemble import mean_over_models
-from hilum.evaluation.studies import mean_over_studies
+from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
+from hilum.evaluation.ensemble import ENSEMBLES, combine_members, mean_over_models
+from hilum.evaluation.ranks import Ranks
+from hilum.evaluation.studies import aggregate_studies, mean_over_studies
+
+EVERY_RULE = pytest.mark.parametrize("rule", ENSEMBLES)
 
 
 def members(made_up, count=3):
@@ -97,3 +102,121 @@ def test_provenance_of_the_members_is_kept(made_up):
     assert mean_over_models([unknown, known]).metadata["exposed_images"] == 0
     assert "thresholds" not in metadata
     assert "model" not in metadata
+
+
+def ranked(table):
+    """Mid-ranks by scipy."""
+    values = table.probabilities
+    return np.stack([(rankdata(values[:, c]) - 0.5) / len(values) for c in range(values.shape[1])], axis=1)
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("weights", [None, (2.0, 0.5, 1.0), (0.0, 3.0, 1.0)])
+def test_every_rule_is_what_plain_loops_say(made_up, rule, weights):
+    tables = members(made_up)
+    result = combine_members(tables, rule, weights)
+    shares = weights or (1.0, 1.0, 1.0)
+    values = [ranked(table) if rule == "rank_mean" else table.probabilities for table in tables]
+    for row in range(len(tables[0])):
+        for column in range(4):
+            p = [float(one[row, column]) for one in values]
+            if rule == "logit_mean":
+                z = sum(w * (math.log(x) - math.log1p(-x)) for w, x in zip(shares, p, strict=True)) / sum(shares)
+                expected = 1 / (1 + math.exp(-z))
+            else:
+                expected = sum(w * x for w, x in zip(shares, p, strict=True)) / sum(shares)
+            assert result.probabilities[row, column] == pytest.approx(expected, rel=1e-12)
+    assert result.metadata["ensemble"] == rule
+    assert ("scale" in result.metadata) == (rule == "rank_mean")
+    recorded = [one.get("weight") for one in result.metadata["members"]]
+    assert recorded == ([None] * 3 if weights is None else list(weights))
+
+
+@EVERY_RULE
+def test_the_order_of_members_does_not_matter_to_the_bit_with_ties_and_weights(made_up, rule):
+    tables = members(made_up, 5)
+    rng = np.random.default_rng(0)
+    tables = [table.replace(rng.choice([0.0, 0.1, 0.2, 0.7, 1.0], table.probabilities.shape)) for table in tables]
+    weights = (0.1, 0.3, 0.7, 0.1, 1 / 3)
+    expected = combine_members(tables, rule, weights).probabilities
+    for order in list(permutations(range(5)))[::7]:
+        again = combine_members([tables[place] for place in order], rule, [weights[place] for place in order])
+        np.testing.assert_array_equal(again.probabilities, expected)
+
+
+@EVERY_RULE
+def test_weights_count_by_their_ratios_and_zero_is_absent(made_up, rule):
+    tables = members(made_up)
+    equal = combine_members(tables, rule)
+    np.testing.assert_array_equal(combine_members(tables, rule, (1, 1, 1)).probabilities, equal.probabilities)
+    np.testing.assert_allclose(combine_members(tables, rule, (3, 3, 3)).probabilities, equal.probabilities, atol=1e-15)
+    np.testing.assert_array_equal(
+        combine_members(tables, rule, (2, 1, 0)).probabilities, combine_members(tables[:2], rule, (2, 1)).probabilities
+    )
+    np.testing.assert_allclose(  # a member twice is a member of twice the weight
+        combine_members([tables[0], tables[0], tables[1]], rule).probabilities,
+        combine_members(tables[:2], rule, (2, 1)).probabilities,
+        atol=1e-15,
+    )
+
+
+@EVERY_RULE
+def test_equal_members_and_members_never_trained(made_up, rule):
+    tables = members(made_up)
+    if rule != "rank_mean":
+        same = combine_members([tables[0]] * 3, rule, (0.1, 0.7, 0.3))
+        np.testing.assert_array_equal(same.probabilities, tables[0].probabilities)
+    values = tables[0].probabilities.copy()
+    values[:, 3] = np.nan
+    result = combine_members([tables[0].replace(values), *tables[1:]], rule, (5, 2, 1))
+    others = combine_members(tables[1:], rule, (2, 1))
+    np.testing.assert_array_equal(result.probabilities[:, 3], others.probabilities[:, 3])
+    assert not combine_members([tables[0].replace(values)] * 2, rule).trained[3]
+
+
+def test_certain_members_stay_finite_on_the_log_odds(made_up):
+    table = members(made_up, 1)[0]
+    zero, one, half = (table.replace(np.full(table.probabilities.shape, value)) for value in (0.0, 1.0, 0.5))
+    assert (combine_members([zero, one], "logit_mean").probabilities == 0.5).all()
+    assert (combine_members([zero, zero], "logit_mean").probabilities == 0).all()
+    assert (combine_members([half, one], "logit_mean").probabilities > 0.5).all()
+
+
+def test_ranks_do_not_care_how_sharp_a_member_is(made_up):
+    """What a loss that inflates scores does to a member leaves the mean of ranks alone, and not the mean."""
+    tables = members(made_up, 2)
+    inflated = tables[1].replace(tables[1].probabilities ** 0.2)
+    np.testing.assert_allclose(
+        combine_members([tables[0], inflated], "rank_mean").probabilities,
+        combine_members(tables, "rank_mean").probabilities, atol=1e-12,
+    )  # fmt: skip
+    assert (
+        np.abs(mean_over_models([tables[0], inflated]).probabilities - mean_over_models(tables).probabilities).max()
+        > 0.1
+    )
+
+
+def test_ranks_of_validation_make_an_item_independent_of_the_others(made_up):
+    tables = members(made_up, 2)
+    ranks = [Ranks.of(table) for table in tables]
+    whole = combine_members(tables, "rank_mean", ranks=ranks)
+    part = combine_members([table.rows(np.array([3, 9])) for table in tables], "rank_mean", ranks=ranks)
+    np.testing.assert_array_equal(part.probabilities, whole.probabilities[[3, 9]])
+    alone = combine_members([table.rows(np.array([3, 9])) for table in tables], "rank_mean")
+    assert (alone.probabilities != part.probabilities).any()
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (1, 1, 1, 1), (-1, 1, 1), (0, 0, 0), (1, float("nan"), 1)])
+def test_weights_that_do_not_fit_are_refused(made_up, weights):
+    with pytest.raises(ConfigError, match="as many weights of at least 0"):
+        combine_members(members(made_up), weights=weights)
+
+
+def test_members_of_other_study_rules_or_damped_and_unknown_rules_are_refused(made_up):
+    tables = members(made_up, 2)
+    with pytest.raises(StageError, match="one rule"):
+        combine_members([mean_over_studies(tables[0]), aggregate_studies(tables[1], "frontal_weighted")])
+    with pytest.raises(StageError, match=r"Member 2.*damped"):
+        combine_members([tables[0], tables[1].replace(tables[1].probabilities, normal_damping="power:0.5")])
+    with pytest.raises(UnknownNameError, match="Did you mean 'rank_mean'"):
+        combine_members(tables, "rank-mean")
