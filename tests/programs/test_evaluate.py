@@ -14,6 +14,7 @@ from hilum.data.labels import TASKS
 from hilum.data.store import write_arrays
 from hilum.evaluation.metrics import average_precision, f1_at
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
+from hilum.evaluation.summary import evaluation_table
 
 TASK = "cxrlt2024-task2"
 FINDINGS = tuple(sorted(TASKS[TASK]))
@@ -173,7 +174,7 @@ def test_exposure_is_shown(world, tmp_path, capsys):
 
 
 def test_the_table_has_groups_and_intervals(world, results, capsys):
-    text = evaluate.summary(results["calibrated"])
+    text = evaluation_table(results["calibrated"])
     assert text.splitlines()[0].split()[:3] == ["findings", "mAP", "mAUC"]
     assert "head (" in text
     assert "medium (" in text

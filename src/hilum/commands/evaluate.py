@@ -21,26 +21,16 @@ from hilum.evaluation.calibration import check_out_of_sample, read_calibrator
 from hilum.evaluation.curves import curves
 from hilum.evaluation.joining import Joined, join, match_findings
 from hilum.evaluation.leaderboards import NOT_COMPARABLE, Row, is_challenge_test, leaderboard, leaderboard_table
-from hilum.evaluation.metrics import GROUPS, evaluate
+from hilum.evaluation.metrics import evaluate
 from hilum.evaluation.predictions import Predictions, read_predictions
 from hilum.evaluation.report import ReportExample, write_report
 from hilum.evaluation.subgroups import DEFAULT_ATTRIBUTES, MIN_PATIENTS, choose_attributes, subgroups
+from hilum.evaluation.summary import evaluation_notes, evaluation_table
 from hilum.evaluation.truth import Truth, read_truth
 
-TABLE = ("mAP", "mAUC", "mF1@0.5", "mF1@tuned", "mECE_standard")
 FORMAT = "hilum-metrics-1"
 EXAMPLES = 6
 """Studies shown in the report."""
-LEFT_OUT = {
-    "untrained": "were never trained",
-    "no_labels": "have no label here",
-    "no_positives": "have no positive here",
-    "no_negatives": "have no negative here",
-    "few_positives": "have too few positives for the means",
-    "unlabelled": "are predicted and not labelled",
-    "unpredicted": "are labelled and not predicted",
-}
-"""Why a finding is in no mean, as `metrics.json` names it, and in words."""
 
 
 def run(
@@ -120,7 +110,7 @@ def run(
         "calibration": _input(calibration) if calibration else None,
     }
     write_json(out / "metrics.json", result)
-    notes = _warnings(result)
+    notes = evaluation_notes(result)
     write_report(
         out / "report.html",
         title=f"Evaluation of {predictions.stem}",
@@ -132,7 +122,7 @@ def run(
     )
     for line in notes:
         warn(line)
-    say(summary(result))
+    say(evaluation_table(result))
     if board:
         say(leaderboard_table(board))
     say(
@@ -208,6 +198,7 @@ def _context(joined: Joined, groups_from: str, task: str | None, split: str | No
         "calibration": _without_digests(metadata.get("calibration")),
         "exposed_images": metadata.get("exposed_images"),  # None: not known
         "accepted_leak": metadata.get("accepted_leak") or None,
+        "items_without_label": int((joined.labels < 0).all(axis=1).sum()),
         "items_of_head_training": sum(name in fitted for name in joined.splits.tolist()),
     }
 
@@ -253,47 +244,3 @@ def _comparisons(result: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 def _input(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": sha256_file(path)}
-
-
-def _warnings(result: dict[str, Any]) -> list[str]:
-    lines = []
-    if result["accepted_leak"]:
-        lines.append(f"Leak accepted when the model was made: {result['accepted_leak']}.")
-    if result["exposed_images"]:
-        lines.append(
-            f"{result['exposed_images']} of the predicted images were in the model's pretraining or training data; "
-            "these numbers are not those of unseen images."
-        )
-    if result["items_of_head_training"]:
-        lines.append(f"{result['items_of_head_training']} evaluated items are in splits that the head was trained on.")
-    for reason, names in result["excluded"].items():
-        if names:
-            lines.append(f"{len(names)} findings {LEFT_OUT[reason]}: {', '.join(names)}")
-    return lines
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The macro numbers of all findings and of each group, with intervals, as aligned text."""
-    rows = [["findings", *TABLE]]
-    parts = {"all": result["macro"], **{group: result["groups"][group] for group in GROUPS}}
-    for name, part in parts.items():
-        if part["findings"]:
-            rows.append([f"{name} ({len(part['findings'])})", *(_cell(part, metric) for metric in TABLE)])
-    for metric, row in (result.get("compare") or {}).get("differences", {}).items():
-        if metric in TABLE and row["difference"] is not None:
-            ends = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
-            shown = "" if row["shown"] else "  not shown"
-            rows.append(
-                [f"difference from {result['compare']['file']}", f"{metric} {row['difference']:+.3f}{ends}{shown}"]
-            )
-    full = [row for row in rows if len(row) == len(TABLE) + 1]
-    widths = [max(len(row[0]) for row in rows), *(max(len(row[c]) for row in full) for c in range(1, len(TABLE) + 1))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths[: len(row)], strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(part: dict[str, Any], metric: str) -> str:
-    value, ends = part[metric], part["ci95"].get(metric)
-    if value is None:
-        return "-"
-    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")

@@ -1,4 +1,4 @@
-"""The demo's table of steps as plain text for a terminal. The same rows as HTML are in `report.py`."""
+"""Results as plain text for a terminal: the table of steps, and what `hilum evaluate` says. As HTML: `report.py`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,17 @@ from typing import Any
 from hilum.evaluation.markup import finite
 
 STEP_METRICS: tuple[str, ...] = ("mAP", "mAUC", "mF1@0.5", "mF1@tuned", "mECE_standard")
+
+LEFT_OUT = {
+    "untrained": "were never trained",
+    "no_labels": "have no label here",
+    "no_positives": "have no positive here",
+    "no_negatives": "have no negative here",
+    "few_positives": "have too few positives for the means",
+    "unlabelled": "are predicted and not labelled",
+    "unpredicted": "are labelled and not predicted",
+}
+"""Why a finding is in no mean, as `metrics.json` names it, and in words."""
 
 
 def is_shown(difference: dict[str, Any]) -> bool:
@@ -63,3 +74,71 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return "  ".join(aligned).rstrip()
+
+
+def evaluation_notes(result: dict[str, Any]) -> list[str]:
+    """Sentences to read before the numbers of `metrics.json`: leaks, exposure, and what is in no mean."""
+    lines = []
+    if result["accepted_leak"]:
+        lines.append(f"Leak accepted when the model was made: {result['accepted_leak']}.")
+    if result["exposed_images"]:
+        lines.append(
+            f"{result['exposed_images']} of the predicted images were in the model's pretraining or training data; "
+            "these numbers are not those of unseen images."
+        )
+    if result["items_of_head_training"]:
+        lines.append(f"{result['items_of_head_training']} evaluated items are in splits that the head was trained on.")
+    if result["items_without_label"]:
+        without = f"{result['items_without_label']} of {result['n_items']} items"
+        lines.append(f"{without} have no known label: they count in no metric.")
+    if result["left_out"]["unpredicted"]:
+        lines.append(
+            f"{result['left_out']['unpredicted']} labelled items have no prediction; --split asks for all of one."
+        )
+    for reason, names in result["excluded"].items():
+        if names:
+            lines.append(f"{len(names)} findings {LEFT_OUT[reason]}: {', '.join(names)}")
+    return lines
+
+
+def evaluation_table(result: dict[str, Any]) -> str:
+    """The macro numbers of all findings and of each group, with intervals, as aligned text."""
+    rows = [["findings", *STEP_METRICS]]
+    parts = {"all": result["macro"], **{group: result["groups"][group] for group in ("head", "medium", "tail")}}
+    for name, part in parts.items():
+        if part["findings"]:
+            rows.append(
+                [f"{name} ({len(part['findings'])})", *(_value_with_interval(part, metric) for metric in STEP_METRICS)]
+            )
+    for metric, row in (result.get("compare") or {}).get("differences", {}).items():
+        if metric in STEP_METRICS and row["difference"] is not None:
+            ends = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+            shown = "" if row["shown"] else "  not shown"
+            rows.append(
+                [f"difference from {result['compare']['file']}", f"{metric} {row['difference']:+.3f}{ends}{shown}"]
+            )
+    rows += _gap_rows(result.get("subgroups") or {})
+    full = [row for row in rows if len(row) == len(STEP_METRICS) + 1]
+    widths = [
+        max(len(row[0]) for row in rows),
+        *(max(len(row[c]) for row in full) for c in range(1, len(STEP_METRICS) + 1)),
+    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths[: len(row)], strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _gap_rows(attributes: dict[str, Any]) -> list[list[str]]:
+    """The gaps in mAUC that are shown; all others are in `metrics.json`."""
+    return [
+        [f"{name} {level} minus the rest", f"mAUC {gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"]
+        for name, part in attributes.items()
+        for level, group in part["groups"].items()
+        if (gap := group["gap"].get("mAUC")) and gap["shown"]
+    ]
+
+
+def _value_with_interval(part: dict[str, Any], metric: str) -> str:
+    value, ends = part[metric], part["ci95"].get(metric)
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from hilum.core.errors import ConfigError, PredictionError, UnknownLabelError, UnknownNameError
+from hilum.core.errors import ConfigError, LeakageError, PredictionError, UnknownLabelError, UnknownNameError
 from hilum.core.types import NEGATIVE, POSITIVE, SPLIT_NAMES, UNCERTAIN, UNKNOWN
 from hilum.data.labels import frequency_groups
 
@@ -93,6 +93,7 @@ def read_truth(path: Path, by: Sequence[str] = (), by_if_there: Sequence[str] = 
         PredictionError: none of these, or a CSV without an id column or a label column.
         UnknownNameError: an attribute of `by` that is not there, with the nearest name.
         ConfigError: an attribute that names a person or a picture.
+        LeakageError: a patient of a CSV is in two splits (a manifest refuses that by itself).
         UnknownLabelError: a cell of a CSV is not 0, 1 or empty; names column and row.
         StoreError, ManifestError: a damaged store or manifest.
     """
@@ -208,9 +209,28 @@ def _read_csv(path: Path, by: Sequence[str], by_if_there: Sequence[str]) -> Trut
     split = np.array([SPLIT_CELLS.get(name, name) for name in column("split").tolist()], dtype=str)
     patient_id, dataset = column(*PATIENT_COLUMNS), column("dataset")
     truth = Truth(str(path), findings, labels, image_uid, image_id, study_id, patient_id, dataset, split)
+    _check_splits(truth)
     recorded = {
         name: _text([cell.strip() for cell in frame[found].to_list()])
         for name in (*by, *by_if_there)
         if name not in findings and (found := _spelled(name, frame.columns))
     }
     return _with_attributes(truth, by, by_if_there, recorded, frame.columns)
+
+
+def _check_splits(truth: Truth) -> None:
+    """Refuse a patient in two splits; the message names an image, never the patient."""
+    split_of: dict[tuple[str, str], str] = {}
+    crossing: dict[tuple[str, str], int] = {}
+    rows = zip(truth.dataset.tolist(), truth.patient_id.tolist(), truth.split.tolist(), strict=True)
+    for row, (dataset, patient, split) in enumerate(rows):
+        if patient and split and split_of.setdefault((dataset, patient), split) != split:
+            crossing.setdefault((dataset, patient), row)
+    if crossing:
+        row = next(iter(crossing.values()))
+        item = truth.image_uid[row] or truth.image_id[row] or truth.study_id[row]
+        raise LeakageError(
+            f"{truth.source}: {len(crossing)} patients are in more than one split, first the one of item {str(item)!r} "
+            f"(row {row + 2}), which is in {truth.split[row]!r}. A patient belongs to one split: numbers of such a "
+            "test split are too good."
+        )
