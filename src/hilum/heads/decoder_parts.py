@@ -243,7 +243,7 @@ class Pyramid(nn.Module):
         parts = []
         for level, window in zip(self.levels, self.WINDOWS, strict=True):
             size = (min(window, grid[0]), min(window, grid[1]))
-            pooled = F.avg_pool2d(image, size, ceil_mode=True, count_include_pad=False)
+            pooled = F.avg_pool2d(image, size, ceil_mode=True)
             coarse = level(pooled.flatten(2).transpose(1, 2)).unflatten(1, pooled.shape[2:])  # B rows columns D/3
             spread = coarse.repeat_interleave(size[0], dim=1).repeat_interleave(size[1], dim=2)
             parts.append(spread[:, : grid[0], : grid[1]].flatten(1, 2))

@@ -262,6 +262,13 @@ def test_all_images_of_a_study_get_one_answer_to_the_last_bit_in_training_too(ma
         assert not torch.equal(logits[0], logits[1])
 
 
+def test_rounding_that_differs_from_row_to_row_does_not_part_a_study(make_features) -> None:
+    head, features = make("memory"), make_features(7, study=STUDY, view=VIEW)
+    head.decoder.register_forward_hook(lambda module, given, logits: logits + 1e-7 * torch.arange(7)[:, None])
+    logits = head(features)
+    assert torch.equal(logits[0].expand(3, -1), logits[[0, 2, 5]])
+
+
 def test_the_second_view_matters_and_so_does_its_kind(make_features) -> None:
     """Defect C9: the released decoder took the first view and left the second unread."""
     head, features = make("memory"), make_features(7, study=STUDY, view=VIEW)
