@@ -94,9 +94,8 @@ class Sweep:
 
     def __init__(
         self,
-        candidates: Sequence[tuple[HeadConfig, float]] | HeadConfig,
-        total_steps: int | Sequence[float],
-        steps: int = 0,
+        candidates: Sequence[tuple[HeadConfig, float]],
+        total_steps: int,
         *,
         loss: str | Loss = "masked_bce_sum",
         weight_decay: float = 1e-4,
@@ -112,10 +111,6 @@ class Sweep:
         build: Callable[[HeadConfig], nn.Module] | None = None,
         way: Way | None = None,
     ) -> None:
-        if isinstance(candidates, HeadConfig):  # one architecture and its rates, as fit.py still calls it
-            assert not isinstance(total_steps, int)
-            candidates, total_steps = [(candidates, rate) for rate in total_steps], steps
-        assert isinstance(total_steps, int)
         self.candidates = tuple(Candidate(*candidate) for candidate in candidates)
         _check(self.candidates, ema, clip)
         self.total_steps, self.steps, self.clip = max(total_steps, 1), 0, clip
@@ -188,15 +183,10 @@ class Sweep:
         rows = [list(group.heads.logits(group.read(features), group.averages()).cpu()) for group in self._groups]
         return torch.stack(self._in_order(rows))
 
-    def state(self, candidate: int | float) -> dict[str, Tensor]:
-        """A copy, on the CPU, of a head's weights (their running means, with `ema`).
-
-        Args:
-            candidate: position in `candidates`; or the rate, where that says which.
-        """
-        place = candidate if isinstance(candidate, int) else self.rates.index(candidate)
-        [group] = [group for group in self._groups if place in group.positions]
-        return group.heads.state(group.positions.index(place), group.averages())
+    def state(self, position: int) -> dict[str, Tensor]:
+        """A copy, on the CPU, of the weights of the head at a position in `candidates` (with `ema`, running means)."""
+        [group] = [group for group in self._groups if position in group.positions]
+        return group.heads.state(group.positions.index(position), group.averages())
 
     def keep(self, positions: Sequence[int]) -> None:
         """Go on with some candidates and free the others; the course of those that stay does not change.

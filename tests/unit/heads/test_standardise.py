@@ -110,7 +110,7 @@ def test_prior_log_odds_count_known_labels_only() -> None:
 def test_heads_start_from_the_prior(name: str, tensor: str) -> None:
     config = HeadConfig(name, DIM, 2, BLOCKS, decoder_dim=8, decoder_feed_forward=8, decoder_heads=2)  # type: ignore[arg-type]
     bias = torch.tensor([-2.0, 1.0])
-    sweep = Sweep(config, [1e-3], 1, bias=bias)
-    assert torch.equal(sweep.state(1e-3)[tensor], bias)
-    start = Sweep(config, [1e-3], 1, bias=bias, initial=Sweep(config, [1e-3], 1).state(1e-3))
-    assert torch.equal(start.state(1e-3)[tensor], torch.zeros(2))
+    sweep = Sweep([(config, 1e-3)], 1, bias=bias)
+    assert torch.equal(sweep.state(0)[tensor], bias)
+    start = Sweep([(config, 1e-3)], 1, bias=bias, initial=Sweep([(config, 1e-3)], 1).state(0))
+    assert torch.equal(start.state(0)[tensor], torch.zeros(2))
