@@ -149,7 +149,13 @@ class LossSettings:
 
 
 def second_stage(settings: LossSettings) -> LossSettings:
-    """Deferred re-weighting (Cao 2019, algorithm 1): the settings for the last epochs, after those with `settings`."""
+    """Deferred re-weighting (Cao 2019, algorithm 1): the settings for the last epochs, after those with `settings`.
+
+    Raises:
+        ConfigError: a loss other than ldam, which has no second stage.
+    """
+    if settings.name != "ldam":
+        raise ConfigError(f"Deferred re-weighting is of the loss 'ldam', found {settings.name!r}; choose one of both.")
     return dataclasses.replace(settings, ldam=dataclasses.replace(settings.ldam, reweight=True))
 
 

@@ -180,3 +180,12 @@ def test_parents_are_raised_to_their_children_and_no_more() -> None:
     assert np.array_equal(raised[:, [1, 3, 5]], kept[:, [1, 3, 5]], equal_nan=True)
     assert raised[0, 0] == kept[0, 0]
     assert np.isnan(raised[1, 0])
+
+
+@pytest.mark.gpu
+@KINDS
+def test_agreement_on_a_gpu_is_that_on_a_cpu(kind) -> None:
+    values = logits().float()
+    assert torch.allclose(
+        consistency(values.cuda(), STUDY.cuda(), kind=kind).cpu(), consistency(values, STUDY, kind=kind), rtol=1e-5
+    )

@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -438,5 +440,49 @@ def test_settings_are_read_from_text_and_kept_in_files() -> None:
     settings = override(LossSettings(), ["name=focal", "focal.gamma=1", "focal.alpha=null", "reduction=mean"])
     assert settings == LossSettings("focal", "mean", focal=FocalSettings(1.0, None))
     assert from_dict(LossSettings, to_dict(settings)) == settings
-    assert second_stage(settings).ldam.reweight
-    assert not settings.ldam.reweight
+    with pytest.raises(ConfigError, match="of the loss 'ldam', found 'focal'"):
+        second_stage(settings)
+    first = LossSettings("ldam")
+    assert second_stage(first).ldam.reweight
+    assert not first.ldam.reweight
+
+
+def minimiser(settings: LossSettings, posterior: float) -> float:
+    """The probability that costs least where a finding is present with that probability; prevalence 1 % in training."""
+    loss = build_loss(settings, Frequencies(torch.tensor([1000.0]), torch.tensor([99000.0])))
+    logits = torch.linspace(-10, 10, 20001, dtype=torch.float64)
+    costs = [
+        torch.func.vmap(lambda z, y=y: loss(z[None, None], Targets(torch.full((1, 1), y), torch.ones(1, 1))))(logits)
+        for y in (1.0, 0.0)
+    ]
+    return logits[(posterior * costs[0] + (1 - posterior) * costs[1]).argmin()].sigmoid().item()
+
+
+def test_what_a_loss_makes_of_probabilities_is_what_the_docs_say() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "explanation" / "long-tail.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`(, second stage)? ((?:\| 0\.\d+ ){4})\|$", text, re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(LOSSES) - {"masked_bce_mean"}
+    for name, stage, cells in rows:
+        settings = second_stage(LossSettings(name)) if stage else LossSettings(name)
+        found = [minimiser(settings, posterior) for posterior in (0.01, 0.05, 0.2, 0.5)]
+        assert [float(cell) for cell in cells.strip("| ").split(" | ")] == pytest.approx(found, abs=6e-3), name
+    balanced = 0.2 / 0.01 / (0.2 / 0.01 + 0.8 / 0.99)  # posterior under equal priors, Menon 2021
+    assert minimiser(LossSettings("logit_adjusted"), 0.2) == pytest.approx(balanced, abs=1e-3)
+    assert minimiser(LossSettings("masked_bce_sum"), 0.2) == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.gpu
+@BY_NAME
+def test_a_loss_on_a_gpu_is_that_on_a_cpu(name: str) -> None:
+    logits, targets = batch(7, soft=True, size=256)
+    values, slopes = [], []
+    for device in ("cpu", "cuda"):
+        moved = torch.from_numpy(logits).float().to(device).requires_grad_()
+        loss = build_loss(LossSettings(name), COUNTS.to(device))
+        cost = loss(moved, Targets(*(part.to(device) for part in targets[:2])))
+        cost.backward()
+        values.append(cost.item())
+        slopes.append(moved.grad.cpu())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert torch.allclose(*slopes, rtol=1e-4, atol=1e-6)
+    assert not slopes[1][targets.weights == 0].any()
