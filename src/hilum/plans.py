@@ -2,7 +2,7 @@
 
 Plans name recipes, so they stand above `recipes.py`, and `cli.py` hands them to the program. Everything here is data:
 each plan says what it asks, and at laptop scale, what stands for what. `resolve` turns recipes into settings, so that
-a wrong name or setting is found before anything runs.
+a wrong name or setting is found before anything runs. Past 300 lines: every row of every plan is spelled out.
 """
 
 from collections.abc import Callable, Sequence
@@ -271,7 +271,8 @@ def study(scale: Scale, target: str | None, datasets: Sequence[str]) -> Ablation
     heads = (
         _head(scale, "decoder", "vitl_336", "decoder"),
         *(_head(scale, "decoder", "vitl_336", f"consistency_{text.partition('=')[2]}", (text,)) for text in consistent),
-        _head(scale, "decoder", "vitl_336", "multiview", ("head=multiview",)),
+        _head(scale, "decoder", "vitl_336", "memory", ("views=memory",)),
+        _head(scale, "decoder", "vitl_336", "attention", ("views=attention",)),
         _head(scale, "linear", "vitl_336", "linear"),
         _head(scale, "linear", "vitl_336", "concat", ("views=concat",)),
         _head(scale, "linear", "vitl_336", "set", ("views=set",)),
@@ -295,7 +296,8 @@ def study(scale: Scale, target: str | None, datasets: Sequence[str]) -> Ablation
             for name in (head.name for head in heads)
             if name.startswith("consistency_")
         ),
-        PlannedRow("multiview", ("multiview",), "multi-view decoder", against=("single", "mean")),
+        PlannedRow("memory", ("memory",), "multi-view decoder, one memory of all images", against=("single", "mean")),
+        PlannedRow("attention", ("attention",), "decoder, learned attention over images", against=("single", "mean")),
         PlannedRow("linear", ("linear",), "linear, each image by itself"),
         PlannedRow("linear_mean", ("linear",), "linear, study mean", "mean", against=("linear",)),
         PlannedRow("concat", ("concat",), "linear on two views", against=("linear", "linear_mean")),

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from hilum.commands.ablate_making import perform
 from hilum.commands.ablate_plan import ResolvedPlan
 from hilum.commands.ablate_results import collect, write_results
 from hilum.commands.ablate_units import LOG_NAME, UNIT_NAME, Unit, Workplace, refuse_missing_splits
@@ -168,10 +169,10 @@ def _end_with_parent() -> None:
 def _perform(place: Workplace, unit: Unit) -> str | None:
     """Make one unit; returns what went wrong. What it prints goes to its log, but for pretraining, which is long."""
     if unit.kind == "backbones":
-        return _guarded(lambda: place.perform(unit), say)
+        return _guarded(lambda: perform(place, unit), say)
     printed = io.StringIO()
     with redirect_stdout(printed), redirect_stderr(printed):
-        wrong = _guarded(lambda: place.perform(unit), lambda text: print(text))
+        wrong = _guarded(lambda: perform(place, unit), lambda text: print(text))
     folder = place.folder(unit)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG_NAME).open("a", encoding="utf-8") as log:

@@ -1,7 +1,8 @@
 """The plan of an ablation: backbones, heads on them, rows of the table made from those, seeds and tasks.
 
 A plan is data: dataclasses here, YAML on disk (`core/config.py`), the built-in ones in `plans.py`, which also turns
-names of recipes into settings. `check` reads a plan whole, before anything runs; `ablate.py` runs it.
+names of recipes into settings. `check` reads a plan whole, before anything runs; `ablate.py` runs it. Past 300 lines:
+every part of a plan, and every way in which one can be wrong.
 """
 
 import re
