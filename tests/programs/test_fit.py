@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fit_stores import DECODER, FINDINGS, SMALL, make_store
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
@@ -20,7 +21,7 @@ from hilum.core.errors import (
     UnknownNameError,
 )
 from hilum.core.seeding import forked
-from hilum.data.store import Store, write_arrays
+from hilum.data.store import Store
 from hilum.deploy import model_files as files
 from hilum.deploy.out_of_sample import fit_calibrators
 from hilum.deploy.predictor import load
@@ -30,33 +31,6 @@ from hilum.heads.config import FitConfig
 from hilum.heads.features import FeatureSource
 from hilum.heads.sweep import Sweep
 from hilum.pretraining.exposure import Seen, uid_numbers, write_seen
-
-FINDINGS = ("Edema", "Hernia", "Mass", "Never")
-SPLITS = ["train"] * 40 + ["val"] * 16 + ["test"] * 8
-SMALL = FitConfig(
-    head="linear", blocks=2, learning_rates=(1e-3, 1e-2, 1e-1), search_epochs=3, refit_epochs=3, batch_size=16,
-    augmented_views=2, threads=1, workers=1,
-)  # fmt: skip
-DECODER = override(SMALL, ["head=ml_decoder", "decoder_dim=8", "decoder_feed_forward=12", "decoder_heads=2"])
-
-
-def make_store(path: Path, splits: list[str] = SPLITS, test_labels: int | None = None, **options) -> Store:
-    """Bright images have Edema; "Never" has no positive in train; some labels are unknown."""
-    rng = np.random.default_rng(0)
-    labels = (rng.random((len(splits), 4)) < 0.4).astype(np.int8)
-    labels[:, 3] = [0 if split == "train" else 1 for split in splits]
-    labels[::5, 1], labels[::7, 2] = -1, -2
-    images = [
-        rng.integers(0, 90, (24, 20 + 4 * (n % 3)), np.uint8) + np.uint8(130 * int(y))
-        for n, y in enumerate(labels[:, 0])
-    ]
-    if test_labels is not None:
-        labels[[split == "test" for split in splits]] = test_labels
-    defaults = {
-        "studies": [f"s{n // 2}" for n in range(len(splits))],
-        "patients": [f"p{n // 2}" for n in range(len(splits))],
-    }
-    return write_arrays(path, images, labels, FINDINGS, splits=splits, **(defaults | options))
 
 
 @pytest.fixture(scope="module")

@@ -85,8 +85,10 @@ def tune_on_train(
     kept, record = before, [TuneEpoch(0, _validate(config, backbone, head, blocks, data, source, prepare, score), None)]
     tuned = unfreeze(backbone, settings, config.seed, "tune")
     steps = -(-len(data.train) // settings.batch_size)
-    tuner = Tuner(settings, tuned, head, blocks, source, settings.epochs * steps, precision=config.precision, seed=config.seed,
-                  phase="tune")  # fmt: skip
+    tuner = Tuner(
+        settings, tuned, head, blocks, source, settings.epochs * steps, precision=config.precision, seed=config.seed,
+        phase="tune",
+    )  # fmt: skip
     loss = training_loss(config, data, source.device)
     with progress("tuning", settings.epochs * steps, "steps") as bar:
         for number, batches in _epochs(config, "tune", data.train, data, settings.epochs):
@@ -122,8 +124,10 @@ def tune_on_both(
     settings = config.tune
     tuned = unfreeze(backbone, settings, config.seed, "tune refit")
     steps = -(-len(data.both) // settings.batch_size)
-    tuner = Tuner(settings, tuned, head, blocks, source, settings.epochs * steps, precision=config.precision, seed=config.seed,
-                  phase="tune refit")  # fmt: skip
+    tuner = Tuner(
+        settings, tuned, head, blocks, source, settings.epochs * steps, precision=config.precision, seed=config.seed,
+        phase="tune refit",
+    )  # fmt: skip
     loss = training_loss(config, data, source.device)
     with progress("tuning, train + val", epochs * steps, "steps") as bar:
         for number, batches in _epochs(config, "tune refit", data.both, data, epochs):

@@ -21,7 +21,8 @@ def model_card(content: Mapping[str, Any]) -> str:
         "",
         RESEARCH_NOTICE,
         "",
-        f"A {_NAMES[head['name']]} on a frozen vision transformer ({backbone['depth']} blocks of "
+        f"A {_NAMES[head['name']]} {_VIEWS[head.get('views', 'single')]}on a "
+        f"{_method(training)} vision transformer ({backbone['depth']} blocks of "
         f"{backbone['embed_dim']} channels, patch {backbone['patch_size']}), {recipe['resolution']} x "
         f"{recipe['resolution']} pixels. Made by Hilum {content['hilum']}.",
         "",
@@ -33,8 +34,8 @@ def model_card(content: Mapping[str, Any]) -> str:
         "",
         "## Data",
         "",
-        f"Pretraining: {images['pretraining']} images. Head: {images['train']} training images and, in the last fit, "
-        f"{images['val']} validation images. Their identities are in `exposure.npz`; an evaluation on any of them is "
+        f"Pretraining: {images['pretraining']} images. Head: {images['train']} training images"
+        f"{_and_val(images['val'])}. Their identities are in `exposure.npz`; an evaluation on any of them is "
         "not one on unseen images.",
         "",
         *([f"Leak accepted: {content['accepted_leak']}.", ""] if content.get("accepted_leak") else []),
@@ -56,4 +57,17 @@ def model_card(content: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-_NAMES = {"linear": "linear head", "ml_decoder": "ML-Decoder head"}
+def _and_val(images: int) -> str:
+    return f" and, in the last fit, {images} validation images" if images else "; no validation images"
+
+
+def _method(training: Mapping[str, Any]) -> str:
+    tuning = training.get("tuning")
+    return "frozen" if not tuning or not tuning["chosen"] else f"tuned ({tuning['method']})"
+
+
+_NAMES = {"linear": "linear head", "ml_decoder": "ML-Decoder head", "csra": "class-specific attention (CSRA) head"}
+_VIEWS = {
+    "single": "", "concat": "reading pairs of views, ", "set": "reading all views of a study, ",
+    "attention": "weighing the views of a study, ", "memory": "reading all views of a study, ",
+}  # fmt: skip

@@ -96,7 +96,7 @@ def best(scores: Sequence[float | None], variants: Sequence[Variant]) -> int:
 def survivors(scores: Sequence[float], variants: Sequence[Variant]) -> list[int]:
     """Positions of the better half (rounded up), ties as `best` breaks them, in their order."""
     left: list[float | None] = list(scores)
-    kept = []
+    kept: list[int] = []
     while len(kept) < -(-len(scores) // 2):
         kept.append(best(left, variants))
         left[kept[-1]] = None

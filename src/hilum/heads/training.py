@@ -248,7 +248,9 @@ def training_loss(config: FitConfig, data: LearningSet, device: torch.device, de
     settings = config.describe_loss()
     frequencies = count_labels(data.labels[data.train]).to(device)
     loss = build_loss(second_stage(settings) if deferred else settings, frequencies)
-    return with_consistency(loss, config.consistency) if config.consistency else loss
+    if not config.consistency:
+        return loss
+    return with_consistency(loss, config.consistency, reduction=settings.reduced)
 
 
 def _defer(config: FitConfig, sweep: Sweep, data: LearningSet, done: float, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from hilum.backbones.layer_rates import layer_multiplier, takes_weight_decay
 from hilum.pretraining.schedules import Values
 
+
 def parameter_groups(
     student: nn.Module, depth: int, layer_decay: float = 0.9, patch_embed_factor: float = 0.2
 ) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def test_studies_stay_whole_and_every_image_comes_once(size: int) -> None:
     for batch in batches:
         assert batch.study is not None
         assert len(batch.images) < size + 4
-        numbers, first = np.unique(batch.study, return_index=True)
+        numbers = np.unique(batch.study)
         assert numbers.tolist() == list(range(len(numbers)))
         for number in numbers:
             of_study = set(STUDY[batch.images[batch.study == number]].tolist())
