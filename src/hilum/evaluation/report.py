@@ -200,4 +200,6 @@ def listing(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def _words(value: object) -> str:
+    if value is None:
+        return "not recorded"
     return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, Mapping) else str(value)
