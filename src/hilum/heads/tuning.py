@@ -88,7 +88,7 @@ def unfreeze(backbone: VisionTransformer, config: TuneSettings, seed: int, phase
                     setattr(
                         block.attn, name, LowRankLinear(linear, config.rank, config.alpha, config.dropout, generator)
                     )
-    return tuned
+    return tuned.eval()  # new modules would drop out in evaluation too
 
 
 def merge(tuned: VisionTransformer) -> VisionTransformer:

@@ -106,7 +106,7 @@ def test_dropout_of_updates_follows_its_stream_and_only_in_training(backbone: Vi
     second = update(inputs)
     assert not torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is not drawn from
-    assert not unfreeze(backbone, TuneSettings("lora"), 0, "x").training
+    assert not any(module.training for module in unfreeze(backbone, TuneSettings("lora"), 0, "x").modules())
 
 
 def test_rates_warm_up_and_follow_a_cosine_to_zero() -> None:
