@@ -49,7 +49,7 @@ class FocalSettings:
 
 @dataclass(frozen=True)
 class ClassBalancedSettings:
-    """Weights by the effective number of images (Cui 2019, arXiv 1901.05555, equation 2)."""
+    """Weights by the effective number of images (Cui 2019, arXiv 1901.05555)."""
 
     beta: float = 0.9999
     """In [0, 1): 0 weighs all alike, towards 1 an image counts 1 / (number of its kind)."""

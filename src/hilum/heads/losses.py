@@ -105,7 +105,7 @@ def bce_terms(logits: Float[Tensor, "B C"], gamma: float = 0.0) -> Terms:
 
 
 def asymmetric_terms(logits: Float[Tensor, "B C"], settings: AsymmetricSettings) -> Terms:
-    """L+ = -(1 - p)^g+ ln p and L- = -p_m^g- ln(1 - p_m), p_m = max(p - m, 0) (Ridnik 2021, equations 4 to 7)."""
+    """L+ = -(1 - p)^g+ ln p and L- = -p_m^g- ln(1 - p_m), p_m = max(p - m, 0) (Ridnik 2021, "Asymmetric loss")."""
     positive, negative = F.softplus(-logits), F.softplus(logits)
     positive_focus = (-settings.gamma_positive * negative).exp()
     if settings.clip > 0:
@@ -119,7 +119,7 @@ def asymmetric_terms(logits: Float[Tensor, "B C"], settings: AsymmetricSettings)
 
 
 def effective_weights(frequencies: Frequencies, settings: ClassBalancedSettings) -> tuple[Tensor, Tensor]:
-    """Weights (1 - beta) / (1 - beta^n) (Cui 2019, equation 2) of positives and negatives, (C,) each.
+    """Weights (1 - beta) / (1 - beta^n) (Cui 2019, class-balanced term) of positives and negatives, (C,) each.
 
     A count of 0 is taken as 1. How they are scaled: `ClassBalancedSettings.over`.
     """
@@ -145,7 +145,7 @@ def exponential_weights(frequencies: Frequencies) -> tuple[Tensor, Tensor]:
 def distribution_balanced_terms(
     logits: Float[Tensor, "B C"], targets: Targets, frequencies: Frequencies, settings: DistributionBalancedSettings
 ) -> Terms:
-    """Wu 2020, equations of sections 3.1 (re-balanced weighting) and 3.2 (negative-tolerant regularisation).
+    """Re-balanced weighting and negative-tolerant regularisation (Wu 2020).
 
     With n_i positives of finding i, r = (1 / n_i) / sum over the image's positive findings of 1 / n_j, and the weight
     of an entry is alpha + sigmoid(beta (r - mu)); of an image without a known positive r is infinite. The logit is
@@ -163,7 +163,7 @@ def distribution_balanced_terms(
 
 
 def margins(frequencies: Frequencies, largest: float) -> tuple[Tensor, Tensor]:
-    """Margins proportional to count^(-1/4) (Cao 2019, equation 11) of positives and negatives, (C,) each.
+    """Margins proportional to count^(-1/4) (Cao 2019, equation 12) of positives and negatives, (C,) each.
 
     The rarest label that there is has `largest`, as has one that there is not.
     """
