@@ -25,7 +25,8 @@ INNER, BIASES = "head.", "source_bias"
 class SourceBiased(nn.Module):
     """A head in training, plus a bias for every finding and every dataset but the target (number 0), whose bias is 0.
 
-    The biases are left away when training is over (`plain_state`): prediction is always for the target. They start at
+    The biases are left away when training is over (`plain_state`), and act in training mode alone: what is judged on
+    validation is what will be saved, a prediction for the target, whatever datasets the images are from. They start at
     0 and come under weight decay as everything else; a finding that is unknown in a dataset keeps 0 there.
 
     Args:
@@ -61,9 +62,9 @@ class SourceBiased(nn.Module):
         return self.head.draw_masks(features, generator)
 
     def forward(self, features: Features, masks: Any = None) -> Float[Tensor, "B C"]:
-        """Logits; where `features.source` is None, those of the target."""
+        """Logits; in evaluation, or where `features.source` is None, those of the target."""
         logits = self.head(features, masks)
-        if features.source is None:
+        if features.source is None or not self.training:
             return logits
         biases = torch.cat([torch.zeros_like(self.source_bias[:1]), self.source_bias])  # S C
         return logits + biases[features.source]
