@@ -46,21 +46,22 @@ class CSRAHead(nn.Module):
                 f"csra_temperatures: expected one or more above 0, found {list(temperatures)}; csra_lambda: expected 0 "
                 f"or more, found {weight}."
             )
-        self.weight, self.temperatures, self.findings = weight, tuple(temperatures), findings
-        self.scores = nn.Linear(embed_dim * blocks, len(self.temperatures) * findings, bias=False)
+        self.weight, self.temperatures = weight, tuple(temperatures)
+        self.scores = nn.ModuleList(nn.Linear(embed_dim * blocks, findings, bias=False) for _ in self.temperatures)
         self.bias = nn.Parameter(torch.zeros(findings))
-        nn.init.normal_(self.scores.weight, std=0.01)
+        for one in self._linears:
+            nn.init.normal_(one.weight, std=0.01)
 
     @torch.no_grad()
     def absorb(self, scaling: Standardisation) -> None:
         """Give for raw features the logits that it gives for standardised ones."""
         assert scaling.patches is not None, "CSRA was trained on patch tokens"
         mean, deviation = (part.double().cpu() for part in scaling.patches)
-        weight = self.scores.weight.double() / deviation
-        # What standardising takes from all of a finding's scores alike moves no attention: the bias takes it up.
-        shift = (weight @ mean).unflatten(0, (-1, self.findings)).sum(dim=0)
-        self.bias.copy_((self.bias.double() - (1 + self.weight) * shift).float())
-        self.scores.weight.copy_(weight.float())
+        for one in self._linears:
+            weight = one.weight.double() / deviation
+            # What standardising takes from all of a finding's scores alike moves no attention: the bias takes it up.
+            self.bias.copy_((self.bias.double() - (1 + self.weight) * (weight @ mean)).float())
+            one.weight.copy_(weight.float())
 
     def draw_masks(self, features: Features, generator: torch.Generator) -> None:
         """Nothing: CSRA has no dropout."""
@@ -86,7 +87,11 @@ class CSRAHead(nn.Module):
         ]
         return torch.stack(maps).mean(dim=0).unflatten(-1, features.grid)
 
-    def _scores(self, features: Features) -> tuple[Float[Tensor, "B N C"], ...]:
+    @property
+    def _linears(self) -> list[nn.Linear]:
+        return [one for one in self.scores if isinstance(one, nn.Linear)]
+
+    def _scores(self, features: Features) -> list[Float[Tensor, "B N C"]]:
         """Scores of each patch, float32, for each head."""
         assert features.patches is not None, "CSRA reads patch tokens"
-        return self.scores(features.patches).float().split(self.findings, dim=-1)
+        return [one(features.patches).float() for one in self._linears]

@@ -207,7 +207,7 @@ class TextQueries(nn.Module):
 class AttentionTemperature(nn.Module):
     """An image's factor of the attention logits, in (1/e, e): mean token -> small network -> tanh -> exp.
 
-    Its hidden layer (a quarter of the width, GELU) and its start (factor 1: the last weights are 0) are choices made here.
+    Choices made here: a hidden layer of a quarter of the width with GELU, and the start at factor 1 (last weights 0).
     """
 
     def __init__(self, dim: int) -> None:

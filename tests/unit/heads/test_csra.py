@@ -12,8 +12,8 @@ from hilum.heads.registry import HeadConfig, build_head
 def make(weight: float = 0.1, temperatures: tuple[float, ...] = (1.0,)) -> CSRAHead:
     torch.manual_seed(1)
     head = CSRAHead(6, 2, 5, weight, temperatures)
-    torch.nn.init.normal_(head.scores.weight)
-    torch.nn.init.normal_(head.bias)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
     return head
 
 
@@ -21,7 +21,7 @@ def written_out(head: CSRAHead, features) -> tuple[np.ndarray, np.ndarray]:
     """arXiv 2108.02456: eq. 2 (attention), 3 (attended feature), 4 (mean feature), 5 and 6 (score), heads added."""
     batch, tokens, _ = features.patches.shape
     logits, maps = np.zeros((batch, 5)), np.zeros((batch, 5, tokens))
-    rows = head.scores.weight.detach().double().numpy().reshape(len(head.temperatures), 5, -1)
+    rows = np.stack([one.weight.detach().double().numpy() for one in head.scores])
     for image in range(batch):
         x = features.patches[image].double().numpy()
         for finding in range(5):
@@ -49,7 +49,7 @@ def test_equals_the_equations_in_float64(make_features, weight, temperatures) ->
 
 def test_without_attention_it_is_a_linear_head_on_mean_tokens(make_features) -> None:
     head, features = make(weight=0.0), make_features(4)
-    expected = features.patches.mean(dim=1) @ head.scores.weight.T + head.bias
+    expected = features.patches.mean(dim=1) @ head.scores[0].weight.T + head.bias
     torch.testing.assert_close(head(features), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -60,7 +60,7 @@ def test_a_high_temperature_goes_to_the_largest_score(make_features) -> None:
 
 def test_attention_finds_the_patch_that_holds_the_finding(make_features) -> None:
     head, features = make(), make_features(4)
-    features.patches[2, 7] += 3 * head.scores.weight[1].detach()
+    features.patches[2, 7] += 3 * head.scores[0].weight[1].detach()
     assert int(head.attention(features)[2, 1].flatten().argmax()) == 7
     assert torch.allclose(head.attention(features).sum(dim=(2, 3)), torch.ones(4, 5))
 
