@@ -118,9 +118,11 @@ def run(
     groups = {finding.name: finding.group for finding in examples.findings}
     calibrators = fit_calibrators([predictions], labels[val], groups, [uid_numbers(store.uids[train])], composition)
 
-    # Refit on train + val.
-    state, refit_losses = refit(config, rung, chosen.variant, chosen.refit_epochs, learning, source, scaling, place)
-    head = finished(rung, state, scaling)
+    # Refit on train + val; without one (as the model was fitted, or refit=false), the search head is the new one.
+    head, refit_losses = search_head, tuple[float, ...]()
+    if config.refit:
+        state, refit_losses = refit(config, rung, chosen.variant, chosen.refit_epochs, learning, source, scaling, place)
+        head = finished(rung, state, scaling)
     _require_untouched(rung, base, head)
 
     # Files; config.json last.
@@ -157,7 +159,7 @@ def run(
         "store": {name: store.fingerprint(rows) for name, rows in (("train", train), ("val", val))},
     }
     extension = files.Extension(rung.head, names, rung.shared, False, cards, training)
-    exposure = exposure_of(examples)
+    exposure = exposure_of(examples, config.refit)
     write_extended(
         base, out, extension, head, examples.findings, calibrators, exposure, (predictions, labels[val]),
         record, store.accepted_leak,
@@ -222,12 +224,12 @@ def predict_validation(
     )
 
 
-def exposure_of(examples: Examples) -> files.Exposure:
-    """The images of train and val."""
-    store = examples.store
+def exposure_of(examples: Examples, refit: bool) -> files.Exposure:
+    """The images of train, and of val where a refit learns from them."""
+    store, val = examples.store, examples.val if refit else examples.val[:0]
     return files.Exposure(
-        train=uid_numbers(store.uids[examples.train]), val=uid_numbers(store.uids[examples.val]),
-        pictures=uid_numbers(store.pictures[examples.both]),
+        train=uid_numbers(store.uids[examples.train]), val=uid_numbers(store.uids[val]),
+        pictures=uid_numbers(store.pictures[np.concatenate([examples.train, val])]),
     )  # fmt: skip
 
 

@@ -150,13 +150,17 @@ def extension_card(content: Mapping[str, Any]) -> str:
         lines += ["", f"## Extension {number}: {', '.join(names)}", ""]
         if extension["zero_shot"]:
             held_out = training["held_out"]
-            lines += [
+            expected = (
+                "How well was not tested on findings held out."
+                if held_out is None
+                else f"Findings that were held out of the training of this head as if unseen ({held_out['count']} of "
+                f"them, which also chose its rate) reached a mean average precision of {held_out['mAP']:.3f} on "
+                f"validation, where chance is {held_out['prevalence']:.3f}."
+            )
+            lines.append(
                 "**Zero-shot**: scored from text vectors of their names alone. No label of them was seen, nothing is "
-                "calibrated and there is no threshold: the scores order images, they are no probabilities. Findings "
-                f"that were held out of the training of this head for a test ({held_out['count']} of them) reached a "
-                f"mean average precision of {held_out['mAP']:.3f} on validation, where chance is "
-                f"{held_out['prevalence']:.3f}.",
-            ]
+                "calibrated and there is no threshold: the scores order images, they are no probabilities. " + expected
+            )
             continue
         lines += [
             f"Added to the model {training['extended_from']} without changing it ({training['rung']}): its own "

@@ -91,6 +91,12 @@ def check_new(base: Base, findings: Sequence[str]) -> tuple[str, ...]:
         raise ConfigError(f"--finding: expected one or more different names, found {', '.join(names) or 'none'}.")
     known = {name.casefold(): name for name in base.names}
     had = [known[name.casefold()] for name in names if name.casefold() in known]
+    drafts = {name for one in base.network.extensions if one.zero_shot for name in one.findings}
+    if had and set(had) <= drafts:
+        raise ConfigError(
+            f"{base.path} scores {', '.join(had)} zero-shot. To learn from labels, extend the model it was made from "
+            f"({base.content.get('extended_from')})."
+        )
     if had:
         raise ConfigError(
             f"{base.path} already has {', '.join(had)}. Nothing was changed: an extension adds findings and never "
@@ -102,11 +108,16 @@ def check_new(base: Base, findings: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def settings_of(base: Base, overrides: Sequence[str] = ()) -> FitConfig:
+def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) -> FitConfig:
     """The settings that the model was fitted with, as far as they apply to an extension, with `key=value` changes.
 
     The kind of head, its blocks, rates, epochs, loss and augmentation are the model's own. What spoke of its findings,
     its data or its way of ending is left out: datasets, pseudo-labels, several variants, `stop_epoch`.
+
+    Args:
+        base: the model.
+        overrides: key=value.
+        joint: for a head of all findings, which has the model's own kind of queries; others have learned ones.
 
     Raises:
         ConfigError: settings that cannot be read, or other blocks or another resolution than the model's.
@@ -116,8 +127,9 @@ def settings_of(base: Base, overrides: Sequence[str] = ()) -> FitConfig:
     kept = replace(
         recorded, findings=None, datasets=None, target=None, pseudo_labels=None, source_weights=(), source_bias=False,
         also_blocks=(), also_patch_mean=False, prune_after=(), classifier_epochs=0, consistency=0.0, deferred=1.0,
-        stop_epoch=None, refit=True, refit_init="cold", train_images=None, val_images=None, hierarchy=False,
-        queries="learnable", text_vectors=None, query_groups=None, shared_output=False, resolution=None,
+        stop_epoch=None, refit_init="cold", train_images=None, val_images=None, hierarchy=False,
+        queries=recorded.queries if joint and recorded.queries != "text" else "learnable", text_vectors=None,
+        query_groups=None, shared_output=False, resolution=None,
         blocks=base.network.head.blocks,
         learning_rates=recorded.learning_rates if len(recorded.learning_rates) > 1 else plain.learning_rates,
     )  # fmt: skip

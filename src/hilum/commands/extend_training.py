@@ -200,6 +200,7 @@ def search(
         choice = choose(
             courses[number], variants, train_images=len(data.train), val_images=len(data.val),
             refit_epochs=config.refit_epochs, stop_epoch=config.stop_epoch, refit_init="cold",
+            refit=config.refit,
         )  # fmt: skip
         found.courses[rung.name] = tuple(courses[number])
         found.choices[rung.name] = choice

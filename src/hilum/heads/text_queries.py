@@ -26,7 +26,7 @@ def read_vectors(path: Path, findings: Sequence[str]) -> Float32[np.ndarray, "C 
     path = Path(path)
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 found = {name: np.asarray(arrays[name], np.float64) for name in arrays.files}
         elif path.suffix == ".safetensors":
             found = {name: np.asarray(value, np.float64) for name, value in load_file(path).items()}
