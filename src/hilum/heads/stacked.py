@@ -63,7 +63,7 @@ class StackedHeads:
         """What moves or differs between heads, (R, ...)."""
         for name, own in template.state_dict().items():
             rows = [state[name].to(own.device) for state in states]
-            if name in self.trained or any(not torch.equal(row, rows[0]) for row in rows):
+            if name in self.trained or any(row is not rows[0] and not torch.equal(row, rows[0]) for row in rows):
                 self.values[name] = torch.stack(rows)
             else:
                 own.copy_(rows[0])
