@@ -17,6 +17,7 @@ import yaml
 from hilum.core.config import override, read_yaml, to_dict
 from hilum.core.errors import UnknownNameError
 from hilum.heads.config import FitConfig
+from hilum.heads.tune_settings import TuneSettings
 from hilum.pretraining.config import PretrainConfig
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.dinov2 import HeadConfig, LossConfig
@@ -332,6 +333,19 @@ def slides_linear() -> FitConfig:
     return FitConfig(head="linear", loss="masked_bce_sum", stop_epoch=2)
 
 
+def slides_linear_concat() -> FitConfig:
+    """Slides: as `slides_linear`, on [CLS] of an image beside that of another image of its study.
+
+    The released code draws the other image at random in prediction too; here it is the next one of the study.
+    """
+    return replace(slides_linear(), views="concat")
+
+
+def slides_linear_50() -> FitConfig:
+    """Slides, "linear, epoch 50", read as 50 epochs of the head (the other reading: of pretraining)."""
+    return replace(slides_linear(), search_epochs=50, refit_epochs=50)
+
+
 def slides_decoder() -> FitConfig:
     """Slides: ML-Decoder, nine rates, BCE, refit on train + val stopped at epoch 2."""
     return FitConfig(head="ml_decoder", loss="masked_bce_sum", stop_epoch=2)
@@ -340,6 +354,43 @@ def slides_decoder() -> FitConfig:
 def chexfound_decoder() -> FitConfig:
     """CheXFound's released commands: [CLS] beside each query, and the refit that goes on from the search head."""
     return replace(slides_decoder(), cat_cls=True, refit_init="warm")
+
+
+def decoder_full() -> FitConfig:
+    """The decoder with all that the later paper adds: trained queries, positions, [CLS], coarse features, temperature.
+
+    Source: arXiv 2502.05142 v2 as described by others (the public code lacks pyramid and temperature).
+    """
+    return replace(
+        decoder(), queries="learnable", positions="sincos", cat_cls=True, cls_memory=True, pyramid=True,
+        attention_temperature=True,
+    )  # fmt: skip
+
+
+def multiview_decoder() -> FitConfig:
+    """One decoder over the patches of all images of a study, with an embedding of each view's kind."""
+    return replace(decoder(), views="memory")
+
+
+def csra() -> FitConfig:
+    """Class-specific residual attention (Zhu and Wu 2021), lambda 0.1, the head of the CXR-LT 2026 winner."""
+    return replace(decoder(), head="csra")
+
+
+def tuned_decoder() -> FitConfig:
+    """The decoder, then low-rank updates of the backbone's attention, kept as far as validation gains.
+
+    Source: rank 16, alpha 16, dropout 0.1 as RPIDIAL/CheXFound's option; rates and stopping are this project's.
+    """
+    return replace(decoder(), tune=TuneSettings("lora", learning_rate=1e-4))
+
+
+def text_decoder() -> FitConfig:
+    """A decoder whose queries come from text vectors (`text_vectors=FILE`), with one output row for all findings.
+
+    The form that can score findings without labels (docs/how-to/add-findings.md).
+    """
+    return replace(decoder(), queries="text", shared_output=True)
 
 
 def laptop_linear() -> FitConfig:
@@ -371,8 +422,9 @@ def demo_decoder() -> FitConfig:
 FIT_RECIPES: dict[str, Callable[[], FitConfig]] = {
     recipe.__name__: recipe
     for recipe in (
-        linear, decoder, slides_linear, slides_decoder, chexfound_decoder, laptop_linear, laptop_decoder, demo_linear,
-        demo_decoder,
+        linear, decoder, decoder_full, multiview_decoder, csra, tuned_decoder, text_decoder, slides_linear,
+        slides_linear_concat, slides_linear_50, slides_decoder, chexfound_decoder, laptop_linear, laptop_decoder,
+        demo_linear, demo_decoder,
     )
 }  # fmt: skip
 
