@@ -1,7 +1,7 @@
 """Which heads there are and how one is described in a file: `HeadConfig` -> module. To add a head, add a line."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from jaxtyping import Float
@@ -74,6 +74,15 @@ VIEWS_OF_HEADS: dict[str, tuple[str, ...]] = {
 }
 """Which settings of `views` each head obeys. Any other is refused: nothing ever ignores the other views in silence."""
 
+SETTINGS_OF_HEADS: dict[str, tuple[str, ...]] = {
+    "ml_decoder": (
+        "decoder_layers", "query_groups", "text_dim", "cls_memory", "positions", "attention_temperature", "pyramid",
+        "shared_output",
+    ),
+    "csra": ("csra_lambda", "csra_temperatures"),
+}  # fmt: skip
+"""Settings that one head alone obeys; with another head they are refused unless they are at their default."""
+
 
 def _linear(config: HeadConfig) -> LinearHead:
     views = "single" if config.views == "attention" else config.views
@@ -123,6 +132,14 @@ def build_head(config: HeadConfig, text: Float[Tensor, "C T"] | None = None) -> 
             f"views={config.views}: the head {config.name} would not read the other views. Expected one of "
             f"{', '.join(VIEWS_OF_HEADS[config.name])}."
         )
+    defaults = {one.name: one.default for one in fields(HeadConfig)}
+    for owner, names in SETTINGS_OF_HEADS.items():
+        for name in names:
+            if config.name != owner and getattr(config, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name}={getattr(config, name)}: a setting of the head {owner}, which {config.name} would ignore. "
+                    f"Leave it out, or choose head={owner}."
+                )
     if config.views == "attention" and config.shared_output:
         raise ConfigError("views=attention weighs views for each finding; shared_output knows no finding. Choose one.")
     head = HEADS[config.name](config)

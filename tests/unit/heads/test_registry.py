@@ -84,6 +84,9 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     for config, message in (
         (HeadConfig("ml_decoder", 6, 5, 2, views="attention", shared_output=True, **SMALL), "Choose one"),
         (HeadConfig("linear", 6, 0, 2), "at least one finding"),
+        (HeadConfig("linear", 6, 5, 2, positions="sincos"), "positions=sincos: a setting of the head ml_decoder"),
+        (HeadConfig("csra", 6, 5, 2, decoder_layers=2), "which csra would ignore"),
+        (HeadConfig("ml_decoder", 6, 5, 2, csra_lambda=0.2, **SMALL), "choose head=csra"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_head(config)
