@@ -333,6 +333,44 @@ def ablate(
     carry_out(plan, overrides or [], data, out, scale, target, rows, backbone or [], workers, device, show)
 
 
+@app.command(epilog=example("hilum extend model --data store --finding Scoliosis --out model_41"))
+def extend(
+    model: Annotated[Path, typer.Argument(help="A model made by hilum fit or hilum extend.")],
+    overrides: Overrides = None,
+    finding: Annotated[list[str] | None, typer.Option(help="A new finding; may be repeated.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="A store with labels of the new findings.")] = None,
+    out: Out = Path("extended"),
+    shots: Annotated[int | None, typer.Option(help="At most so many positive training images of each finding.")] = None,
+    val_shots: Annotated[
+        int | None, typer.Option(help="At most so many positive validation images of each; default: as --shots.")
+    ] = None,
+    ladder: Annotated[
+        str, typer.Option(help="Ways to try, of rows, adapter, own; validation chooses.")
+    ] = "rows,adapter,own",
+    zero_shot: Annotated[
+        Path | None, typer.Option(help="Text vectors (.npz, .safetensors): score the findings without any label.")
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="One head for old and new findings; old outputs change, behind a gate.")
+    ] = False,
+    tolerance: Annotated[float, typer.Option(help="--joint: average precision that an old finding may lose.")] = 0.02,
+    accept: Annotated[bool, typer.Option("--accept", help="--joint: write it although the gate objects.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Add findings to a model; what it had stays the same to the last bit, unless --joint."""
+    from hilum.commands import extend as program
+
+    program.dispatch(
+        model,
+        data,
+        finding or [],
+        out,
+        overrides or [],
+        program.Options(shots, val_shots, ladder, zero_shot, joint, tolerance, accept),
+        device,
+    )
+
+
 @app.command()
 def recipes(
     name: Annotated[str, typer.Argument(help="One of them, to print it whole.", show_default=False)] = "",

@@ -336,3 +336,32 @@ def test_every_kind_of_head_that_can_be_built_has_a_ladder() -> None:
             assert rung.head.findings == 2
             for name in rung.shared:
                 assert torch.equal(rung.initial[name], head.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "match"),
+    [
+        ({"joint": True, "zero_shot": Path("v.npz")}, "store", "Choose one"),
+        ({"joint": True, "shots": 4}, "store", "plain extension alone"),
+        ({"zero_shot": Path("v.npz"), "val_shots": 4}, "store", "plain extension alone"),
+        ({"accept": True}, "store", "--accept goes with --joint"),
+        ({}, None, "--data STORE"),
+        ({"joint": True}, None, "--data STORE"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict, data: str | None, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        extend.dispatch(
+            Path("m"), None if data is None else Path(data), NEW, Path("out"), (), extend.Options(**options)
+        )
+
+
+def test_shots_hold_in_validation_too_unless_said_otherwise(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    budgets = []
+    monkeypatch.setattr(extend, "run", lambda *arguments: budgets.append(arguments[5:7]) or arguments[3])
+    for options in ({"shots": 4}, {"shots": 4, "val_shots": 9}, {"ladder": "rows, own"}):
+        extend.dispatch(folder, folder, NEW, tmp_path / "out", (), extend.Options(**options))
+    assert budgets == [
+        (Shots(4, 4), ["rows", "adapter", "own"]), (Shots(4, 9), ["rows", "adapter", "own"]),
+        (Shots(None, None), ["rows", "own"]),
+    ]  # fmt: skip

@@ -7,7 +7,7 @@ one head is in `extend_joint.py`, scoring from text alone in `extend_zero_shot.p
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,56 @@ from hilum.heads.training import LearningSet
 from hilum.pretraining.exposure import uid_numbers
 
 SEARCH_FORMAT = "hilum-extension-search-1"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says of how to extend."""
+
+    shots: int | None = None
+    val_shots: int | None = None
+    """None: as `shots`."""
+    ladder: str = ",".join(LADDER)
+    zero_shot: Path | None = None
+    joint: bool = False
+    tolerance: float = 0.02
+    accept: bool = False
+
+
+def dispatch(
+    model: Path,
+    data: Path | None,
+    findings: Sequence[str],
+    out: Path,
+    overrides: Sequence[str],
+    options: Options,
+    device: str = "auto",
+) -> Path:
+    """Run the way of extending that the options name.
+
+    Raises:
+        ConfigError: options that do not go together, or no store where one is needed.
+    """
+    budget = options.shots is not None or options.val_shots is not None
+    if options.joint and options.zero_shot is not None:
+        raise ConfigError("--joint learns from labels and --zero-shot has none. Choose one.")
+    if (options.joint or options.zero_shot is not None) and budget:
+        raise ConfigError("--shots and --val-shots go with the plain extension alone.")
+    if options.accept and not options.joint:
+        raise ConfigError("--accept goes with --joint; a plain extension changes nothing that would need it.")
+    if options.zero_shot is not None:
+        from hilum.commands import extend_zero_shot  # these are built on what is above
+
+        return extend_zero_shot.run(model, options.zero_shot, findings, out, data, overrides, device)
+    if data is None:
+        raise ConfigError("--data STORE: an extension learns from labels. Without any, give --zero-shot VECTORS.")
+    if options.joint:
+        from hilum.commands import extend_joint
+
+        return extend_joint.run(model, data, findings, out, overrides, options.tolerance, options.accept, device=device)
+    val_shots = options.shots if options.val_shots is None else options.val_shots
+    ladder = [name.strip() for name in options.ladder.split(",")]
+    return run(model, data, findings, out, overrides, Shots(options.shots, val_shots), ladder, device)
 
 
 def run(
