@@ -227,7 +227,7 @@ def test_detached_focus_leaves_only_the_slope_of_the_logarithm() -> None:
     assert np.allclose(values.grad.numpy(), np.where(targets.weights.numpy() > 0, slope, 0), rtol=1e-9)
 
 
-@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("size", [1e2, 1e6])
 @EVERY
 def test_extreme_logits_have_finite_losses_and_slopes(chosen: LossSettings, entry: Entry, size: float) -> None:
     signs = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]])
@@ -247,7 +247,7 @@ def test_extreme_logits_have_finite_losses_and_slopes(chosen: LossSettings, entr
 
 
 @BY_NAME
-@settings(max_examples=30)
+@settings(max_examples=15, deadline=None)
 @given(LOGITS, CODES)
 def test_gradient_is_exactly_zero_where_unknown_or_uncertain(name: str, logits: np.ndarray, labels: np.ndarray) -> None:
     values = torch.from_numpy(logits).requires_grad_()

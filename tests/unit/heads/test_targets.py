@@ -16,6 +16,7 @@ LABELS = np.array([[1, 0, -1, -2], [-1, -1, -1, 0]], np.int8)
 TEACHER = np.array([[0.01, 0.99, 0.7, 0.9], [0.05, 0.5, np.nan, 0.99]])
 
 
+@settings(deadline=None)
 @given(CODES)
 def test_arrays_and_batches_say_the_same(labels: np.ndarray) -> None:
     values, weights = known_values(labels)
@@ -24,7 +25,7 @@ def test_arrays_and_batches_say_the_same(labels: np.ndarray) -> None:
     assert np.array_equal(weights, targets.weights.numpy())
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(CODES, SHARES, st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans())
 def test_known_labels_are_never_overruled(labels, probabilities, one, other, hard, uncertain) -> None:
     """Defect C1 on the teacher's side: only unknown entries change, whatever it says."""
