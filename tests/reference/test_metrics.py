@@ -112,10 +112,12 @@ def test_equal_mass_bins_against_a_loop(case):
 
 
 def test_equal_mass_bins_of_distinct_probabilities_hold_the_same_number_of_items():
-    p = np.random.default_rng(0).random(1500)
-    labels = np.ones(1500, np.int8)
-    pieces = np.split(np.sort(p), 15)
-    assert equal_mass_ece(p, labels) == pytest.approx(np.mean([1 - piece.mean() for piece in pieces]), abs=TOLERANCE)
+    rng = np.random.default_rng(0)
+    p = rng.random(1500)
+    labels = (rng.random(1500) < p**2).astype(np.int8)
+    pieces = np.split(np.argsort(p), 15)
+    gaps = [abs(p[piece].mean() - labels[piece].mean()) for piece in pieces]
+    assert equal_mass_ece(p, labels) == pytest.approx(np.mean(gaps), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(("slope", "shift"), [(1.0, 0.0), (0.5, 0.0), (2.0, -1.0), (-1.0, 0.5)])
