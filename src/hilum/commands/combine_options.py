@@ -76,10 +76,10 @@ def tell(choice: Choice, names: Sequence[str]) -> list[str]:
     """What was chosen, what it scores, and what the choice is worth on patients that it has not seen."""
     composition = choice.composition
     weights = composition.weights or [1 / len(choice.members)] * len(choice.members)
-    lines = [f"Members alone, validation mAP: {_listed(names, choice.singles)}"]
+    lines = [f"Members alone, validation mAP: {_listed(names, choice.singles, '.4f')}"]
     chosen = [names[place] for place in choice.members]
     lines.append(
-        f"Chosen: {_listed(chosen, weights, 'weight ')}; studies by {composition.study}, models by "
+        f"Chosen: {_listed(chosen, weights, '.3g', 'weight ')}; studies by {composition.study}, models by "
         f"{composition.ensemble}, damping by Normal {composition.damping or 'none'}; validation mAP {choice.score:.4f}"
     )
     if choice.estimate is None:
@@ -104,5 +104,5 @@ def tell_views(views: LearnedViews) -> str:
     )
 
 
-def _listed(names: Sequence[str], values: Sequence[float], word: str = "") -> str:
-    return ", ".join(f"{name} {word}{value:.4g}" for name, value in zip(names, values, strict=True))
+def _listed(names: Sequence[str], values: Sequence[float], form: str, word: str = "") -> str:
+    return ", ".join(f"{name} {word}{value:{form}}" for name, value in zip(names, values, strict=True))
