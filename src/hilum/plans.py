@@ -145,7 +145,11 @@ def slides(scale: Scale, target: str | None, datasets: Sequence[str]) -> Ablatio
     b224, b336, l224, l336, l448, l512 = (scale.titles[backbone.name] for backbone in scale.backbones)
     added = ("l336_decoder_added", "l448_decoder_added", "l512_decoder_added")
     alone = len(datasets) < 2
-    without = "The store has one dataset: no labels could be added, and this row differs only in name." if alone else ""
+    without = (
+        "The store has one dataset: no labels could be added, and these rows differ from others only in name and size."
+        if alone
+        else ""
+    )
 
     def row(
         name: str, heads: Sequence[str], title: str, original: str, one: float, two: float,

@@ -66,7 +66,10 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             f"Published: {plan['published_by']}. Other images and other labels: the order of rows and the sign of "
             "differences can be set beside ours, levels cannot."
         )
-    lines += [f"{row['title']}: {row['note']}" for row in results["rows"] if row["note"]]
+    titles: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        titles.setdefault(row["note"], []).append(row["title"])
+    lines += [f"{'; '.join(rows)}: {note}" for note, rows in titles.items() if note]
     lines += [f"Not made: {failure['unit']}: {failure['error']}" for failure in results["failures"]]
     return lines
 
