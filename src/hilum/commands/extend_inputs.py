@@ -129,7 +129,7 @@ def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) 
         also_blocks=(), also_patch_mean=False, prune_after=(), classifier_epochs=0, consistency=0.0, deferred=1.0,
         stop_epoch=None, refit_init="cold", train_images=None, val_images=None, hierarchy=False,
         queries=recorded.queries if joint and recorded.queries != "text" else "learnable", text_vectors=None,
-        query_groups=None, shared_output=False, resolution=None,
+        query_groups=None, shared_output=False, resolution=base.network.resolution,
         blocks=base.network.head.blocks,
         learning_rates=recorded.learning_rates if len(recorded.learning_rates) > 1 else plain.learning_rates,
     )  # fmt: skip
