@@ -89,7 +89,7 @@ MISTAKES = {
     "combine {}/test.parquet --study mean": "Start from raw predictions",
     "combine {}/latin.csv --study mean": "cannot be read as a CSV",
     "combine {}/model {}/model --out {}/e": "two or more different models",
-    "combine {}/model {}/model --unit study --out {}/e": "leave out --study, --ensemble and --unit",
+    "combine {}/model {}/model --unit study --out {}/e": "leave out --unit",
     "calibrate {}/test.parquet --labels {}/store --split test": "Nothing is fitted on the test split",
     "calibrate {}/test.parquet --use {}/file": "cannot be read as JSON",
     "evaluate {}/test.parquet --labels {}/store --bootstraps -1": "expected 0 or more",
