@@ -13,7 +13,7 @@ import numpy as np
 import hilum
 from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.core.files import sha256_file, write_json
-from hilum.core.tracking import say, warn
+from hilum.core.tracking import progress, say, warn
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.labels import TASKS, frequency_groups
 from hilum.evaluation.bootstrap import paired_comparison
@@ -24,7 +24,7 @@ from hilum.evaluation.leaderboards import NOT_COMPARABLE, Row, is_challenge_test
 from hilum.evaluation.metrics import evaluate
 from hilum.evaluation.predictions import Predictions, read_predictions
 from hilum.evaluation.report import ReportExample, write_report
-from hilum.evaluation.subgroups import DEFAULT_ATTRIBUTES, MIN_PATIENTS, choose_attributes, subgroups
+from hilum.evaluation.subgroups import DEFAULT_ATTRIBUTES, MIN_PATIENTS, choose_attributes, levels, subgroups
 from hilum.evaluation.summary import evaluation_notes, evaluation_table
 from hilum.evaluation.truth import Truth, read_truth
 
@@ -94,9 +94,12 @@ def run(
     result |= _context(joined, groups_from, task, split)
     attributes = choose_attributes(joined.predictions, joined.attributes, by)
     if attributes:
-        result["subgroups"] = subgroups(
-            joined.predictions, joined.labels, attributes, thresholds, bootstraps, seed, min_positives, min_group
-        )
+        groups_of = sum(len(set(levels(name, values).tolist()) - {""}) for name, values in attributes.items())
+        with progress("Subgroups", groups_of) as bar:
+            result["subgroups"] = subgroups(
+                joined.predictions, joined.labels, attributes, thresholds, bootstraps, seed, min_positives, min_group,
+                bar.advance,
+            )  # fmt: skip
     board = _board(task, joined, result, predictions.stem) if task else []
     if board:
         remarks = {"comparable": board[0].note != NOT_COMPARABLE, "note": board[0].note}

@@ -6,7 +6,7 @@ group with too few patients is listed with its count and not judged: a number ab
 group, and may say something about a person.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,7 @@ def subgroups(
     seed: int = 0,
     min_positives: int = 0,
     min_patients: int = MIN_PATIENTS,
+    advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Metrics of every group, of the rest, and the gap between them (docs/reference/metrics.md).
 
@@ -177,6 +178,7 @@ def subgroups(
         seed: root of the resamples, the same as elsewhere.
         min_positives: findings with fewer on either side are left out of that comparison.
         min_patients: groups of fewer are listed under `too_few`.
+        advance: called after each group: a group costs about as much as the whole evaluation.
 
     Returns:
         {ATTRIBUTE: {"groups": {LEVEL: {"n_items", "n_patients", "findings", "values", "ci95", "rest", "gap"}},
@@ -195,8 +197,8 @@ def subgroups(
         return measured[key]
 
     result: dict[str, Any] = {}
-    for name, values in attributes.items():
-        group = levels(name, values)
+    grouped = {name: levels(name, values) for name, values in attributes.items()}
+    for name, group in grouped.items():
         recorded = group != ""
         parts = {level: group == level for level in sorted(set(group[recorded].tolist()))}
         patients = {level: items.patients(rows) for level, rows in parts.items()}
@@ -213,6 +215,7 @@ def subgroups(
                         measure(rest) if items.patients(rest) >= max(min_patients, 1) else None,
                     ),
                 }
+            advance()
         result[name] = {
             "groups": judged,
             "too_few": {level: count for level, count in patients.items() if count < min_patients},

@@ -14,6 +14,8 @@ from scipy import sparse
 
 from hilum.evaluation.definitions import BINS, bin_of, surprise
 
+FLOAT32_INTEGERS = 2**24
+"""Counts below this are exact in float32, whose products move half the memory."""
 FAST: tuple[str, ...] = (
     "AP", "AP_normalised", "AUC", "F1@0.5", "F1@tuned", "ECE", "ECE_challenge_inferred", "Brier", "LogLoss",
     "FNR@tuned", "FPR@tuned",
@@ -55,7 +57,7 @@ class WeightedFinding:
         inside = step < len(scores)
         tied[inside] = scores[step[inside]] == self.probabilities[inside]
         row = 3 * step + np.where(self.labels, 1, np.where(tied, 2, 0))
-        ones = np.ones(len(row))
+        ones = np.ones(len(row), np.float32)
         shape = (3 * len(scores) + 3, self.count)
         return sparse.csr_array(sparse.coo_array((ones, (row, self.clusters)), shape=shape)), len(scores)
 
@@ -80,6 +82,7 @@ class WeightedFinding:
     def measure(self, weights: Float[np.ndarray, "P R"], names: Sequence[str]) -> dict[str, Float[np.ndarray, " R"]]:
         """The named metrics (of FAST) in every resample; NaN where undefined.
 
+        Weights are whole numbers of copies: counts of them are exact in the precision that is chosen.
         A resample without a positive has no AP, AUC or F1 (it is skipped); one without an item has nothing.
         """
         sums = self.sums @ weights
@@ -107,16 +110,18 @@ class WeightedFinding:
     ) -> dict[str, Float[np.ndarray, " R"]]:
         precision, above, total = (np.zeros(weights.shape[1]) for _ in range(3))
         width = max(1, 4_000_000 // (3 * self.steps + 3))  # columns at a time, so that the product stays in memory
+        exact = len(self.labels) * weights.max(initial=0) < FLOAT32_INTEGERS
         for start in range(0, weights.shape[1], width):
             part = slice(start, start + width)
-            counts = (self.ranking @ weights[:, part]).reshape(self.steps + 1, 3, -1)
+            copies = weights[:, part].astype(np.float32) if exact else weights[:, part]
+            counts = (self.ranking @ copies).reshape(self.steps + 1, 3, -1)
             higher, positive, tied = counts[:-1, 0], counts[:-1, 1], counts[:-1, 2]
-            true_positives = np.cumsum(positive, axis=0)
-            false_positives = np.cumsum(higher + tied, axis=0)
-            negatives = counts[:, [0, 2]].sum(axis=(0, 1))
+            true_positives = np.cumsum(positive, axis=0, dtype=np.float64)
+            false_positives = np.cumsum(higher + tied, axis=0, dtype=np.float64)
+            negatives = counts[:, [0, 2]].sum(axis=(0, 1), dtype=np.float64)
             selected = np.maximum(true_positives + false_positives, 1)  # nothing selected: the numerator is 0 too
             precision[part] = (positive * true_positives / selected).sum(axis=0)
             above[part] = (positive * (negatives - false_positives + 0.5 * tied)).sum(axis=0)
-            total[part] = positive.sum(axis=0) * negatives
+            total[part] = positive.sum(axis=0, dtype=np.float64) * negatives
         with np.errstate(invalid="ignore", divide="ignore"):
             return {"AP": precision / np.where(positives > 0, positives, np.nan), "AUC": above / total}

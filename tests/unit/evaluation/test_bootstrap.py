@@ -213,3 +213,16 @@ def test_equal_models_are_called_different_about_as_often_as_they_should_be():
         outside += row["shown"]
     assert 1 <= called <= 13
     assert 1 <= outside <= 13
+
+
+def test_counts_too_large_for_the_short_form_take_the_long_one(monkeypatch, made_up):
+    table, labels = made_up()
+    before = evaluate(table, labels, bootstraps=20)
+    monkeypatch.setattr("hilum.evaluation.weighted.FLOAT32_INTEGERS", 1)
+    assert evaluate(table, labels, bootstraps=20) == before
+    # beyond 2**24 a sum in float32 stands still; one patient of many copies, whose AP is known by hand
+    monkeypatch.undo()
+    finding = WeightedFinding(np.array([0.9, 0.8, 0.7]), np.array([1, 0, 1], np.int8), np.arange(3), 3, None)
+    many = np.array([[1.0], [2.0**25 + 1], [1.0]])
+    assert finding.measure(many, ["AP"])["AP"][0] == (1 + 2 / (2.0**25 + 3)) / 2
+    assert finding.measure(many, ["AUC"])["AUC"][0] == 0.5
