@@ -84,7 +84,7 @@ class CrossAttention(nn.Module):
             weights = logits.softmax(dim=-1, dtype=torch.float32)
             attended = (weights if mask is None else weights * mask).to(value.dtype) @ value  # B A Q d
             if same is not None:
-                share = shares(logits.logsumexp(dim=-1), same).to(value.dtype)  # B B A Q
+                share = shares(_log_sum(logits, weights), same).to(value.dtype)  # B B A Q
                 attended = torch.einsum("bjaq,jaqd->baqd", share, attended)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
@@ -101,7 +101,7 @@ class CrossAttention(nn.Module):
         weights = logits.softmax(dim=-1, dtype=torch.float32)
         if same is None:
             return weights
-        share = shares(logits.logsumexp(dim=-1), same).diagonal(dim1=0, dim2=1)  # A Q B
+        share = shares(_log_sum(logits, weights), same).diagonal(dim1=0, dim2=1)  # A Q B
         return weights * share.permute(2, 0, 1).unsqueeze(-1)
 
     def _project(
@@ -117,6 +117,12 @@ class CrossAttention(nn.Module):
 
 def _logits(query: Float[Tensor, "B A Q d"], key: Float[Tensor, "B A N d"]) -> Float[Tensor, "B A Q N"]:
     return query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+
+
+def _log_sum(logits: Float[Tensor, "B A Q N"], weights: Float[Tensor, "B A Q N"]) -> Float[Tensor, "B A Q"]:
+    """Logarithm of the sum of exponentials, float32, read off the float32 softmax where it is largest."""
+    place = weights.detach().argmax(dim=-1, keepdim=True)
+    return (logits.gather(-1, place).float() - weights.gather(-1, place).log()).squeeze(-1)
 
 
 class DecoderLayer(nn.Module):

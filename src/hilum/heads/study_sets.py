@@ -1,7 +1,8 @@
 """Images of one study found in a batch, and means and softmaxes over them; what every multi-view head is made of.
 
 A batch holds whole studies in any order. All sums run over the images of the batch with weight 0 outside the study:
-no padding, no shape that depends on the data, the same result for every order of the images up to rounding.
+no padding, no shape that depends on the data, the same result for every order of the images up to rounding. Values must
+be finite: 0 times infinity would leave its study.
 """
 
 import torch
