@@ -4,6 +4,10 @@
 
 Fixed before it is run: findings with at least 10 test positives; 1,000 resamples of patients, seed 0; methods `auto`
 and `cross_fitted`; the cuts of `f1` on raw probabilities; compression 0.3. AP and AUC are compared per finding, of all.
+
+`auto, same head` was added after a first look. A model's calibrator comes from a head that has seen less than the one
+that predicts (docs/reference/model.md, "Out of sample"); here every test patient is mapped by what the other test
+patients of the predicting head gave, in 5 folds. It says what is lost between the two heads; no model is made so.
 """
 
 import sys
@@ -16,6 +20,7 @@ from hilum.evaluation.bootstrap import clusters_of, paired_difference
 from hilum.evaluation.calibration import Calibrator
 from hilum.evaluation.challenge_scaling import move_cut_to_half
 from hilum.evaluation.joining import Joined, join
+from hilum.evaluation.map_choice import FOLDS, cross_fit, deal_patients
 from hilum.evaluation.metrics import average_precision, roc_auc
 from hilum.evaluation.predictions import Predictions, read_predictions
 from hilum.evaluation.truth import read_truth
@@ -66,6 +71,12 @@ def main(store: str, model: str, predictions: str, out: str) -> None:
         for method in METHODS
     }  # fmt: skip
     variants = {method: calibrator.apply_to(table) for method, calibrator in calibrators.items()}
+    fold = deal_patients(clusters_of(table).tolist(), FOLDS)
+    kinds = dict.fromkeys(table.findings, "auto")
+    groups = table.metadata.get("groups") or {}
+    variants["auto, same head"] = table.replace(
+        cross_fit(table.probabilities, labels, table.findings, groups, kinds, fold)
+    )
     variants["scaled"] = scaled(table, calibrators["auto"], 1.0)
     variants["scaled, compressed"] = scaled(table, calibrators["auto"], COMPRESS)
     counted = int(((labels == 1).sum(axis=0) >= POSITIVES).sum())
@@ -74,7 +85,7 @@ def main(store: str, model: str, predictions: str, out: str) -> None:
     for name, variant in variants.items():
         rows = paired_difference(variant, table, labels, None, None, RESAMPLES, SEED, POSITIVES)
         change = largest_change(table, variant, labels)
-        assert change < 1e-12, (name, change)
+        assert name == "auto, same head" or change < 1e-12, (name, change)  # five maps, not one
         result["differences"][name] = {"largest change of AP or AUC": change, **{key: rows[key] for key in MEASURED}}
         for key in MEASURED[2:]:
             row = rows[key]

@@ -3,8 +3,8 @@
 #
 #   runs/calibration_gain.sh [OUT]      OUT defaults to outputs/calibration_gain; DATA to ../shared/data/nih-sample
 #
-# Heads on an untrained backbone: cheap, and poorly calibrated enough to have something to gain. Calibrators and cuts
-# come from validation predictions of heads that have not seen validation; test is judged once.
+# Heads on an untrained backbone, trained with cross-entropy and with the asymmetric loss, which inflates probabilities.
+# Calibrators and cuts come from validation predictions of heads that have not seen validation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-outputs/calibration_gain}
@@ -17,11 +17,13 @@ hilum manifest "cxrlt=$OUT/phantoms" --out "$OUT/phantom.parquet"
 hilum build "$OUT/phantom.parquet" --size 128 --encoding raw --out "$OUT/phantom"
 hilum manifest "nih=$DATA" --split project --val-fraction 0.35 --test-fraction 0.35 --out "$OUT/nih.parquet"
 hilum build "$OUT/nih.parquet" --size 128 --encoding raw --out "$OUT/nih"
+gain() { # data, name, recipe, settings
+  hilum fit "$3" --data "$OUT/$1" --backbone random:demo16 --out "$OUT/$1.$2" resolution=128 "${@:4}"
+  hilum predict "$OUT/$1.$2" "$OUT/$1:test" --raw --out "$OUT/$1.$2.parquet"
+  python runs/calibration_gain.py "$OUT/$1" "$OUT/$1.$2" "$OUT/$1.$2.parquet" "$OUT/$1.$2.json"
+}
 for data in phantom nih; do
-  for head in linear decoder; do
-    hilum fit "laptop_$head" --data "$OUT/$data" --backbone random:demo16 --out "$OUT/$data.$head" resolution=128
-    hilum predict "$OUT/$data.$head" "$OUT/$data:test" --raw --out "$OUT/$data.$head.parquet"
-    python runs/calibration_gain.py "$OUT/$data" "$OUT/$data.$head" "$OUT/$data.$head.parquet" \
-      "$OUT/$data.$head.json"
-  done
+  gain "$data" linear laptop_linear
+  gain "$data" asymmetric laptop_linear loss=asymmetric
 done
+gain nih decoder laptop_decoder
