@@ -247,6 +247,9 @@ def test_findings_that_cannot_be_added_are_refused(folder: Path, tmp_path: Path,
     refused(PreprocessingMismatchError, "mimic-cxr-jpg-1", NEW, tmp_path / "recipe")
     with pytest.raises(ConfigError, match="blocks: an extension reads what the model reads"):
         extend.run(folder / "decoder", folder / "store", NEW, tmp_path / "out", ["blocks=1"], device="cpu")
+    for setting in ("consistency=0.1", "datasets=[arrays]", "queries=fixed", "tune.method=lora", "train_images=5"):
+        with pytest.raises(ConfigError, match="does not obey it"):
+            settings_of(open_base(folder / "decoder"), [setting])
     with pytest.raises(ConfigError, match="already holds"):
         extend.run(folder / "decoder", folder / "store", NEW, folder / "linear", device="cpu")
     with pytest.raises(ConfigError, match="--shots: expected at least 1"):
@@ -365,3 +368,28 @@ def test_shots_hold_in_validation_too_unless_said_otherwise(folder: Path, tmp_pa
         (Shots(4, 4), ["rows", "adapter", "own"]), (Shots(4, 9), ["rows", "adapter", "own"]),
         (Shots(None, None), ["rows", "own"]),
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_heads_of_whole_studies_are_extended_too(folder: Path, tmp_path: Path) -> None:
+    config = override(DECODER, ["views=memory"])
+    fit.run(config, folder / "store", folder / "run", tmp_path / "model", device="cpu")
+    extend.run(tmp_path / "model", folder / "store", NEW, tmp_path / "more", FAST, device="cpu")
+    old, new = load(tmp_path / "model", "cpu"), load(tmp_path / "more", "cpu")
+    store = Store.open(folder / "store")
+    one, other = (model.predict_store(store, range(84, 96), batch_size=5) for model in (old, new))
+    assert np.array_equal(one.probabilities, other.probabilities[:, :3])
+    _, of_study = np.unique(other.study_id, return_inverse=True)
+    for study in range(of_study.max() + 1):
+        assert np.ptp(other.probabilities[of_study == study], axis=0).max() == 0  # both images carry the study
+    single = new.predict_store(store, range(84, 96), batch_size=1)
+    np.testing.assert_allclose(single.probabilities, other.probabilities, atol=1e-6)
+
+
+def test_findings_of_a_head_without_maps_have_none_beside_those_that_have(folder: Path, tmp_path: Path) -> None:
+    options = [*FAST, "head=ml_decoder", "decoder_dim=8", "decoder_feed_forward=12", "decoder_heads=2"]
+    extend.run(folder / "linear", folder / "store", NEW, tmp_path / "out", options, device="cpu")
+    store = Store.open(folder / "store")
+    result = load(tmp_path / "out", "cpu").predict([store.read(84), store.read(85)])
+    assert result.attention["Edema"] is None
+    assert [one.sum() for one in result.attention["Rib Fracture"]] == [pytest.approx(1), pytest.approx(1)]

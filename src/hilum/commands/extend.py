@@ -305,8 +305,9 @@ def _datasets(examples: Examples, column: int) -> list[str]:
 
 
 def _memory_has_seen(base: Base, rung: Rung, predictions: Predictions) -> bool:
-    """Whether what is taken over was trained on images that calibrate the new findings."""
-    if rung.initial is None:
+    """Whether what is taken over, or a tuned backbone, was trained on images that calibrate the new findings."""
+    tuned = bool((base.content["training"].get("tuning") or {}).get("refit_epochs"))
+    if rung.initial is None and not tuned:
         return False
     return bool(np.isin(uid_numbers(predictions.image_uid), np.union1d(base.exposure.train, base.exposure.val)).any())
 

@@ -180,6 +180,6 @@ def extension_card(content: Mapping[str, Any]) -> str:
 
 
 SEEN_NOTE = (
-    "The part that is taken over from the first head was trained on these validation images with the labels of the "
-    "earlier findings, so calibration may be a little optimistic. A model fitted with refit=false has not seen them."
+    "What is taken over from the model was trained on these validation images, with the labels of the earlier "
+    "findings, so calibration may be a little optimistic. A model fitted with refit=false has not seen them."
 )

@@ -108,11 +108,19 @@ def check_new(base: Base, findings: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+LEFT_OUT = (
+    "findings", "datasets", "target", "pseudo_labels", "source_weights", "source_bias", "also_blocks",
+    "also_patch_mean", "prune_after", "classifier_epochs", "consistency", "deferred", "stop_epoch", "refit_init",
+    "train_images", "val_images", "hierarchy", "text_vectors", "query_groups", "shared_output", "tune",
+)  # fmt: skip
+"""Settings of a fit that an extension does not take over from the model; of these only `stop_epoch` may be given."""
+
+
 def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) -> FitConfig:
     """The settings that the model was fitted with, as far as they apply to an extension, with `key=value` changes.
 
-    The kind of head, its blocks, rates, epochs, loss and augmentation are the model's own. What spoke of its findings,
-    its data or its way of ending is left out: datasets, pseudo-labels, several variants, `stop_epoch`.
+    The kind of head, its blocks, rates, epochs, loss and augmentation are the model's own; what spoke of its findings,
+    its data or its way of ending (`LEFT_OUT`) is not.
 
     Args:
         base: the model.
@@ -120,19 +128,20 @@ def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) 
         joint: for a head of all findings, which has the model's own kind of queries; others have learned ones.
 
     Raises:
-        ConfigError: settings that cannot be read, or other blocks or another resolution than the model's.
+        ConfigError: settings that cannot be read or mean nothing here, other blocks or another resolution than the
+            model's.
     """
     recorded = from_dict(FitConfig, base.content["training"]["settings"], "training.settings.")
     plain = FitConfig()
+    own_queries = joint and recorded.queries != "text"
     kept = replace(
-        recorded, findings=None, datasets=None, target=None, pseudo_labels=None, source_weights=(), source_bias=False,
-        also_blocks=(), also_patch_mean=False, prune_after=(), classifier_epochs=0, consistency=0.0, deferred=1.0,
-        stop_epoch=None, refit_init="cold", train_images=None, val_images=None, hierarchy=False,
-        queries=recorded.queries if joint and recorded.queries != "text" else "learnable", text_vectors=None,
-        query_groups=None, shared_output=False, resolution=base.network.resolution,
+        recorded,
+        **{name: getattr(plain, name) for name in LEFT_OUT},
+        queries=recorded.queries if own_queries else "learnable",
+        resolution=base.network.resolution,
         blocks=base.network.head.blocks,
         learning_rates=recorded.learning_rates if len(recorded.learning_rates) > 1 else plain.learning_rates,
-    )  # fmt: skip
+    )
     config = override(kept, overrides)
     for name in ("blocks", "resolution", "precision", "flip_average"):
         if getattr(config, name) != getattr(kept, name):
@@ -140,6 +149,9 @@ def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) 
                 f"{name}: an extension reads what the model reads ({getattr(kept, name)}); found "
                 f"{getattr(config, name)}. Leave it out, or fit a new model."
             )
+    for name in ("queries", *LEFT_OUT):
+        if getattr(config, name) != getattr(kept, name) and name != "stop_epoch":
+            raise ConfigError(f"{name}: `hilum extend` does not obey it, found {getattr(config, name)}. Leave it out.")
     return config
 
 

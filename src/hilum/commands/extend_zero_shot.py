@@ -29,6 +29,7 @@ from hilum.data.store import Store
 from hilum.deploy import model_files as files
 from hilum.deploy.network import choose_device
 from hilum.evaluation.definitions import average_precision
+from hilum.heads.config import FitConfig
 from hilum.heads.features import Features, freeze
 from hilum.heads.open_vocabulary import (
     VECTORS,
@@ -134,9 +135,10 @@ def _learn(
         raise ConfigError(
             f"{data} has labels of no finding of {base.path}; a decoder of text queries learns from them."
         )
+    plain, start = FitConfig(), ("head=ml_decoder", "views=single", "loss=masked_bce_mean", "patch_mean=false")
     config = replace(
-        settings_of(base, ["head=ml_decoder", "views=single", "loss=masked_bce_mean", *overrides]), queries="text",
-        shared_output=True,
+        settings_of(base, [*start, *overrides]), queries="text", shared_output=True, csra_lambda=plain.csra_lambda,
+        csra_temperatures=plain.csra_temperatures,
     )  # fmt: skip
     if config.threads is not None:
         torch.set_num_threads(config.threads)
