@@ -161,16 +161,24 @@ def reference(head: MLDecoder, features: Features, padding: int = 0) -> tuple[to
     return logits, maps
 
 
+def close_to_reference(head: MLDecoder, features: Features, padding: int) -> None:
+    logits, maps = reference(head, features, padding)
+    torch.testing.assert_close(head(features).double(), logits, atol=5e-6, rtol=1e-5)
+    torch.testing.assert_close(head.attention(features).flatten(2).double(), maps, atol=1e-6, rtol=1e-5)
+    assert logits.std(dim=0).min() > 1e-3
+
+
 @EACH
 @BOTH
-@pytest.mark.parametrize("grid", [(3, 4), (9, 5)])
-def test_equals_torch_on_each_study_put_together_and_padded(make_features, options, views, grid) -> None:
-    head, features = make(views, **options), make_features(7, grid=grid, study=STUDY, view=VIEW)
-    for padding in (0, 5):
-        logits, maps = reference(head, features, padding)
-        torch.testing.assert_close(head(features).double(), logits, atol=5e-6, rtol=1e-5)
-        torch.testing.assert_close(head.attention(features).flatten(2).double(), maps, atol=1e-6, rtol=1e-5)
-    assert logits.std(dim=0).min() > 1e-3
+def test_equals_torch_on_each_study_put_together_and_padded(make_features, options, views) -> None:
+    close_to_reference(make(views, **options), make_features(7, study=STUDY, view=VIEW), padding=5)
+
+
+@BOTH
+@pytest.mark.parametrize("padding", [0, 40])
+def test_neither_padding_nor_the_grid_matters(make_features, views, padding) -> None:
+    features = make_features(7, grid=(9, 5), study=STUDY, view=VIEW)
+    close_to_reference(make(views, **OPTIONS["all"]), features, padding)
 
 
 @EACH
