@@ -495,6 +495,7 @@ def evaluate(
         ),
     ] = None,
     min_group: Annotated[int, typer.Option(help="Groups of fewer patients are listed, not judged.")] = 20,
+    ledger: Annotated[Path | None, typer.Option(help="A file that counts the looks at these labels.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Metrics with intervals by patient, and by subgroup: metrics.json and report.html."""
@@ -514,6 +515,7 @@ def evaluate(
         explain=explain,
         by=by or None,
         min_group=min_group,
+        ledger=ledger,
     )
 
 

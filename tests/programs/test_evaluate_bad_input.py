@@ -10,9 +10,10 @@ import polars as pl
 import pytest
 
 from hilum.commands import evaluate
-from hilum.core.errors import ConfigError, HilumError, LeakageError, PredictionError, UnknownNameError
+from hilum.core.errors import ConfigError, HilumError, LeakageError, PredictionError, StageError, UnknownNameError
 from hilum.core.seeding import stream
 from hilum.data.store import write_arrays
+from hilum.evaluation.calibration import describe_items
 from hilum.evaluation.leaderboards import TEST_IMAGES
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
 
@@ -243,6 +244,20 @@ def test_shuffled_labels_constant_scores_and_noise_score_as_chance(world, tmp_pa
     constant = json.loads((tmp_path / "constant" / "metrics.json").read_text())["macro"]
     assert (constant["mAUC"], constant["mAP"]) == (0.5, pytest.approx(0.2))
     assert constant["mECE_standard"] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_ledger_counts_every_look_even_one_that_is_refused(world, tmp_path, capsys):
+    table, ledger = read_predictions(world / "strong.parquet"), tmp_path / "ledger.jsonl"
+    options = {"split": "test", "bootstraps": 0, "ledger": ledger}
+    evaluate.run(world / "strong.parquet", world / "store", tmp_path / "m", **options)
+    evaluate.run(world / "weak.parquet", world / "store", tmp_path / "n", **options)
+    assert "look number 2 at the test split" in capsys.readouterr().out
+    fitted = {"fitted_on": describe_items(table.image_uid)}
+    write_predictions(table.replace(table.probabilities, calibration=fitted), tmp_path / "p.parquet")
+    with pytest.raises(StageError):
+        evaluate.run(tmp_path / "p.parquet", world / "store", tmp_path / "o", **options)
+    assert len(ledger.read_text().splitlines()) == 3
+    assert json.loads(ledger.read_text().splitlines()[2])["opening"] == 3
 
 
 def test_other_items_in_the_compared_file_are_refused(world, tmp_path):

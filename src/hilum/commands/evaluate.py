@@ -21,6 +21,7 @@ from hilum.evaluation.calibration import check_out_of_sample, read_calibrator
 from hilum.evaluation.curves import curves
 from hilum.evaluation.joining import Joined, join, match_findings
 from hilum.evaluation.leaderboards import NOT_COMPARABLE, Row, is_challenge_test, leaderboard, leaderboard_table
+from hilum.evaluation.ledger import record_opening
 from hilum.evaluation.metrics import evaluate
 from hilum.evaluation.predictions import Predictions, read_predictions
 from hilum.evaluation.report import ReportExample, write_report
@@ -47,6 +48,7 @@ def run(
     explain: Path | None = None,
     by: Sequence[str] | None = None,
     min_group: int = MIN_PATIENTS,
+    ledger: Path | None = None,
 ) -> dict[str, Any]:
     """Judge predictions; returns what `metrics.json` holds.
 
@@ -65,6 +67,7 @@ def run(
         by: columns of the labels (or findings) whose groups are judged; None for those of sex, age, view and dataset
             that are recorded and differ; empty, or "none", for no groups.
         min_group: groups of fewer patients are listed and not judged.
+        ledger: a file that counts how often these labels were looked at; this evaluation is added, refused or not.
 
     Raises:
         ConfigError: options that mean nothing.
@@ -84,6 +87,13 @@ def run(
     if split is not None and not truth.has_splits:
         raise PredictionError(f"{labels} does not say which split an item is in; leave out --split.")
     joined = join(truth, table, split)
+    labels_file = labels / "index.npz" if labels.is_dir() else labels
+    if ledger is not None:
+        opening = record_opening(
+            ledger, sha256_file(labels_file), split, predictions=sha256_file(predictions), stage=table.stage,
+            model=table.metadata.get("model"), task=task,
+        )  # fmt: skip
+        say(f"{ledger}: look number {opening} at {'all' if split is None else f'the {split} split'} of these labels")
     names, only = match_findings(table.findings, truth.findings, TASKS[task] if task else None, str(labels))
     joined = joined.select(names)
     thresholds = f1_thresholds(joined.predictions, calibration)
@@ -108,7 +118,7 @@ def run(
         result["compare"] = _compare(joined, thresholds, compare, bootstraps, seed, min_positives)
     result["inputs"] = {
         "predictions": _input(predictions),
-        "labels": _input(labels / "index.npz" if labels.is_dir() else labels),
+        "labels": _input(labels_file),
         "compare": _input(compare) if compare else None,
         "calibration": _input(calibration) if calibration else None,
     }

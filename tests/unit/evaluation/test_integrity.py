@@ -73,6 +73,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
         "programs/test_evaluate.py::test_validation_predictions_of_a_head_trained_on_validation_are_refused",
         "unit/evaluation/test_calibration.py::test_judging_on_the_fitted_items_is_refused",
         "programs/test_fit.py::test_labels_of_the_test_split_are_never_looked_at",
+        "programs/test_evaluate_bad_input.py::test_the_ledger_counts_every_look_even_one_that_is_refused",
     ),
     "train and val merged, then the epoch chosen": (
         "programs/test_fit.py::test_slides_protocol_stops_at_epoch_two_of_ten",
@@ -114,7 +115,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
 PARTIAL: dict[str, str] = {
     "evaluation images used in pretraining": "evaluate warns of exposed images and does not refuse them",
     "class order wrong": "no export exists yet whose logits could be compared by class name",
-    "threshold, calibrator or checkpoint chosen on test": "no ledger counts how often a test split was opened",
+    "threshold, calibrator or checkpoint chosen on test": "the ledger is opt-in (--ledger), not always kept",
     "train and val merged, then the epoch chosen": "a changed epoch is recorded in the model, not tied to a new run id",
     "result not reproducible": "two clean runs of the whole pipeline are compared by hand, not by a test",
     "canaries": "no metadata-only baseline, and no model is run on pictures of noise",
