@@ -59,7 +59,7 @@ def check_compression(compress: float) -> None:
 
 def _in_order(scaled: Float[np.ndarray, " N"], above: Bool[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Distinct ascending numbers: those not above the cut in [0, 0.5], those above it in (0.5, 1]."""
-    low, high = np.minimum(scaled[~above], 0.5), np.clip(scaled[above], ABOVE_HALF, 1.0)
+    low, high = scaled[~above], scaled[above]
     return np.append(_descend(_ascend(low, 0.0), 0.5), _descend(_ascend(high, ABOVE_HALF), 1.0))
 
 
