@@ -370,18 +370,20 @@ def validation_name(name: str, extension: int | None = None) -> str:
 def read_validation(path: Path) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
     """Raw out-of-sample validation predictions of a model, and the labels of the same rows.
 
-    Of a model with extensions: all findings, where all were validated on the same images. Zero-shot findings have no
-    validation and are not among them.
+    Of a model with extensions: all findings, where all were validated on the same images.
 
     Raises:
         PredictionError: a file is missing or malformed, they do not belong together, or an extension was validated on
-            other images.
+            other images or, being zero-shot, on none.
     """
     predictions, labels = read_validation_of(path, None)
     content = read_json(path / CONFIG_NAME, PredictionError) if (path / CONFIG_NAME).is_file() else {}
     for number, extension in enumerate(content.get("extensions", ())):
         if extension["zero_shot"]:
-            continue
+            raise PredictionError(
+                f"{path} scores {', '.join(extension['findings'])} from text alone; there is no validation of them, and "
+                "nothing to calibrate an ensemble on. Take the model from before they were added."
+            )
         added, added_labels = read_validation_of(path, number)
         mine, theirs = set(predictions.image_uid.tolist()), set(added.image_uid.tolist())
         if mine != theirs:

@@ -251,14 +251,17 @@ def test_validation_of_extensions_is_joined_by_image_or_refused(tmp_path: Path) 
     files.write_validation(tmp_path, predictions(uids, ("A", "B"), 0.5), np.zeros((4, 2), np.int8))
     added = np.array([[1], [0], [0], [-1]], np.int8)
     files.write_validation(tmp_path, predictions(uids[::-1], ("C",), 0.25), added, extension=0)
-    one = {"zero_shot": False}
-    files.write_config(tmp_path, {"extensions": [one, one | {"zero_shot": True}]})
+    one = {"zero_shot": False, "findings": ["C"]}
+    files.write_config(tmp_path, {"extensions": [one]})
     joined, labels = files.read_validation(tmp_path)
     assert joined.findings == ("A", "B", "C")
     assert labels[:, 2].tolist() == [-1, 0, 0, 1]
     assert joined.probabilities[0].tolist() == [0.5, 0.5, 0.25]
     files.write_validation(tmp_path, predictions([*uids[:3], "f" * 16], ("C",), 0.25), added, extension=0)
     with pytest.raises(PredictionError, match="C were added on other validation images"):
+        files.read_validation(tmp_path)
+    files.write_config(tmp_path, {"extensions": [one | {"zero_shot": True}]})
+    with pytest.raises(PredictionError, match=r"scores C from text alone.*from before they were added"):
         files.read_validation(tmp_path)
 
 
@@ -283,3 +286,19 @@ def test_a_grown_head_takes_over_all_but_the_rows_and_rows_of_parents() -> None:
         else:
             assert torch.equal(value[0], fresh[name][0])
             assert torch.equal(value[1], trained[name][2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_old_outputs_are_the_same_bits_on_a_gpu_at_the_same_batch_shape(
+    tmp_path: Path, images: np.ndarray, precision: str
+) -> None:
+    extended(tmp_path, DECODER, ADDED)
+    outputs = []
+    for folder in ("old", "new"):
+        content = files.read_config(tmp_path / folder)
+        config = dataclasses.replace(files.read_network(tmp_path / folder, content), precision=precision)
+        weights = files.read_weights(tmp_path / folder, config, content["weights"]["sha256"])
+        [values], _ = raw_probabilities([Network(config, *weights, "cuda")], range(9), lambda index: images[index], 4)
+        outputs.append(values)
+    assert np.array_equal(outputs[0], outputs[1][:, :3])
