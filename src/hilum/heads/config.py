@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from hilum.core.errors import ConfigError, UnknownNameError
-from hilum.heads.loss_settings import LossSettings
+from hilum.heads.loss_settings import LossSettings, second_stage
 from hilum.heads.losses import LOSSES
 from hilum.heads.protocol import RefitInit, Variant
 from hilum.heads.registry import HeadConfig
@@ -198,6 +198,8 @@ class FitConfig:
             raise ConfigError("losses.name: name the loss by `loss`.")
         if not 0 <= self.deferred <= 1:
             raise ConfigError(f"deferred: expected a share in [0, 1], found {self.deferred}.")
+        if self.deferred < 1:
+            second_stage(self.describe_loss())  # refuses losses that have none
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1 or not 0 <= self.flip <= 1:
             raise ConfigError(f"crop_scale {self.crop_scale} and flip {self.flip}: expected shares between 0 and 1.")
 

@@ -27,7 +27,7 @@ from hilum.heads.loss_settings import second_stage
 from hilum.heads.losses import Loss, Targets, build_loss, known_targets
 from hilum.heads.protocol import SearchEpoch, Variant, survivors
 from hilum.heads.registry import HeadConfig, build_head
-from hilum.heads.sources import SourceBiased, plain_state
+from hilum.heads.sources import SourceBiased, plain_state, weigh_sources
 from hilum.heads.sweep import Sweep, prior_log_odds
 
 Weights = dict[str, Tensor]
@@ -75,8 +75,10 @@ class LearningSet:
             targets = Targets(values, weights, features.study)
         if self.source_weights is None or self.sources is None:
             return targets
-        per_image = torch.from_numpy(self.source_weights[self.sources[batch.images]]).to(device)
-        return targets._replace(weights=targets.weights * per_image[:, None])
+        source, weights = (
+            torch.from_numpy(part).to(device) for part in (self.sources[batch.images], self.source_weights)
+        )
+        return weigh_sources(targets, source, weights)
 
 
 @dataclass
@@ -126,7 +128,7 @@ def search(
         for stage, epochs in stages:
             settings = config if stage == "whole" else replace(config, sampling="class_aware")
             heads = [_candidate(config, embed_dim, data, variants[place]) for place in alive]
-            initial = None if sweep is None else [plain_state(sweep.state(place)) for place in range(len(alive))]
+            initial = None if sweep is None else [sweep.state(place) for place in range(len(alive))]
             phase = f"search{_suffix(stage)}"
             sweep = _sweep(settings, heads, epochs * steps, data, phase, device, initial, stage == "classifier")
             drawn = _epochs(settings, phase, data.train, data)
@@ -209,9 +211,9 @@ def refit(
                     losses.append(sweep.step(features, data.targets(batch, features)))
                     bar.advance()
                 course.append(float(np.mean(losses)))
-            state = plain_state(sweep.state(0))
+            state = sweep.state(0)
     assert state is not None
-    return state, tuple(course)
+    return plain_state(state), tuple(course)
 
 
 def _candidate(config: FitConfig, embed_dim: int, data: LearningSet, variant: Variant) -> Candidate:
