@@ -38,6 +38,8 @@ STAGES = (
     ("prototype-loss", 420),
     ("crops", 240),
     ("loader", 420),
+    ("head-step", 120),
+    ("sweep", 300),
 )
 """Name, and seconds it may take."""
 
