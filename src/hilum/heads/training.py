@@ -75,9 +75,8 @@ class LearningSet:
             targets = Targets(values, weights, features.study)
         if self.source_weights is None or self.sources is None:
             return targets
-        source, weights = (
-            torch.from_numpy(part).to(device) for part in (self.sources[batch.images], self.source_weights)
-        )
+        source = torch.from_numpy(self.sources[batch.images]).to(device)
+        weights = torch.from_numpy(self.source_weights).to(device)
         return weigh_sources(targets, source, weights)
 
 
