@@ -15,15 +15,13 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from hilum.commands.extend_files import SEEN_NOTE, write_extended
+from hilum.commands.extend_files import SEEN_NOTE, make_cards, memory_has_seen, write_extended
 from hilum.commands.extend_inputs import Base, Shots, check_new, open_base, open_new_examples, settings_of
 from hilum.commands.extend_training import LADDER, Rung, finished, make_ladder, on_meta, refit, search
 from hilum.commands.fit_inputs import Examples
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
 from hilum.core.tracking import next_step, progress, say, warn
-from hilum.core.types import POSITIVE
-from hilum.data.labels import IMPLIES
 from hilum.data.transforms import preprocessing
 from hilum.deploy import model_files as files
 from hilum.deploy.network import Network, choose_device, raw_probabilities, store_identity
@@ -176,7 +174,7 @@ def run(
     _require_untouched(rung, base, head)
 
     # Files; config.json last.
-    seen = _memory_has_seen(base, rung, predictions)
+    seen = memory_has_seen(base, rung, predictions)
     if seen:
         warn(SEEN_NOTE)
     cards = make_cards(examples, rung, old)
@@ -281,35 +279,6 @@ def exposure_of(examples: Examples, refit: bool) -> files.Exposure:
         train=uid_numbers(store.uids[examples.train]), val=uid_numbers(store.uids[val]),
         pictures=uid_numbers(store.pictures[np.concatenate([examples.train, val])]),
     )  # fmt: skip
-
-
-def make_cards(examples: Examples, rung: Rung, old: Sequence[str]) -> dict[str, Any]:
-    """What is kept of each new finding: its labels, where they come from and what it started from."""
-    train, val = examples.labels[examples.train], examples.labels[examples.val]
-    return {
-        name: {
-            "train_positives": int((train[:, column] == POSITIVE).sum()),
-            "train_known": int((train[:, column] >= 0).sum()),
-            "val_positives": int((val[:, column] == POSITIVE).sum()),
-            "val_known": int((val[:, column] >= 0).sum()),
-            "datasets": _datasets(examples, column),
-            "parent": next((one for one in IMPLIES.get(name, ())[:1] if one in old), None) if rung.initial else None,
-        }
-        for column, name in enumerate(examples.names)
-    }
-
-
-def _datasets(examples: Examples, column: int) -> list[str]:
-    labelled = examples.both[examples.labels[examples.both, column] >= 0]
-    return np.unique(examples.store.datasets[labelled]).tolist()
-
-
-def _memory_has_seen(base: Base, rung: Rung, predictions: Predictions) -> bool:
-    """Whether what is taken over, or a tuned backbone, was trained on images that calibrate the new findings."""
-    tuned = bool((base.content["training"].get("tuning") or {}).get("refit_epochs"))
-    if rung.initial is None and not tuned:
-        return False
-    return bool(np.isin(uid_numbers(predictions.image_uid), np.union1d(base.exposure.train, base.exposure.val)).any())
 
 
 def _require_untouched(rung: Rung, base: Base, head: Head) -> None:

@@ -10,7 +10,11 @@ from jaxtyping import Int
 
 import hilum
 from hilum.commands.extend_inputs import Base
+from hilum.commands.extend_training import Rung
+from hilum.commands.fit_inputs import Examples
 from hilum.core.files import write_bytes, write_json, write_text
+from hilum.core.types import POSITIVE
+from hilum.data.labels import IMPLIES
 from hilum.deploy import model_files as files
 from hilum.deploy.card import model_card
 from hilum.evaluation.calibration import Calibrator, describe_items
@@ -19,7 +23,7 @@ from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import study_uids
 from hilum.heads.extension import ExtendedHead
 from hilum.heads.registry import Head
-from hilum.pretraining.exposure import join_leaks
+from hilum.pretraining.exposure import join_leaks, uid_numbers
 
 ZERO_SHOT_GROUP = "zero-shot"
 ZERO_SHOT_FLAG = "zero-shot: scored from text, no label seen; uncalibrated, no threshold"
@@ -140,6 +144,35 @@ def uncalibrated(base: Base, names: Sequence[str]) -> files.Calibrators:
         unit: Calibrator(tuple(names), {name: dict(one) for name in names}, {}, {}, old.stage, old.unit, old.fitted_on)
         for unit, old in base.calibrators.items()
     }
+
+
+def make_cards(examples: Examples, rung: Rung, old: Sequence[str]) -> dict[str, Any]:
+    """What is kept of each new finding: its labels, where they come from and what it started from."""
+    train, val = examples.labels[examples.train], examples.labels[examples.val]
+    return {
+        name: {
+            "train_positives": int((train[:, column] == POSITIVE).sum()),
+            "train_known": int((train[:, column] >= 0).sum()),
+            "val_positives": int((val[:, column] == POSITIVE).sum()),
+            "val_known": int((val[:, column] >= 0).sum()),
+            "datasets": _datasets(examples, column),
+            "parent": next((one for one in IMPLIES.get(name, ())[:1] if one in old), None) if rung.initial else None,
+        }
+        for column, name in enumerate(examples.names)
+    }
+
+
+def _datasets(examples: Examples, column: int) -> list[str]:
+    labelled = examples.both[examples.labels[examples.both, column] >= 0]
+    return np.unique(examples.store.datasets[labelled]).tolist()
+
+
+def memory_has_seen(base: Base, rung: Rung, predictions: Predictions) -> bool:
+    """Whether what is taken over, or a tuned backbone, was trained on images that calibrate the new findings."""
+    tuned = bool((base.content["training"].get("tuning") or {}).get("refit_epochs"))
+    if rung.initial is None and not tuned:
+        return False
+    return bool(np.isin(uid_numbers(predictions.image_uid), np.union1d(base.exposure.train, base.exposure.val)).any())
 
 
 def extension_card(content: Mapping[str, Any]) -> str:

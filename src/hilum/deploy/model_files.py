@@ -381,8 +381,8 @@ def read_validation(path: Path) -> tuple[Predictions, Int[np.ndarray, "N C"]]:
     for number, extension in enumerate(content.get("extensions", ())):
         if extension["zero_shot"]:
             raise PredictionError(
-                f"{path} scores {', '.join(extension['findings'])} from text alone; there is no validation of them, and "
-                "nothing to calibrate an ensemble on. Take the model from before they were added."
+                f"{path} scores {', '.join(extension['findings'])} from text alone; there is no validation of them, "
+                "and nothing to calibrate an ensemble on. Take the model from before they were added."
             )
         added, added_labels = read_validation_of(path, number)
         mine, theirs = set(predictions.image_uid.tolist()), set(added.image_uid.tolist())
