@@ -93,13 +93,15 @@ _READING: tuple[tuple[str, str], ...] = (
     (
         "F1",
         "Balance of precision and recall at one threshold: at 0.5 for all findings, or at each finding's own from "
-        "validation (tuned).",
+        "validation (tuned). Missed is the share of true cases under that threshold (1 - sensitivity), false alarms "
+        "the share of all others above it (1 - specificity).",
     ),
     (
         "ECE",
         "Expected calibration error: how far predicted probability and observed share lie apart, on average over 15 "
         "equal bins. Lower is better. The challenge's own mECE is inferred from its leaderboard; a well-calibrated "
-        "model does badly on it, so it is given for comparison only.",
+        "model does badly on it, so it is given for comparison only. The calibration slope is 1 where probabilities "
+        "spread as they should, below 1 where they are too extreme, above 1 where too timid.",
     ),
     (
         "Intervals",

@@ -26,6 +26,9 @@ METRIC_NAMES: dict[str, tuple[str, str]] = {
     "mECE_standard": ("mECE", "lower is better"),
     "mECE_challenge_inferred": ("mECE, challenge (inferred)", "not a quality measure"),
 }
+VALUES: tuple[str, ...] = ("AP", "AUC", "F1@0.5", "F1@tuned", "FNR@tuned", "FPR@tuned", "ECE", "calibration_slope")
+"""What the page shows of a finding."""
+
 OTHER_NAMES: dict[str, str] = {
     "mAP_normalised": "mAP, normalised", "mBrier": "mBrier", "mLogLoss": "mean log loss",
     "mFNR@tuned": "missed (mFNR tuned)", "mFPR@tuned": "false alarms (mFPR tuned)",
@@ -68,7 +71,7 @@ def finding_rows(metrics: Mapping[str, Any]) -> list[FindingRow]:
     for name, entry in metrics.get("findings", {}).items():
         group = entry.get("group") if entry.get("group") in GROUPS else "other"
         positives = finite(entry.get("positives"))
-        values = {key: finite(entry.get(key)) for key in ("AP", "AUC", "F1@0.5", "F1@tuned", "ECE")}
+        values = {key: finite(entry.get(key)) for key in VALUES}
         given = entry.get("ci95") or {}
         reason = ""
         if values["AP"] is None or values["AUC"] is None:

@@ -131,7 +131,8 @@ def findings_table(rows: Sequence[FindingRow]) -> str:
     """Every number of every finding; sortable by a click on a heading where scripts run."""
     columns = (
         ("Finding", "text"), ("Group", "text"), ("Positives", ""), ("Prevalence", ""), ("AP", ""),
-        ("AP / prevalence", ""), ("AUC", ""), ("F1 at 0.5", ""), ("F1 tuned", ""), ("Threshold", ""), ("ECE", ""),
+        ("AP / prevalence", ""), ("AUC", ""), ("F1 at 0.5", ""), ("F1 tuned", ""), ("Threshold", ""), ("Missed", ""),
+        ("False alarms", ""), ("ECE", ""), ("Slope", ""),
     )  # fmt: skip
     head = "".join(f'<th{"" if kind else " class=number"} scope="col">{text(name)}</th>' for name, kind in columns)
     body = []
@@ -149,7 +150,10 @@ def findings_table(rows: Sequence[FindingRow]) -> str:
             _with_interval(row, "F1@0.5"),
             _with_interval(row, "F1@tuned"),
             _sortable(row.threshold, decimal(row.threshold) if row.threshold is not None else undefined("not fitted")),
+            _with_interval(row, "FNR@tuned"),
+            _with_interval(row, "FPR@tuned"),
             _with_interval(row, "ECE"),
+            _with_interval(row, "calibration_slope"),
         ]
         body.append(f'<tr class="tone-{row.group}">{"".join(cells)}</tr>')
     return (
