@@ -104,11 +104,7 @@ def _carry_out(place: Workplace, units: list[Unit], workers: int) -> dict[Unit, 
         if _skipped(place, unit, failures) or place.is_finished(unit):
             continue
         progress.begin(place, unit)
-        threads = torch.get_num_threads()
-        try:
-            progress.end(unit, _perform(place, unit), failures)
-        finally:
-            torch.set_num_threads(threads)  # settings of one unit are not those of the next
+        progress.end(unit, _perform(place, unit), failures)
     rest = [unit for unit in units if unit not in here]
     if rest:
         _side_by_side(place, rest, workers, failures, progress)
@@ -125,7 +121,7 @@ def _skipped(place: Workplace, unit: Unit, failures: dict[Unit, str]) -> bool:
 def _side_by_side(
     place: Workplace, units: list[Unit], workers: int, failures: dict[Unit, str], progress: "_Progress"
 ) -> None:
-    waiting, running = list(units), dict[Future[str | None], Unit]()
+    waiting, running = list(units), dict[Future[str | None], tuple[Unit, ProcessPoolExecutor]]()
     pool = _pool(workers)
     try:
         while waiting or running:
@@ -135,16 +131,17 @@ def _side_by_side(
                 elif len(running) < workers and all(place.is_finished(one) for one in place.needs(unit)):
                     waiting.remove(unit)
                     progress.begin(place, unit)
-                    running[pool.submit(_perform, place, unit)] = unit
+                    running[pool.submit(_perform, place, unit)] = unit, pool
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                unit = running.pop(future)
+                unit, of = running.pop(future)
                 try:
                     progress.end(unit, future.result(), failures)
-                except BrokenProcessPool:
-                    progress.end(unit, "its process was killed (out of memory?)", failures)
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    pool = _pool(workers)
+                except BrokenProcessPool:  # it takes the units beside it along
+                    progress.end(unit, "its process, or the one beside it, was killed (out of memory?)", failures)
+                    if of is pool:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        pool = _pool(workers)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -181,6 +178,7 @@ def _perform(place: Workplace, unit: Unit) -> str | None:
 
 
 def _guarded(work: Callable[[], object], tell: Callable[[str], None]) -> str | None:
+    threads = torch.get_num_threads()
     try:
         work()
     except HilumError as error:
@@ -188,6 +186,8 @@ def _guarded(work: Callable[[], object], tell: Callable[[str], None]) -> str | N
     except Exception as error:  # a fault of ours in one unit must not cost the hours of the others
         tell(traceback.format_exc())
         return f"{type(error).__name__}: {error}"
+    finally:
+        torch.set_num_threads(threads)  # the settings of one unit are not those of the next
     return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hilum.commands import ablate_checkpoint, fit, pretrain
 from hilum.commands.ablate_plan import PlannedRow, checkpoint_step
@@ -99,9 +100,11 @@ def _head(place: Workplace, unit: Unit, folder: Path) -> dict[str, Any]:
 
 def _prediction(place: Workplace, unit: Unit, folder: Path) -> dict[str, Any]:
     assert unit.seed is not None
-    model = load(place.model_path(unit.name, unit.seed), place.device)
-    batch = place.resolved.fitting[unit.name].batch_size
-    write_predictions(model.predict_store(place.store, place.test, raw=True, batch_size=batch), folder / TEST)
+    model, config = load(place.model_path(unit.name, unit.seed), place.device), place.resolved.fitting[unit.name]
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    predictions = model.predict_store(place.store, place.test, raw=True, batch_size=config.batch_size)
+    write_predictions(predictions, folder / TEST)
     return {}
 
 
@@ -116,6 +119,7 @@ def _row(place: Workplace, unit: Unit, folder: Path) -> dict[str, Any]:
         "thresholds": thresholds,
         "stage": predictions.stage,
         "study": predictions.metadata.get("study_aggregation"),
+        "exposed_images": predictions.metadata.get("exposed_images"),
     }
 
 

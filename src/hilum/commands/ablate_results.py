@@ -123,6 +123,7 @@ def _row(
         head: {str(seed): place.record(Unit("heads", head, seed)).get("chosen") for seed in results}
         for head in row.heads
     }
+    records = [place.record(Unit("rows", row.name, seed)) for seed in results]
     return {
         "name": row.name,
         "title": row.label,
@@ -134,6 +135,7 @@ def _row(
         "note": row.note,
         "seeds": list(results),
         "chosen": chosen,
+        "exposed_images": max((record["exposed_images"] or 0 for record in records), default=0),
         "tasks": {
             task: {
                 "published": published.get(task),

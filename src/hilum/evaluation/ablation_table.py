@@ -48,7 +48,9 @@ def task_line(results: Mapping[str, Any], task: str, names: bool = True) -> str:
     columns = results["tasks"][task]
     line = f"{task}: means over {len(columns['findings'])} of {columns['asked']} findings, the same for every row"
     left_out = [
-        f"{LEFT_OUT.get(reason, reason)}: {', '.join(names)}" for reason, names in columns["left_out"].items() if names
+        f"{LEFT_OUT.get(reason, reason)}: {', '.join(found) if names else len(found)}"
+        for reason, found in columns["left_out"].items()
+        if found
     ]
     return line + (f"; left out, {'; '.join(left_out)}" if left_out else "")
 
@@ -70,6 +72,12 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     for row in results["rows"]:
         titles.setdefault(row["note"], []).append(row["title"])
     lines += [f"{'; '.join(rows)}: {note}" for note, rows in titles.items() if note]
+    exposed = [f"{row['title']} {row['exposed_images']}" for row in results["rows"] if row["exposed_images"]]
+    if exposed:
+        lines.append(
+            "Not unseen images: so many of the test images were met in pretraining or training: "
+            f"{', '.join(exposed)}. These numbers are too high by an unknown amount."
+        )
     lines += [f"Not made: {failure['unit']}: {failure['error']}" for failure in results["failures"]]
     return lines
 

@@ -52,7 +52,7 @@ def make_results(rows: tuple = ROWS, seeds: int = 3, task: str = TASK, **changes
         "rows": [
             {
                 "name": name, "title": name, "heads": [name], "stands_for": f"original {name}", "note": "",
-                "seeds": list(range(seeds)),
+                "seeds": list(range(seeds)), "exposed_images": 0,
                 "chosen": {name: {str(seed): {"learning_rate": 1e-3, "score": 0.3} for seed in range(seeds)}},
                 "tasks": {task: {"published": known[name], **summarise(numbers[name], sets, 0)}},
             }
@@ -88,7 +88,7 @@ def test_the_table_has_every_row_with_its_interval_beside_the_published_number()
     assert difference.endswith("+0.0389")
     assert "not shown" in next(line for line in lines if line.startswith("decoder, study mean - <decoder>"))
     assert "Small networks stand for large ones." in lines
-    assert "4 of 6 findings" in text_table(results)
+    assert "4 of 6 findings, the same for every row; left out, not in the store: 1;" in text_table(results)
 
 
 def test_markdown_has_groups_seeds_and_the_names_left_out() -> None:
@@ -108,6 +108,13 @@ def test_the_page_is_one_file_that_escapes_names_and_says_what_is_not_comparable
     assert "its level cannot be compared" in page
     assert "not shown" in page
     assert page == render_ablation(make_results())
+
+
+def test_a_backbone_that_has_met_test_images_is_said_to() -> None:
+    results = make_results()
+    assert "Not unseen" not in text_table(results)
+    results["rows"][0]["exposed_images"] = 7
+    assert "met in pretraining or training: linear 7." in text_table(results)
 
 
 def test_one_seed_is_said_to_cover_patients_only() -> None:
