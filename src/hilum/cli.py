@@ -489,8 +489,8 @@ def evaluate(
     by: Annotated[
         list[str] | None,
         typer.Option(
-            help="A column, or a finding, whose groups to judge; none for none. Without it: sex, age, view and dataset, "
-            "where recorded.",
+            help="A column, or a finding, whose groups to judge; none for none. Without it: sex, age, view and "
+            "dataset, where recorded.",
             show_default=False,
         ),
     ] = None,
