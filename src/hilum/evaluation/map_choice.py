@@ -52,22 +52,20 @@ def choose_maps(data: Mapping[str, Data], groups: Mapping[str, str], kinds: Mapp
         groups: of each finding; those without one form a group.
         kinds: the method of each finding: "auto" or a name in CALIBRATORS.
     """
-    pooled: dict[str, dict[str, Any]] = {}
+    shared = _Pools(data, groups)
     maps = {}
     for name, (p, y) in data.items():
         rarer, group = rarer_class([(p, y)]), groups.get(name, "")
         kind = kinds[name]
         if kind == "auto":
             kind = "isotonic" if rarer >= ISOTONIC_FROM else "platt" if rarer >= PLATT_FROM else "temperature_bias"
-        family = CALIBRATORS[kind].shared
-        if family not in pooled:
-            pooled[family] = _pool_groups(data, groups, family)
-        few, prior = rarer < OWN_FROM, pooled[family][group]
-        # Platt has data enough to stand alone where auto chooses it; the prior of the group matters to rare findings
-        prior = IDENTITY if kind == "platt" and rarer >= PLATT_FROM else prior
+        family, few = CALIBRATORS[kind].shared, rarer < OWN_FROM
+        # Platt and steps have data enough to stand alone where auto chooses them: no prior, and no pooling for one
+        alone = rarer >= {"platt": PLATT_FROM, "isotonic": ISOTONIC_FROM}.get(kind, np.inf)
+        prior = dict(IDENTITY) if alone else shared.of(family, group)
         maps[name] = {
             "kind": family if few else kind,
-            "parameters": prior if few else CALIBRATORS[kind].fit(p, y, prior),
+            "parameters": dict(prior) if few else CALIBRATORS[kind].fit(p, y, prior),
             "positives": int(y.sum()),
             "known": len(y),
             "group": group,
@@ -77,16 +75,26 @@ def choose_maps(data: Mapping[str, Data], groups: Mapping[str, str], kinds: Mapp
     return maps
 
 
-def _pool_groups(data: Mapping[str, Data], groups: Mapping[str, str], family: str) -> dict[str, Any]:
-    """Parameters of each group; a group with too few positives takes those of all findings, these the identity."""
-    everything = list(data.values())
-    pool = CALIBRATORS[family].pool
-    overall = pool(everything if rarer_class(everything) >= OWN_FROM else [])
-    pooled = {}
-    for group in {groups.get(name, "") for name in data}:
-        parts = [part for name, part in data.items() if groups.get(name, "") == group]
-        pooled[group] = pool(parts) if rarer_class(parts) >= OWN_FROM else overall
-    return pooled
+class _Pools:
+    """Parameters of groups, fitted when they are asked for: those of large findings together take the longest."""
+
+    def __init__(self, data: Mapping[str, Data], groups: Mapping[str, str]) -> None:
+        self.data, self.groups = data, groups
+        self.found: dict[tuple[str, str | None], dict[str, Any]] = {}
+
+    def of(self, family: str, group: str | None) -> dict[str, Any]:
+        """Of one group, or of all findings (None), by a kind's `pool`.
+
+        A group with too few positives takes those of all findings, these the identity.
+        """
+        if (family, group) not in self.found:
+            parts = [part for name, part in self.data.items() if group in (None, self.groups.get(name, ""))]
+            if rarer_class(parts) >= OWN_FROM or group is None:
+                enough = parts if rarer_class(parts) >= OWN_FROM else []
+                self.found[family, group] = CALIBRATORS[family].pool(enough)
+            else:
+                self.found[family, group] = self.of(family, None)
+        return self.found[family, group]
 
 
 def apply_map(one: Mapping[str, Any] | None, probabilities: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
