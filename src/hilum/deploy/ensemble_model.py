@@ -54,7 +54,7 @@ def combine_models(
 
     Args:
         paths: MODEL directories that were validated on the same images; one alone where it gets another study rule or
-            damping than it has.
+            damping than it has, or these are chosen.
         out: a new directory; members are named relative to it.
         composition: how they are put together; what it lacks is fitted on validation. None: as `inherited` says. Not
             looked at with a `plan`.
@@ -76,8 +76,8 @@ def combine_models(
     _check_kinds(paths, contents)
     digests = [files.digest_of(path) for path in paths]
     own = inherited(paths) if composition is None and plan is None else composition or PLAIN
-    alone = len(paths) == 1 and plan is None and own != inherited(paths)
-    if len(set(digests)) < len(digests) or (len(digests) < 2 and not alone):
+    changed = own != inherited(paths[:1]) if plan is None else len(plan.studies) > 1 or len(plan.dampings) > 1
+    if len(set(digests)) < len(digests) or (len(digests) < 2 and not changed):
         raise ConfigError(f"An ensemble needs two or more different models, found {', '.join(map(str, paths))}.")
     files.require_new(out)
 

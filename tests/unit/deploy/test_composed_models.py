@@ -25,7 +25,7 @@ from hilum.evaluation.normal_damping import Damping
 from hilum.evaluation.predictions import read_predictions
 from hilum.evaluation.ranks import Ranks
 from hilum.evaluation.studies import aggregate_studies
-from hilum.evaluation.study_rules import StudyRule
+from hilum.evaluation.study_rules import AGGREGATIONS, StudyRule
 from hilum.heads.config import FitConfig
 
 FINDINGS = ("Edema", "Normal", "Support Devices")
@@ -129,6 +129,12 @@ def test_one_model_may_get_another_study_rule_and_nothing_else_changes(trio: Pat
     assert after.calibrators["study"].fitted_on["items"] == len(known[0]) // 2
     with pytest.raises(ConfigError, match="two or more different"):
         program.run([trio / "a"], tmp_path / "other", study="mean")
+    with pytest.raises(ConfigError, match="two or more different"):
+        program.run([trio / "a"], tmp_path / "other", choose=True)
+    program.run([trio / "a"], tmp_path / "other", choose=True, study="choose")
+    assert {one["study"].partition(":")[0] for one in files.read_config(tmp_path / "other")["choice"]["tried"]} == set(
+        AGGREGATIONS
+    )
 
 
 def test_a_study_in_python_weighs_its_views_and_says_so(trio: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from sklearn.metrics import average_precision_score
 from hilum.core.errors import ConfigError, PredictionError, StageError
 from hilum.evaluation import ensemble_search
 from hilum.evaluation.ensemble_search import Plan, choose_ensemble, steps_of
-from hilum.evaluation.member_selection import EXHAUSTIVE, select_members
+from hilum.evaluation.member_selection import EXHAUSTIVE, Mixture, select_members
 from hilum.evaluation.normal_damping import Damping
 from hilum.evaluation.predictions import Predictions
+from hilum.evaluation.ranks import Ranks
 from hilum.evaluation.studies import aggregate_studies
 from hilum.evaluation.study_rules import AGGREGATIONS, StudyRule
 
@@ -257,3 +258,13 @@ def test_the_description_is_plain_and_names_members():
     assert described["members"] == ["m0", "m1"]
     assert set(described["singles"]) == {"m0", "m1", "m2"}
     assert described["unseen_patients"]["folds"] == 5
+
+
+def test_ranks_of_judged_patients_come_from_those_that_the_choice_has_seen():
+    tables, labels = pool((1.0, 2.0))
+    seen, judged = np.arange(200), np.arange(200, len(labels))
+    mixture = Mixture(tables, labels, judged, seen, StudyRule(), "rank_mean")
+    for table, values in zip(tables, mixture.values, strict=True):
+        study = aggregate_studies(table)
+        expected = Ranks.of(study.rows(seen), None).apply(study.probabilities[judged], study.findings)
+        np.testing.assert_array_equal(values, expected)
