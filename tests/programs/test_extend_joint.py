@@ -100,6 +100,8 @@ def test_the_gate_stops_what_is_not_shown_to_be_harmless(folder: Path, tmp_path:
         assert rows[name]["after"] == pytest.approx(now)
         assert rows[name]["low"] <= rows[name]["difference"] <= rows[name]["high"]
     assert rows["Edema"]["verdict"] == "worse"
+    assert rows["Fracture"]["low"] < -0.02 < rows["Fracture"]["high"]
+    assert rows["Fracture"]["verdict"] == "not shown"  # an interval that reaches past the tolerance shows nothing
 
 
 def test_a_harmless_joint_model_passes_and_says_so(folder: Path, tmp_path: Path) -> None:
