@@ -160,6 +160,27 @@ def test_a_study_in_python_weighs_its_views_and_says_so(trio: Path, tmp_path: Pa
         model.predict(views, view_names=["PA", "LATERL"])
 
 
+def test_a_head_that_looks_at_whole_studies_gets_them_with_their_views(trio: Path, tmp_path: Path) -> None:
+    store = Store.open(trio / "store")
+    config = FitConfig(
+        head="linear", views="set", resolution=16, blocks=2, learning_rates=(1e-2,), search_epochs=1, refit_epochs=1,
+        batch_size=16, threads=1, workers=1, augmented_views=1,
+    )  # fmt: skip
+    fit.run(config, trio / "store", trio / "run", tmp_path / "set", device="cpu")
+    model = load(tmp_path / "set", "cpu")
+    table = model.predict_store(store, [72, 73], raw=True)
+    views = [store.read(72), store.read(73)]
+    result = model.predict(views, raw=True, view_names=["PA", "LATERAL"])
+    for row, found in zip(table.probabilities, result.image_probabilities, strict=True):
+        assert list(found.values()) == pytest.approx(row.tolist(), abs=1e-6)
+    alone = model.predict_store(store, [72], raw=True)  # its sibling matters
+    assert np.abs(alone.probabilities[0] - table.probabilities[0]).max() > 1e-5
+    others = model.predict_store(store, range(72, 84), raw=True)  # other studies do not
+    np.testing.assert_allclose(others.probabilities[:2], table.probabilities, atol=1e-6)
+    unnamed = model.predict(views, raw=True)  # and so do views
+    assert unnamed.image_probabilities[0] != pytest.approx(result.image_probabilities[0], abs=1e-5)
+
+
 def test_weights_of_views_are_fitted_on_validation_and_recorded(trio: Path, tmp_path: Path, capsys) -> None:
     program.run(members(trio), tmp_path / "out", study="learned")
     content = files.read_config(tmp_path / "out")
