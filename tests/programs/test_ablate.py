@@ -101,6 +101,7 @@ def test_every_row_has_every_seed_an_interval_and_its_published_number(finished:
         ("both", "averaged"),
     ]
     assert found["failures"] == []
+    assert found["rows"][2]["chosen"]["wide"]["3"]["learning_rate"] in (1e-3, 1e-2)
     assert found["plan"]["bootstraps"] == 20
     assert read_yaml(AblationPlan, finished / "plan.yaml") == PLAN
     for name in ("table.md", "report.html"):

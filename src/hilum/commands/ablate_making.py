@@ -94,8 +94,8 @@ def _head(place: Workplace, unit: Unit, folder: Path) -> dict[str, Any]:
         shutil.rmtree(folder / MODEL)
     chosen = named(place.resolved.plan.heads, unit.name).backbone
     fit.run(place.fitting(unit), place.data, place.backbone_path(chosen, unit.seed), folder / MODEL, place.device)
-    search = read_json(folder / MODEL / SEARCH_NAME, HilumError)
-    return {"chosen": search.get("chosen")}
+    choice = read_json(folder / MODEL / SEARCH_NAME, HilumError)["chosen"]
+    return {"chosen": {**choice["variant"], **{key: value for key, value in choice.items() if key != "variant"}}}
 
 
 def _prediction(place: Workplace, unit: Unit, folder: Path) -> dict[str, Any]:
