@@ -406,7 +406,7 @@ def predict(
 def combine(
     files: Annotated[list[Path], typer.Argument(help="Raw prediction files, or models to join into an ensemble.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where the result goes. [default: combined.parquet, or ensemble]")
+        Path | None, typer.Option(help="Where the result goes; if not said, combined.parquet, or ensemble of models.")
     ] = None,
     study: Annotated[
         str | None, typer.Option(help="The images of a study: mean, logit_mean, frontal_weighted:0.8, learned, ...")
@@ -418,7 +418,8 @@ def combine(
         str | None, typer.Option(help="power:0.5 or linear:0.5: hold abnormal findings down by the Normal score.")
     ] = None,
     choose: Annotated[
-        bool, typer.Option("--choose", help="Find members, weights and rules on validation; 'choose' for every rule.")
+        bool,
+        typer.Option("--choose", help="Find members, weights, rules on validation; --study choose: study rules too."),
     ] = False,
     labels: Annotated[
         Path | None, typer.Option(help="For --choose or learned on files: a store, a manifest, a CSV.")

@@ -34,9 +34,10 @@ class Rules:
         Raises:
             ConfigError, UnknownNameError: a rule that means nothing, or one that is to be chosen.
         """
-        for option, text in (("--study", self.study), ("--ensemble", self.ensemble), ("", self.normal_damping)):
+        said = {"--study": self.study, "--ensemble": self.ensemble, "--normal-damping": self.normal_damping}
+        for option, text in said.items():
             if text == CHOOSE:
-                raise ConfigError(f"{option or '--normal-damping'} choose needs --choose: rules are tried together.")
+                raise ConfigError(f"{option} choose needs --choose: rules are tried together.")
         return Composition(
             StudyRule.parse(self.study) if self.study else default.study,
             self.ensemble or default.ensemble,
