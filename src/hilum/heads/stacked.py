@@ -7,7 +7,8 @@ head after another on the same rounded tokens, each graph freed before the next.
 
 Together is for GPUs, where small kernels are what a loop waits for. On a CPU a head's products fill the cores anyway,
 while tensors R times as large leave the caches: in turn is faster there (`benchmarks/sweep.py`), holds one head's graph
-at a time, and gives each head the bits that it gets alone.
+at a time, and gives each head the bits that it gets alone. It is also where a GPU goes on whose memory all heads
+together do not fit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hilum.core.tracking import warn
 from hilum.heads.features import Features
 from hilum.heads.losses import Loss, Targets
 
@@ -85,12 +87,21 @@ class StackedHeads:
         self.template.train()
         features = self._rounded(features)
         if self.way == "together":
-            leaves = {name: value.detach().requires_grad_() for name, value in self.moving.items()}
-            logits = self._together({**self.values, **leaves}, features, masks)
-            losses = [loss(one, targets) for one in logits]
-            found = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()), materialize_grads=True)
-            gradients = [list(rows) for rows in zip(*(part.unbind() for part in found), strict=True)]
-            return Stepped([one.detach() for one in losses], gradients)
+            try:
+                return self._backward_together(features, masks, targets, loss)
+            except torch.OutOfMemoryError:
+                self._too_large()
+        return self._backward_in_turn(features, masks, targets, loss)
+
+    def _backward_together(self, features: Features, masks: Any, targets: Targets, loss: Loss) -> Stepped:
+        leaves = {name: value.detach().requires_grad_() for name, value in self.moving.items()}
+        logits = self._together({**self.values, **leaves}, features, masks)
+        losses = [loss(one, targets) for one in logits]
+        found = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()), materialize_grads=True)
+        gradients = [list(rows) for rows in zip(*(part.unbind() for part in found), strict=True)]
+        return Stepped([one.detach() for one in losses], gradients)
+
+    def _backward_in_turn(self, features: Features, masks: Any, targets: Targets, loss: Loss) -> Stepped:
         losses, gradients = [], []
         for row in range(self.count):  # one graph at a time
             values = {name: value[row].detach() for name, value in self.values.items()}
@@ -111,7 +122,10 @@ class StackedHeads:
         self.template.eval()
         features, values = self._rounded(features), {**self.values, **means}
         if self.way == "together":
-            return self._together(values, features, None)
+            try:
+                return self._together(values, features, None)
+            except torch.OutOfMemoryError:
+                self._too_large()
         rows = [{name: value[row] for name, value in values.items()} for row in range(self.count)]
         return torch.stack([self._one(row, features, None) for row in rows])
 
@@ -125,6 +139,13 @@ class StackedHeads:
         """Drop all heads but these."""
         self.count = len(rows)
         self.values = {name: value[list(rows)] for name, value in self.values.items()}
+
+    def _too_large(self) -> None:
+        """Nothing has moved: the same batch goes on in turn, as all that follow."""
+        warn(
+            f"{self.count} heads together do not fit the device's memory; they are trained in turn, which takes longer."
+        )
+        self.way = "in turn"
 
     def _autocast(self, features: Features) -> torch.autocast:
         return torch.autocast(features.cls.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -17,6 +17,7 @@ from hilum.heads.features import Features
 from hilum.heads.losses import known_targets, masked_bce_sum
 from hilum.heads.registry import HEADS, VIEWS_OF_HEADS, HeadConfig, build_head
 from hilum.heads.sources import SourceBiased
+from hilum.heads.stacked import StackedHeads
 from hilum.heads.standardise import measure
 from hilum.heads.sweep import Sweep, cosine, select
 
@@ -332,6 +333,20 @@ def test_a_weight_decays_where_its_gradient_is_zero(batch) -> None:
     sweep.step(features, torch.full((8, 4), -1, dtype=torch.int8))
     for place, rate in enumerate(RATES):
         torch.testing.assert_close(sweep.state(place)["linear.weight"], before * (1 - 0.5 * rate))
+
+
+def test_heads_that_do_not_fit_together_go_on_in_turn(batch, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def too_large(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sweep, expected = (Sweep(grid([DECODER], RATES), 6, way=way) for way in ("together", "in turn"))
+    monkeypatch.setattr(StackedHeads, "_together", too_large)
+    for step in range(2):
+        features, labels = batch(step)
+        np.testing.assert_array_equal(sweep.step(features, labels), expected.step(features, labels))
+    assert "3 heads together do not fit" in capsys.readouterr().err
+    fresh = Sweep(grid([DECODER], RATES), 6, way="together", initial=[expected.state(place) for place in range(3)])
+    assert torch.equal(fresh.logits(features), expected.logits(features))
 
 
 @pytest.mark.gpu
