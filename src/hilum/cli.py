@@ -497,6 +497,9 @@ def evaluate(
     ] = None,
     min_group: Annotated[int, typer.Option(help="Groups of fewer patients are listed, not judged.")] = 20,
     ledger: Annotated[Path | None, typer.Option(help="A file that counts the looks at these labels.")] = None,
+    accept_exposed: Annotated[
+        bool, typer.Option("--accept-exposed", help="Also judge images that the model has met; the result says so.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Metrics with intervals by patient, and by subgroup: metrics.json and report.html."""
@@ -513,6 +516,7 @@ def evaluate(
         bootstraps=bootstraps,
         seed=seed,
         min_positives=min_positives,
+        accept_exposed=accept_exposed,
         explain=explain,
         by=by or None,
         min_group=min_group,

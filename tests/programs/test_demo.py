@@ -49,10 +49,10 @@ def tiny_plan() -> demo.DemoPlan:
     )
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo that ran in its own processes, with the blocked packages absent from all of them."""
-    out, absent = tmp_path_factory.mktemp("demo") / "demo", tmp_path_factory.mktemp("absent")
+def run_apart(folder: Path) -> Path:
+    """A demo that runs in its own processes, with the blocked packages absent from all of them."""
+    out, absent = folder / "demo", folder / "absent"
+    absent.mkdir()
     for name in BLOCKED:
         (absent / f"{name}.py").write_text(f"raise ImportError({name!r})")
     code = f"""
@@ -68,6 +68,23 @@ test_demo.demo.run(test_demo.tiny_plan(), Path({str(out)!r}), patients={PATIENTS
     assert "+ calibration" in done.stdout
     assert done.stdout.count("validation mAP") == 3  # what the processes that fit heads say is passed on
     return out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_apart(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.mark.slow
+def test_two_clean_runs_of_the_whole_pipeline_give_the_same_results(finished: Path, tmp_path: Path) -> None:
+    again = run_apart(tmp_path)
+    results = [json.loads((out / "results.json").read_text()) for out in (finished, again)]
+    for result in results:
+        result.pop("seconds")
+        result.pop("model")  # a path
+    assert results[0] == results[1]
+    for name in ("model/members/decoder_high/model.safetensors", "model/members/decoder_low/search.json"):
+        assert (finished / name).read_bytes() == (again / name).read_bytes(), name
 
 
 def test_the_table_has_every_step_with_its_difference(finished: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hilum.commands import calibrate, combine, evaluate, submit
-from hilum.core.errors import ConfigError, HilumError, PredictionError, StageError, UnknownNameError
+from hilum.core.errors import ConfigError, HilumError, LeakageError, PredictionError, StageError, UnknownNameError
 from hilum.core.seeding import stream
 from hilum.data.labels import TASKS
 from hilum.data.store import write_arrays
@@ -163,11 +163,17 @@ def test_calibrated_input_and_other_stages_are_refused(world, results, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_exposure_is_shown(world, tmp_path, capsys):
+def test_exposed_images_are_refused_unless_that_is_said(world, tmp_path, capsys):
     table = read_predictions(world / "one-test.parquet")
     write_predictions(table.replace(table.probabilities, exposed_images=17), tmp_path / "p.parquet")
-    result = evaluate.run(tmp_path / "p.parquet", world / "store", tmp_path / "m", bootstraps=0)
+    with pytest.raises(LeakageError, match=r"has met 17 of the predicted images.*--accept-exposed"):
+        evaluate.run(tmp_path / "p.parquet", world / "store", tmp_path / "m", bootstraps=0)
+    assert not (tmp_path / "m").exists()
+    result = evaluate.run(tmp_path / "p.parquet", world / "store", tmp_path / "m", bootstraps=0, accept_exposed=True)
     assert result["exposed_images"] == 17
+    accepted = table.replace(table.probabilities, exposed_images=17, accepted_leak="a pool that leaks by design")
+    write_predictions(accepted, tmp_path / "q.parquet")
+    evaluate.run(tmp_path / "q.parquet", world / "store", tmp_path / "q", bootstraps=0)
     result = evaluate.run(world / "one-test.parquet", world / "store", tmp_path / "n", bootstraps=0)
     assert result["exposed_images"] is None  # these predictions do not say
     assert "17 of the predicted images" in capsys.readouterr().err

@@ -359,3 +359,22 @@ def test_hierarchy_fills_parents_of_training_labels(folder: Path, tmp_path: Path
     assert (filled.labels[:40, 1][unknown & (labels[:40, 0] == 1)] == 1).all()
     assert np.array_equal(filled.labels[:40][~unknown][:, 1], plain.labels[:40][~unknown][:, 1])
     assert (filled.labels[56:] == -1).all()  # test labels are not looked at
+
+
+def test_a_head_on_pictures_of_noise_scores_as_chance(folder: Path, tmp_path: Path) -> None:
+    """A canary: where pictures say nothing of labels, no way through the program may find something."""
+    from sklearn.metrics import roc_auc_score
+
+    from hilum.data.store import write_arrays
+
+    rng = np.random.default_rng(3)
+    splits = ["train"] * 60 + ["val"] * 40 + ["test"] * 600
+    images = [rng.integers(0, 255, (16, 16), np.uint8) for _ in splits]
+    labels = (rng.random((len(splits), 3)) < 0.5).astype(np.int8)
+    names = [f"p{n}" for n in range(len(splits))]
+    store = write_arrays(tmp_path / "store", images, labels, FINDINGS[:3], splits=splits, patients=names)
+    fit.run(override(SMALL, ["standardise=true"]), tmp_path / "store", folder / "run", tmp_path / "model")
+    test = store.indices("test")
+    found = load(tmp_path / "model", "cpu").predict_store(store, test, batch_size=200)
+    scores = [roc_auc_score(labels[test][:, column], found.probabilities[:, column]) for column in range(3)]
+    assert np.abs(np.array(scores) - 0.5).max() < 0.1  # 600 images: a deviation of 0.024

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import hilum
-from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
+from hilum.core.errors import ConfigError, LeakageError, PredictionError, StageError, UnknownNameError
 from hilum.core.files import sha256_file, write_json
 from hilum.core.tracking import progress, say, warn
 from hilum.core.types import RESEARCH_NOTICE
@@ -49,6 +49,7 @@ def run(
     by: Sequence[str] | None = None,
     min_group: int = MIN_PATIENTS,
     ledger: Path | None = None,
+    accept_exposed: bool = False,
 ) -> dict[str, Any]:
     """Judge predictions; returns what `metrics.json` holds.
 
@@ -68,10 +69,12 @@ def run(
             that are recorded and differ; empty, or "none", for no groups.
         min_group: groups of fewer patients are listed and not judged.
         ledger: a file that counts how often these labels were looked at; this evaluation is added, refused or not.
+        accept_exposed: judge images that the model has met; the result says so.
 
     Raises:
         ConfigError: options that mean nothing.
         UnknownNameError: no such task, or column to group by.
+        LeakageError: the model has met predicted images in pretraining or training.
         StageError: a calibrator or threshold was fitted on evaluated items, or at another stage.
         PredictionError: items or findings that cannot be joined.
     """
@@ -94,6 +97,7 @@ def run(
             model=table.metadata.get("model"), task=task,
         )  # fmt: skip
         say(f"{ledger}: look number {opening} at {'all' if split is None else f'the {split} split'} of these labels")
+    _refuse_exposed(table, str(predictions), accept_exposed)
     names, only = match_findings(table.findings, truth.findings, TASKS[task] if task else None, str(labels))
     joined = joined.select(names)
     thresholds = f1_thresholds(joined.predictions, calibration)
@@ -163,6 +167,17 @@ def _examples(explain: Path, labels: Path, joined: Joined) -> list[ReportExample
         explain_study(model, store, [position[uid] for uid in uids[rows]], f"Study {number}")
         for number, rows in enumerate(chosen, 1)
     ]
+
+
+def _refuse_exposed(table: Predictions, name: str, accepted: bool) -> None:
+    """A leak by design that was accepted when the model was made needs no second word."""
+    met = table.metadata.get("exposed_images")
+    if met and not accepted and not table.metadata.get("accepted_leak"):
+        raise LeakageError(
+            f"{name}: the model has met {met} of the predicted images in pretraining or training; scores on them say "
+            "nothing of unseen images. Predict images that it has not met (`hilum predict MODEL STORE:test`), or say "
+            "--accept-exposed, which is written into the result."
+        )
 
 
 def f1_thresholds(table: Predictions, calibration: Path | None) -> dict[str, float] | None:

@@ -25,7 +25,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
         "programs/test_pretrain.py::test_held_out_images_and_patients_are_never_seen",
         "programs/test_audit_pixels.py::test_a_run_that_has_seen_test_is_a_leak",
         "programs/test_exposure_across_datasets.py::test_a_picture_is_known_under_another_datasets_name",
-        "programs/test_evaluate.py::test_exposure_is_shown",
+        "programs/test_evaluate.py::test_exposed_images_are_refused_unless_that_is_said",
     ),
     "duplicates and near duplicates across sets": (
         "unit/data/test_near_duplicates.py::test_planted_copies_of_phantoms_are_found_and_nothing_else",
@@ -103,22 +103,22 @@ GUARDS: dict[str, tuple[str, ...]] = {
     ),
     "result not reproducible": (
         "programs/test_evaluate.py::test_two_runs_write_the_same_bytes",
+        "programs/test_demo.py::test_two_clean_runs_of_the_whole_pipeline_give_the_same_results",
         "programs/test_fit.py::test_the_same_seed_gives_the_same_files_and_another_does_not",
         "reliability/test_resume.py::test_a_head_that_was_killed_is_fitted_again_to_the_same_bytes",
     ),
     "canaries": (
         "programs/test_evaluate_bad_input.py::test_shuffled_labels_constant_scores_and_noise_score_as_chance",
         "unit/evaluation/test_evaluation_metrics.py::test_canaries",
+        "programs/test_fit_protocol.py::test_a_head_on_pictures_of_noise_scores_as_chance",
     ),
 }
 
 PARTIAL: dict[str, str] = {
-    "evaluation images used in pretraining": "evaluate warns of exposed images and does not refuse them",
     "class order wrong": "no export exists yet whose logits could be compared by class name",
     "threshold, calibrator or checkpoint chosen on test": "the ledger is opt-in (--ledger), not always kept",
     "train and val merged, then the epoch chosen": "a changed epoch is recorded in the model, not tied to a new run id",
-    "result not reproducible": "two clean runs of the whole pipeline are compared by hand, not by a test",
-    "canaries": "no metadata-only baseline, and no model is run on pictures of noise",
+    "canaries": "no metadata-only baseline",
 }
 
 
