@@ -337,7 +337,9 @@ def ablate(
 def extend(
     model: Annotated[Path, typer.Argument(help="A model made by hilum fit or hilum extend.")],
     overrides: Overrides = None,
-    finding: Annotated[list[str] | None, typer.Option(help="A new finding; may be repeated.")] = None,
+    finding: Annotated[
+        list[str] | None, typer.Option(help="A new finding, or cxrlt2024-task3 for its five; may be repeated.")
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="A store with labels of the new findings.")] = None,
     out: Out = Path("extended"),
     shots: Annotated[int | None, typer.Option(help="At most so many positive training images of each finding.")] = None,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
-from hilum.commands import extend, fit
+from hilum.commands import extend, extend_zero_shot, fit
 from hilum.commands.extend_inputs import Shots, open_base, open_new_examples, settings_of
 from hilum.commands.extend_training import make_ladder
 from hilum.core.config import override
@@ -393,3 +393,11 @@ def test_findings_of_a_head_without_maps_have_none_beside_those_that_have(folder
     result = load(tmp_path / "out", "cpu").predict([store.read(84), store.read(85)])
     assert result.attention["Edema"] is None
     assert [one.sum() for one in result.attention["Rib Fracture"]] == [pytest.approx(1), pytest.approx(1)]
+
+
+def test_a_task_stands_for_its_findings(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(extend_zero_shot, "run", lambda *arguments: asked.append(arguments[2]) or arguments[3])
+    words = ["cxrlt2024-task3", "Situs inversus"]
+    extend.dispatch(tmp_path, None, words, tmp_path / "out", (), extend.Options(zero_shot=Path("v.npz")))
+    assert asked == [["Bulla", "Cardiomyopathy", "Hilum", "Osteopenia", "Scoliosis", "Situs inversus"]]

@@ -22,6 +22,7 @@ from hilum.commands.fit_inputs import Examples
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
 from hilum.core.tracking import next_step, progress, say, warn
+from hilum.data.labels import TASKS
 from hilum.data.transforms import preprocessing
 from hilum.deploy import model_files as files
 from hilum.deploy.network import Network, choose_device, raw_probabilities, store_identity
@@ -64,9 +65,12 @@ def dispatch(
 ) -> Path:
     """Run the way of extending that the options name.
 
+    A finding may also be the name of a task (`data.labels.TASKS`), which stands for its findings.
+
     Raises:
         ConfigError: options that do not go together, or no store where one is needed.
     """
+    findings = [name for one in findings for name in TASKS.get(one, (one,))]
     budget = options.shots is not None or options.val_shots is not None
     if options.joint and options.zero_shot is not None:
         raise ConfigError("--joint learns from labels and --zero-shot has none. Choose one.")
