@@ -268,3 +268,31 @@ def test_evaluation_needs_splits_when_one_is_asked_for(world, tmp_path):
     (tmp_path / "l.csv").write_text("image_id,Edema\nimage0,1\n")
     with pytest.raises(PredictionError, match="leave out --split"):
         evaluate.run(world / "one-test.parquet", tmp_path / "l.csv", tmp_path / "m", split="test", bootstraps=0)
+
+
+def test_a_task_of_2026_is_judged_by_the_findings_that_answer_its_classes(tmp_path):
+    """Its classes have names of their own: "aortic elongation" is what is called Tortuous Aorta here."""
+    from hilum.data.labels import TASKS, task_findings
+    from hilum.data.store import write_arrays
+    from hilum.evaluation.predictions import Predictions
+
+    classes = TASKS["cxrlt2026-task1"]
+    known = task_findings(
+        "cxrlt2026-task1", ["Tortuous Aorta", *(name for name in classes if name != "aortic elongation")]
+    )
+    findings = tuple(known[name] for name in classes)
+    assert "Tortuous Aorta" in findings
+    rng = np.random.default_rng(0)
+    labels = (rng.random((30, len(findings))) < 0.4).astype(np.int8)
+    images = [np.full((8, 8), n, np.uint8) for n in range(30)]
+    patients = [f"p{n}" for n in range(30)]
+    store = write_arrays(tmp_path / "store", images, labels, findings, splits=["test"] * 30, patients=patients)
+    table = Predictions(
+        store.uids, store.image_ids, store.studies, store.patients, store.datasets, store.views, findings[::-1],
+        rng.random((30, len(findings))),
+    )  # fmt: skip
+    write_predictions(table, tmp_path / "p.parquet")
+    result = evaluate.run(
+        tmp_path / "p.parquet", tmp_path / "store", tmp_path / "m", task="cxrlt2026-task1", bootstraps=0
+    )
+    assert tuple(result["findings"]) == findings

@@ -15,7 +15,7 @@ from hilum.core.errors import ConfigError, LeakageError, PredictionError, StageE
 from hilum.core.files import sha256_file, write_json
 from hilum.core.tracking import progress, say, warn
 from hilum.core.types import RESEARCH_NOTICE
-from hilum.data.labels import TASKS, frequency_groups
+from hilum.data.labels import TASKS, frequency_groups, task_findings
 from hilum.evaluation.bootstrap import paired_comparison
 from hilum.evaluation.calibration import check_out_of_sample, read_calibrator
 from hilum.evaluation.curves import curves
@@ -98,7 +98,11 @@ def run(
         )  # fmt: skip
         say(f"{ledger}: look number {opening} at {'all' if split is None else f'the {split} split'} of these labels")
     _refuse_exposed(table, str(predictions), accept_exposed)
-    names, only = match_findings(table.findings, truth.findings, TASKS[task] if task else None, str(labels))
+    wanted = None
+    if task:  # classes by the names that findings have here; what is missing is named by match_findings
+        answers = task_findings(task, table.findings)
+        wanted = tuple(answers.get(name, name) for name in TASKS[task])
+    names, only = match_findings(table.findings, truth.findings, wanted, str(labels))
     joined = joined.select(names)
     thresholds = f1_thresholds(joined.predictions, calibration)
     groups, groups_from = _groups(joined, truth)
