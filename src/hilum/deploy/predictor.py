@@ -5,40 +5,29 @@ Order of operations, everywhere: sigmoid, mean with the mirror image, the images
 `model_files.py`, the forward pass in `network.py`. Past 300 lines: one class, and the result that it gives.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
-from hilum.core.errors import (
-    CheckpointError,
-    ConfigError,
-    EmptyStudyError,
-    ImageError,
-    PreprocessingMismatchError,
-    UnknownNameError,
-    UnsupportedImageError,
-)
-from hilum.core.types import RESEARCH_NOTICE, VIEWS, image_uid, view_kind
-from hilum.data.images import read_dicom_header, read_image, shrink
+from hilum.core.errors import CheckpointError, EmptyStudyError, PreprocessingMismatchError
+from hilum.core.types import RESEARCH_NOTICE, view_kind
 from hilum.data.store import Indices, Store
 from hilum.deploy import model_files as files
 from hilum.deploy.ensemble_model import read_composition
 from hilum.deploy.network import Network, Read, choose_device, raw_probabilities, store_identity
 from hilum.deploy.out_of_sample import PLAIN
+from hilum.deploy.study_images import (
+    Box, Image, as_study, box, by_name, decode, has_maps, mean_of_maps, view_names_of,
+)  # fmt: skip
 from hilum.evaluation.composition import Composition
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import study_uids, view_weights
 from hilum.heads.features import to_batch
 from hilum.pretraining.exposure import join_leaks
-
-Image = Path | str | bytes | np.ndarray
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -138,34 +127,34 @@ class Model:
             views = [views]
         if not len(views):
             raise EmptyStudyError("A study needs at least one image, found none.")
-        names = _view_names(views, view_names)
-        decoded = [_decode(view, number, self.short_side, self.preprocess_id) for number, view in enumerate(views, 1)]
+        names = view_names_of(views, view_names)
+        decoded = [decode(view, number, self.short_side, self.preprocess_id) for number, view in enumerate(views, 1)]
         kinds = np.array([view_kind(name) for name in names], dtype=np.int64)
         members, maps, shares = [], [], []
         for network, share in zip(self.networks, self.composition.weights or [1.0] * len(self.networks), strict=True):
             squares = to_batch([network.crop(pixels) for pixels, _ in decoded])
             features = network.features(squares, np.zeros(len(names), np.int64), kinds)
             values = network.probabilities(squares, features)
-            members.append(_as_study(values, [pixels for pixels, _ in decoded], names, network.findings))
+            members.append(as_study(values, [pixels for pixels, _ in decoded], names, network.findings))
             found = network.attention(features) if attention else None
             if found is not None:
                 maps.append(found)
                 shares.append(share)
         image, study = self._finish(members, raw), self._finish(members, raw, unit="study")
         trained = {name: bool(known) for name, known in zip(self.findings, study.trained, strict=True)}
-        joined = _mean_of_maps(maps, shares, len(decoded))
+        joined = mean_of_maps(maps, shares, len(decoded))
         calibrator = self.calibrators["study"]
         points = calibrator.raw_thresholds if raw else calibrator.thresholds
         return StudyResult(
             findings=self.findings,
-            probabilities=_by_name(self.findings, study.probabilities[0]),
-            image_probabilities=[_by_name(self.findings, row) for row in image.probabilities],
+            probabilities=by_name(self.findings, study.probabilities[0]),
+            image_probabilities=[by_name(self.findings, row) for row in image.probabilities],
             view_weights=view_weights(members[0], self.composition.study).tolist(),
             attention={
-                name: [view[column] for view in joined] if trained[name] and _has_maps(joined, column) else None
+                name: [view[column] for view in joined] if trained[name] and has_maps(joined, column) else None
                 for column, name in enumerate(self.findings)
             },
-            boxes=[_box(pixels) for pixels, _ in decoded],
+            boxes=[box(pixels) for pixels, _ in decoded],
             thresholds={name: points.get(name) for name in self.findings},
             flags=calibrator.provenance()["flags"],
             quality=[quality for _, quality in decoded],
@@ -341,92 +330,3 @@ def _weights_digest(folder: Path, content: Mapping[str, Any]) -> str:
         return str(content["weights"]["sha256"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / files.CONFIG_NAME} does not name its weights ({error}).") from error
-
-
-def _decode(
-    view: Image, number: int, short_side: int | None, recipe: str
-) -> tuple[UInt8[np.ndarray, "H W"], tuple[str, ...]]:
-    if isinstance(view, np.ndarray):
-        if view.dtype != np.uint8 or view.ndim != 2 or view.size == 0:
-            raise UnsupportedImageError(
-                "unsupported_mode", f"View {number}: expected a uint8 array (H, W), found {view.dtype} {view.shape}."
-            )
-        return (shrink(view, short_side) if short_side else view), ()
-    name = f"view {number}" if isinstance(view, bytes) else f"view {number} ({Path(view).name})"
-    decoded = read_image(view if isinstance(view, bytes) else Path(view), name, short_side, recipe=recipe)
-    return decoded.pixels, decoded.quality
-
-
-def _view_names(views: Sequence[Image], given: Sequence[str] | None) -> list[str]:
-    if given is None:
-        return [_view_of(view) for view in views]
-    if isinstance(given, str) or len(given) != len(views):
-        raise ConfigError(f"view_names: expected {len(views)}, one for each view; found {given!r}.")
-    for name in given:
-        if name and name not in VIEWS:
-            raise UnknownNameError("view", name, VIEWS)
-    return list(given)
-
-
-def _view_of(view: Image) -> str:
-    """What a DICOM header says; any other file says nothing, and a damaged one is found out when it is decoded."""
-    if isinstance(view, np.ndarray):
-        return "UNKNOWN"
-    try:
-        position = read_dicom_header(view if isinstance(view, bytes) else Path(view))["ViewPosition"].upper()
-    except (ImageError, OSError):
-        return "UNKNOWN"
-    return position if position in VIEWS else "UNKNOWN"
-
-
-def _as_study(
-    probabilities: np.ndarray, pixels: Sequence[np.ndarray], views: Sequence[str], findings: tuple[str, ...]
-) -> Predictions:
-    """Images of one study as a table; uids follow the content, so that the order of views does not matter."""
-    count = len(pixels)
-    content = [
-        hashlib.sha256(view.encode() + image.tobytes()).hexdigest() for view, image in zip(views, pixels, strict=True)
-    ]
-    ranks = np.argsort(np.argsort(content, kind="stable"))
-    study = image_uid("study", "".join(sorted(content)))
-    empty = np.full(count, "", dtype=str)
-    return Predictions(
-        image_uid=np.array([f"{rank:016d}" for rank in ranks]), image_id=empty,
-        study_id=np.full(count, study), patient_id=empty, dataset=empty, view=np.array(views, dtype=str),
-        findings=findings, probabilities=probabilities,
-    )  # fmt: skip
-
-
-def _by_name(findings: tuple[str, ...], values: np.ndarray) -> dict[str, float | None]:
-    return {
-        name: None if np.isnan(value) else float(value) for name, value in zip(findings, values.tolist(), strict=True)
-    }
-
-
-def _box(pixels: UInt8[np.ndarray, "H W"]) -> Box:
-    height, width = pixels.shape
-    short = min(height, width)
-    return (1 - short / height) / 2, (1 - short / width) / 2, short / height, short / width
-
-
-def _has_maps(views: Sequence[np.ndarray], column: int) -> bool:
-    """Whether there are maps of a finding; those of an extension without maps are NaN."""
-    return bool(views) and all(np.isfinite(view[column]).all() for view in views)
-
-
-def _mean_of_maps(
-    maps: Sequence[Float[np.ndarray, "B C _ _"]], shares: Sequence[float], views: int
-) -> list[Float[np.ndarray, "C h w"]]:
-    """Weighted mean of the attention of several networks, on the finest grid among them."""
-    if not maps:
-        return []
-    rows, columns = max(one.shape[2:] for one in maps)
-    joined = []
-    for view in range(views):
-        resized = [
-            np.stack([cv2.resize(plane, (columns, rows), interpolation=cv2.INTER_LINEAR) for plane in one[view]])
-            for one in maps
-        ]
-        whole = [planes / planes.sum(axis=(1, 2), keepdims=True) for planes in resized]
-        joined.append(np.average(whole, axis=0, weights=shares))
-    return joined
