@@ -21,8 +21,16 @@ from hilum.deploy.ensemble_model import read_composition
 from hilum.deploy.network import Network, Read, choose_device, raw_probabilities, store_identity
 from hilum.deploy.out_of_sample import PLAIN
 from hilum.deploy.study_images import (
-    Box, Image, as_study, box, by_name, decode, has_maps, mean_of_maps, view_names_of,
-)  # fmt: skip
+    Box,
+    Image,
+    as_study,
+    box,
+    by_name,
+    decode,
+    has_maps,
+    mean_of_maps,
+    view_names_of,
+)
 from hilum.evaluation.composition import Composition
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import study_uids, view_weights
