@@ -1,6 +1,7 @@
 """`hilum extend`: new findings beside old ones that stay the same bits, budgets, splits, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,8 +189,8 @@ def test_shots_are_exactly_what_was_asked_for_in_every_phase(
     seen = []
     real = extend.learning_set
 
-    def watched(base, examples):
-        made = real(base, examples)
+    def watched(config, examples):
+        made = real(config, examples)
         seen.append(made)
         return made
 
@@ -215,7 +216,8 @@ def test_a_larger_budget_holds_the_smaller_one_and_seeds_differ(folder: Path) ->
     base = open_base(folder / "decoder")
 
     def positives(shots: int, seed: int) -> set[int]:
-        examples = open_new_examples(base, folder / "store", NEW, Shots(shots, None), seed)
+        config = settings_of(base, [f"seed={seed}"])
+        examples = open_new_examples(base, folder / "store", NEW, Shots(shots, None), config)
         return set(np.flatnonzero(examples.labels[:60, 1] == 1).tolist())
 
     assert positives(2, 0) < positives(5, 0) < positives(9, 0)
@@ -331,9 +333,21 @@ def test_every_kind_of_head_that_can_be_built_has_a_ladder() -> None:
     ):  # fmt: skip
         config = override(DECODER, [*changes, "queries=learnable"])
         main = config.describe_head(12, 3)
+        if "head=linear" not in changes and "head=csra" not in changes and "views=memory" not in changes:
+            mains = (main, replace(main, text_dim=6, shared_output=True, learnable_queries=False))
+        else:
+            mains = (main,)
+        check_ladders(config, mains)
+
+
+def check_ladders(config: FitConfig, mains: tuple) -> None:
+    for main in mains:
         with forked(0, "ladder"):
             head = build_head(main)
         rungs = make_ladder(config, 12, main, head, NEW, OLD, None)
+        assert [rung.name for rung in rungs] == (
+            ["rows", "adapter", "own"] if main.name == "ml_decoder" or main.views == "attention" else ["own"]
+        )
         assert rungs[-1].name == "own"
         for rung in rungs[:-1]:
             assert rung.head.findings == 2

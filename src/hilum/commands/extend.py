@@ -134,7 +134,7 @@ def run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     place = choose_device(device)
-    examples = open_new_examples(base, Path(data), names, shots, config.seed)
+    examples = open_new_examples(base, Path(data), names, shots, config)
     store, train, val, labels = examples.store, examples.train, examples.val, examples.labels
     say(
         f"{base.path} has {len(base.names)} findings; {len(names)} new ones from {len(train)} training and {len(val)} "
@@ -148,7 +148,7 @@ def run(
     rungs = make_ladder(config, embed_dim, model_config.head, base.main, names, old, bias, ladder)
     backbone = freeze(base.backbone).to(place)
     source = feature_source(config, base, examples, [rung.head for rung in rungs], place)
-    learning = learning_set(base, examples)
+    learning = learning_set(config, examples)
     scaling = None
     if any(rung.standardise for rung in rungs):
         scaling = measure(features for _, features in source.evaluation(_cut(train, config.batch_size)))
@@ -250,9 +250,9 @@ def feature_source(
     )  # fmt: skip
 
 
-def learning_set(base: Base, examples: Examples) -> LearningSet:
+def learning_set(config: FitConfig, examples: Examples) -> LearningSet:
     """The examples as heads learn from them; with studies where the head looks at them."""
-    whole = base.network.head.views != "single"
+    whole = config.needs_studies
     return LearningSet(
         examples.train, examples.val, examples.labels, studies=examples.studies if whole else None,
         views=examples.views if whole else None,

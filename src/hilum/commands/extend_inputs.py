@@ -168,7 +168,7 @@ class Shots:
                 raise ConfigError(f"--{name}: expected at least 1, found {value}.")
 
 
-def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: Shots, seed: int) -> Examples:
+def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: Shots, config: FitConfig) -> Examples:
     """Images of train and val with labels of the new findings.
 
     Training images of which no new finding is known are left out, except where the head looks at whole studies.
@@ -179,7 +179,7 @@ def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: 
         data: a store of the model's preprocessing recipe.
         findings: names of the store.
         shots: budget of positive images; the others' labels become unknown.
-        seed: of the draw; a larger budget holds the smaller one.
+        config: the seed of the draw (a larger budget holds the smaller one), and whether the head looks at studies.
 
     Raises:
         ConfigError: a finding without a positive in train, or none with a positive in val.
@@ -195,9 +195,9 @@ def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: 
     labels = examples.labels.copy()
     for images, budget, split in ((examples.train, shots.train, "train"), (examples.val, shots.val, "val")):
         if budget is not None:
-            _limit(labels, images, budget, seed, split, findings)
+            _limit(labels, images, budget, config.seed, split, findings)
     train, val = examples.train, examples.val
-    if base.network.head.views == "single":
+    if not config.needs_studies:
         train = train[(labels[train] >= 0).any(axis=1)]
     blind = [name for name, some in zip(findings, (labels[val] == POSITIVE).any(axis=0), strict=True) if not some]
     if blind:
@@ -238,9 +238,13 @@ def check_recipe(base: Base, store: Store) -> None:
 def check_sides(base: Base, store: Store, train: Int64[np.ndarray, " n"], val: Int64[np.ndarray, " m"]) -> None:
     """Refuse to learn from patients that the model was validated on, and to validate on those it has learned from.
 
+    A store that leaks by design, and says so, is let through; the model will say so too.
+
     Raises:
         LeakageError: with the number of patients and what to do.
     """
+    if store.accepted_leak:
+        return
     uids, pictures = uid_numbers(store.uids), uid_numbers(store.pictures)
     patients = np.char.add(np.char.add(store.datasets, "\x1f"), store.patients)
     sides = {"trained": base.exposure.train, "validated": base.validated}

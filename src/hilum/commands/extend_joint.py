@@ -20,6 +20,7 @@ from hilum.commands.extend import (
     composition_of,
     exposure_of,
     feature_source,
+    learning_set,
     predict_validation,
 )
 from hilum.commands.extend_files import join_exposures
@@ -44,7 +45,7 @@ from hilum.heads.features import Features, freeze
 from hilum.heads.protocol import SearchRecord, choose
 from hilum.heads.registry import Head
 from hilum.heads.standardise import measure
-from hilum.heads.training import LearningSet, Weights, refit, search
+from hilum.heads.training import Weights, refit, search
 from hilum.pretraining.exposure import join_leaks, uid_numbers
 
 TOLERANCE = 0.02
@@ -108,10 +109,7 @@ def run(
     backbone = freeze(base.backbone).to(place)
     teacher = Network(base.network, backbone, base.head, place)
     soft = _taught(teacher, base, examples, config, distillation)
-    whole = config.needs_studies
-    learning = LearningSet(
-        train, val, labels, soft, studies=examples.studies if whole else None, views=examples.views if whole else None
-    )
+    learning = replace(learning_set(config, examples), soft=soft)
     taught = int(((labels[train][:, : len(base.names)] < 0) & (soft[1][train][:, : len(base.names)] > 0)).sum())
     say(
         f"{len(base.names)} old findings, {taught} unknown training labels taught by the model; new: {', '.join(names)}"

@@ -99,7 +99,8 @@ def grown_state(
             continue
         grown, axis = value.detach().clone(), axes[name]
         for new, parent in parents.items():
-            source = None if old is None or old.ndim != value.ndim else old.select(axis, parent)
+            there = old is not None and old.ndim == value.ndim and parent < old.shape[axis]  # not with a shared row
+            source = old.select(axis, parent) if there and old is not None else None
             if source is not None and source.shape == grown.select(axis, new).shape:
                 grown.select(axis, new).copy_(source)
         state[name] = grown
