@@ -46,6 +46,7 @@ class Size:
     """Channels of tokens that are kept in 8 bits."""
     findings: int = 40
     blocks: int = 4
+    dropout: float = 0.1
 
     @property
     def width(self) -> int:
@@ -55,12 +56,12 @@ class Size:
         blocks, embed = (1, self.kept) if kept else (self.blocks, self.embed_dim)
         return HeadConfig(
             "ml_decoder", embed, self.findings, blocks, decoder_dim=self.dim, decoder_feed_forward=self.hidden,
-            decoder_heads=self.heads,
+            decoder_heads=self.heads, dropout=self.dropout,
         )  # fmt: skip
 
 
 LAPTOP = Size("laptop: 4 blocks of 128, 144 tokens, decoder 128", 128, 12, 128, 256, 4, 32, 128)
-SMALL = Size("small: 4 blocks of 16, 36 tokens, decoder 32", 16, 6, 32, 64, 2, 32, 32, findings=8)
+SMALL = Size("small: 4 blocks of 16, 36 tokens, decoder 32", 16, 6, 32, 64, 2, 32, 32, findings=8, dropout=0.0)
 VITL_512 = Size("ViT-L 512: 4 blocks of 1,024, 1,024 tokens, decoder 768", 1024, 32, 768, 2048, 8, 64, 768)
 
 
@@ -123,7 +124,7 @@ class Side:
 
 def peer_side(size: Size, rates: Sequence[float], steps: int, device: torch.device) -> Side:
     start = Sweep(grid([size.config()], rates[:1]), 1).state(0)
-    loop = Loop(start, rates, steps, size.heads, device)
+    loop = Loop(start, rates, steps, size.heads, device, size.dropout)
     return Side("peer: loop over fp32 heads", loop.step, loop.logits)
 
 
@@ -186,7 +187,7 @@ def in_turns(
 
 
 def rows_of(
-    case: str, times: dict[str, list[float]], images: int, goals: dict[str, str], areas: dict[str, float]
+    case: str, times: dict[str, list[float]], images: int, goals: dict[str, str], areas: dict[str, tuple[float, float]]
 ) -> list[dict[str, Any]]:
     """A row a side; the first is the peer."""
     peer, rows = next(iter(times)), []
@@ -203,7 +204,8 @@ def rows_of(
 
 
 HEADER = (
-    "| case | side | s a step | images/s | times the peer (range) | all steps | best mean AUROC (- peer's) | goal |\n"
+    "| case | side | s a step | images/s | times the peer (range) | all steps "
+    "| AUROC: best rate; mean of rates (- peer's) | goal |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 
@@ -213,7 +215,10 @@ def table_row(row: dict[str, Any]) -> str:
     if "failure" in row:
         return f"| {row['case']} | not measured ({row['failure']}) | | | | | | {row['goal']} |"
     middle, low, high = row["faster"]
-    area = "" if row["auroc"] is None else f"{row['auroc']:.4f} ({row['auroc'] - row['peer_auroc']:+.4f})"
+    area = ""
+    if row["auroc"] is not None:
+        pairs = zip(row["auroc"], row["peer_auroc"], strict=True)
+        area = "; ".join(f"{own:.4f} ({own - theirs:+.4f})" for own, theirs in pairs)
     return (
         f"| {row['case']} | {row['side']} | {row['seconds']:.4f} | {row['images_per_second']:.1f} | "
         f"{middle:.2f} ({low:.2f} to {high:.2f}) | {row['whole']:.2f} | {area} | {row['goal']} |"

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 class Layer(nn.Module):
     """As ML-Decoder's, which is `nn.TransformerDecoderLayer` without self-attention."""
 
-    def __init__(self, dim: int, hidden: int, heads: int) -> None:
+    def __init__(self, dim: int, hidden: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
-        self.dropout, self.dropout1, self.dropout2, self.dropout3 = (nn.Dropout(0.1) for _ in range(4))
-        self.multihead_attn = nn.MultiheadAttention(dim, heads, dropout=0.1)
+        self.dropout, self.dropout1, self.dropout2, self.dropout3 = (nn.Dropout(dropout) for _ in range(4))
+        self.multihead_attn = nn.MultiheadAttention(dim, heads, dropout=dropout)
         self.linear1, self.linear2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, queries: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,12 +37,12 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """4-block patch tokens -> one logit per finding."""
 
-    def __init__(self, width: int, findings: int, dim: int, hidden: int, heads: int) -> None:
+    def __init__(self, width: int, findings: int, dim: int, hidden: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.embed_standart = nn.Linear(width, dim)
         self.query_embed = nn.Embedding(findings, dim)
         self.query_embed.requires_grad_(False)
-        self.layers = nn.ModuleList([Layer(dim, hidden, heads)])
+        self.layers = nn.ModuleList([Layer(dim, hidden, heads, dropout)])
         self.duplicate_pooling = nn.Parameter(torch.empty(findings, dim, 1))
         self.duplicate_pooling_bias = nn.Parameter(torch.zeros(findings))
         nn.init.xavier_normal_(self.duplicate_pooling)
@@ -64,12 +64,13 @@ class Loop:
     """Heads at several rates, in a loop."""
 
     def __init__(
-        self, start: dict[str, Tensor], rates: Sequence[float], total_steps: int, heads: int, device: torch.device
-    ) -> None:
+        self, start: dict[str, Tensor], rates: Sequence[float], total_steps: int, heads: int, device: torch.device,
+        dropout: float = 0.1,
+    ) -> None:  # fmt: skip
         own = {name.removeprefix("decoder."): value for name, value in start.items()}
         dim, width = own["embed_standart.weight"].shape
         findings, hidden = len(own["duplicate_pooling_bias"]), len(own["layers.0.linear1.bias"])
-        self.heads = nn.ModuleList([Decoder(width, findings, dim, hidden, heads) for _ in rates]).to(device)
+        self.heads = nn.ModuleList([Decoder(width, findings, dim, hidden, heads, dropout) for _ in rates]).to(device)
         for head in self.heads:
             head.load_state_dict(own)
         groups = [

@@ -1,13 +1,11 @@
 """The yardstick of the sweep is the same head: what it learns without dropout is what a sweep learns."""
 
 import runpy
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from hilum.heads.candidates import grid
 from hilum.heads.compact import fit_reduction
@@ -27,13 +25,9 @@ def test_the_peer_without_dropout_is_the_same_head(shared: SimpleNamespace) -> N
     size = shared.SMALL
     problem = shared.Problem(size, 32, 1, CPU)
     problem.labels[3:9, 2] = -1
-    sweep = Sweep(grid([replace(size.config(), dropout=0.0)], RATES), 10)
-    loop = shared.Loop(sweep.state(0), RATES, 10, size.heads, CPU)
-    for module in loop.heads.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
+    assert size.dropout == 0
+    sweep = Sweep(grid([size.config()], RATES), 10)
+    loop = shared.Loop(sweep.state(0), RATES, 10, size.heads, CPU, size.dropout)
     for _ in range(4):
         expected = sweep.step(problem.features(problem.tokens), problem.labels)
         assert loop.step(problem.tokens, problem.labels) == pytest.approx(expected, rel=1e-4)
@@ -55,7 +49,7 @@ def test_every_side_takes_its_turns_and_a_row_says_how_it_did(shared: SimpleName
         sides, lambda side, _: side.step(kept if side.reads == "kept" else problem.tokens, problem.labels), 3, 1, CPU
     )
     assert [len(side.logits(problem.tokens)) for side in sides] == [2, 2, 1]
-    areas = {side.name: shared.mean_auroc(side.logits(problem.tokens)[0], problem.labels) for side in sides}
+    areas = {side.name: (shared.mean_auroc(side.logits(problem.tokens)[0], problem.labels), 0.5) for side in sides}
     rows = shared.rows_of("case", times, 32, {sides[1].name: ">= 3x"}, areas)
     assert rows[0]["faster"] == [1.0, 1.0, 1.0]
     assert rows[1]["goal"] == ">= 3x"
