@@ -187,7 +187,7 @@ def in_turns(
 
 
 def rows_of(
-    case: str, times: dict[str, list[float]], images: int, goals: dict[str, str], areas: dict[str, tuple[float, float]]
+    case: str, times: dict[str, list[float]], images: int, goals: dict[str, str], areas: dict[str, tuple[float, ...]]
 ) -> list[dict[str, Any]]:
     """A row a side; the first is the peer."""
     peer, rows = next(iter(times)), []
@@ -205,7 +205,7 @@ def rows_of(
 
 HEADER = (
     "| case | side | s a step | images/s | times the peer (range) | all steps "
-    "| AUROC: best rate; mean of rates (- peer's) | goal |\n"
+    "| AUROC: best rate; mean of nine (- peer's) | goal |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 
@@ -217,7 +217,7 @@ def table_row(row: dict[str, Any]) -> str:
     middle, low, high = row["faster"]
     area = ""
     if row["auroc"] is not None:
-        pairs = zip(row["auroc"], row["peer_auroc"], strict=True)
+        pairs = zip(row["auroc"], row["peer_auroc"], strict=False)
         area = "; ".join(f"{own:.4f} ({own - theirs:+.4f})" for own, theirs in pairs)
     return (
         f"| {row['case']} | {row['side']} | {row['seconds']:.4f} | {row['images_per_second']:.1f} | "
