@@ -252,13 +252,13 @@ def test_a_refit_starts_where_it_says(folder: Path, tmp_path: Path, monkeypatch,
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             sweeps.append(self)
-            starts.append({rate: self.state(rate) for rate in self.rates})
+            starts.append({rate: self.state(place) for place, rate in enumerate(self.rates)})
 
     monkeypatch.setattr(training, "Sweep", Watched)
     fit.run(override(SMALL, [f"refit_init={init}"]), folder / "store", folder / "run", tmp_path / "model")
     chosen = json.loads((tmp_path / "model" / "search.json").read_text())["chosen"]
     rate = chosen["variant"]["learning_rate"]
-    began, ended = starts[0][rate]["linear.weight"], sweeps[0].state(rate)["linear.weight"]
+    began, ended = starts[0][rate]["linear.weight"], sweeps[0].state(sweeps[0].rates.index(rate))["linear.weight"]
     assert torch.equal(starts[1][rate]["linear.weight"], ended if init == "warm" else began)
     assert not torch.equal(ended, began)
     assert chosen["epoch"] == 3 or init == "cold"

@@ -343,6 +343,26 @@ def test_tuning_that_does_not_help_is_not_taken(folder: Path, tmp_path: Path, mo
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_a_model_keeps_the_study_rule_and_the_damping_it_was_fitted_with(folder: Path, tmp_path: Path) -> None:
+    from hilum.core.errors import StageError
+    from hilum.evaluation.studies import aggregate_studies
+
+    run(folder, tmp_path / "model", SMALL, "study=frontal_weighted:0.8")
+    assert settings(tmp_path / "model")["study"] == "frontal_weighted:0.8"
+    assert settings(tmp_path / "model")["calibration"]["study"]["steps"] == {
+        "study_aggregation": "frontal_weighted:0.8"
+    }
+    store, model = Store.open(folder / "store"), load(tmp_path / "model", "cpu")
+    raw = model.predict_store(store, store.indices("test"), raw=True)
+    mine = model.calibrators["study"].apply_to(aggregate_studies(raw, "frontal_weighted:0.8", "study"))
+    found = model.predict_store(store, store.indices("test"), unit="study")
+    assert np.array_equal(mine.probabilities, found.probabilities, equal_nan=True)
+    with pytest.raises(StageError, match=r"frontal_weighted:0.8; these were made by study aggregation mean"):
+        model.calibrators["study"].apply_to(aggregate_studies(raw, "mean", "study"))
+    with pytest.raises(UnknownNameError, match="Did you mean 'mean'"):
+        run(folder, tmp_path / "wrong", SMALL, "study=meen")
+
+
 def test_hierarchy_fills_parents_of_training_labels(folder: Path, tmp_path: Path) -> None:
     from hilum.data.store import write_arrays
 

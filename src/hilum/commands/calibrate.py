@@ -11,7 +11,7 @@ from pathlib import Path
 from hilum.core.errors import ConfigError, StageError
 from hilum.core.tracking import next_step, say, warn
 from hilum.evaluation.bootstrap import clusters_of
-from hilum.evaluation.calibration import Calibrator, read_calibrator, write_calibrator
+from hilum.evaluation.calibration import Calibrator, read_calibrator, steps_of, write_calibrator
 from hilum.evaluation.joining import join, match_findings
 from hilum.evaluation.map_choice import FOLDS
 from hilum.evaluation.predictions import read_predictions, write_predictions
@@ -115,4 +115,5 @@ def fit(
         uids=joined.predictions.image_uid.tolist(),
         patients=patients.tolist() if enough else None,
         points=points,
+        steps=steps_of(table),
     )

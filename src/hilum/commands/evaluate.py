@@ -104,6 +104,8 @@ def run(
         wanted = tuple(answers.get(name, name) for name in TASKS[task])
     names, only = match_findings(table.findings, truth.findings, wanted, str(labels))
     joined = joined.select(names)
+    if chosen := table.metadata.get("chosen_on"):
+        check_out_of_sample(joined.predictions, chosen, "The choice of members or weights")
     thresholds = f1_thresholds(joined.predictions, calibration)
     groups, groups_from = _groups(joined, truth)
     result = evaluate(joined.predictions, joined.labels, groups, thresholds, bootstraps, seed, min_positives)
@@ -230,6 +232,7 @@ def _context(joined: Joined, groups_from: str, task: str | None, split: str | No
         "calibration": _without_digests(metadata.get("calibration")),
         "exposed_images": metadata.get("exposed_images"),  # None: not known
         "accepted_leak": metadata.get("accepted_leak") or None,
+        "scale": metadata.get("scale"),
         "items_without_label": int((joined.labels < 0).all(axis=1).sum()),
         "items_of_head_training": sum(name in fitted for name in joined.splits.tolist()),
     }

@@ -9,7 +9,6 @@ one head is in `extend_joint.py`, scoring from text alone in `extend_zero_shot.p
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +18,16 @@ from hilum.commands.extend_files import SEEN_NOTE, make_cards, memory_has_seen, 
 from hilum.commands.extend_inputs import Base, Shots, check_new, open_base, open_new_examples, settings_of
 from hilum.commands.extend_training import LADDER, Rung, finished, make_ladder, on_meta, refit, search
 from hilum.commands.fit_inputs import Examples
+from hilum.commands.fit_outputs import exposure_of, predict_validation
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
-from hilum.core.tracking import next_step, progress, say, warn
+from hilum.core.tracking import next_step, say, warn
 from hilum.data.labels import TASKS
 from hilum.data.transforms import preprocessing
 from hilum.deploy import model_files as files
-from hilum.deploy.network import Network, choose_device, raw_probabilities, store_identity
+from hilum.deploy.network import Network, choose_device
 from hilum.deploy.out_of_sample import fit_calibrators
 from hilum.evaluation.composition import Composition
-from hilum.evaluation.predictions import Predictions
 from hilum.heads.config import FitConfig
 from hilum.heads.features import Augmentation, FeatureSource, freeze
 from hilum.heads.registry import Head, HeadConfig
@@ -256,32 +255,6 @@ def learning_set(config: FitConfig, examples: Examples) -> LearningSet:
     return LearningSet(
         examples.train, examples.val, examples.labels, studies=examples.studies if whole else None,
         views=examples.views if whole else None,
-    )  # fmt: skip
-
-
-def predict_validation(
-    network: Network, examples: Examples, config: FitConfig, provenance: dict[str, Any]
-) -> Predictions:
-    """Raw predictions of validation images through the code path of every prediction."""
-    val = examples.val
-    with progress("validation", len(val), "images") as bar:
-        [values], _ = raw_probabilities(
-            [network], val, examples.store.read, config.batch_size, config.workers, bar.advance,
-            studies=examples.studies[val], views=examples.views[val],
-        )  # fmt: skip
-    groups = {finding.name: finding.group for finding in network.config.findings}
-    facts = {"split": "val", "head_splits": ["train"], "groups": groups, **provenance}
-    return Predictions(
-        **store_identity(examples.store, val), findings=network.findings, probabilities=values, metadata=facts
-    )
-
-
-def exposure_of(examples: Examples, refit: bool) -> files.Exposure:
-    """The images of train, and of val where a refit learns from them."""
-    store, val = examples.store, examples.val if refit else examples.val[:0]
-    return files.Exposure(
-        train=uid_numbers(store.uids[examples.train]), val=uid_numbers(store.uids[val]),
-        pictures=uid_numbers(store.pictures[np.concatenate([examples.train, val])]),
     )  # fmt: skip
 
 

@@ -18,16 +18,15 @@ from jaxtyping import Float32
 import hilum
 from hilum.commands.extend import (
     composition_of,
-    exposure_of,
     feature_source,
     learning_set,
-    predict_validation,
 )
 from hilum.commands.extend_files import join_exposures
 from hilum.commands.extend_gate import compare, joint_card, regression_lines
 from hilum.commands.extend_inputs import Base, check_new, check_recipe, check_sides, describe, open_base, settings_of
 from hilum.commands.extend_training import on_meta
 from hilum.commands.fit_inputs import Examples, open_examples
+from hilum.commands.fit_outputs import exposure_of, predict_validation
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError, HilumError, LeakageError
 from hilum.core.files import write_json, write_text

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from hilum.commands.extend import exposure_of, feature_source
+from hilum.commands.extend import feature_source
 from hilum.commands.extend_files import ZERO_SHOT_GROUP, uncalibrated, write_extended
 from hilum.commands.extend_inputs import Base, check_new, check_recipe, check_sides, open_base, settings_of
 from hilum.commands.extend_training import on_meta
 from hilum.commands.fit_inputs import Examples, open_examples
+from hilum.commands.fit_outputs import exposure_of
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
 from hilum.core.seeding import stream

@@ -14,20 +14,23 @@ from jaxtyping import Float
 
 import hilum
 from hilum.commands.fit_inputs import Examples, OpenBackbone, open_backbone, open_examples, open_learning_set
+from hilum.commands.fit_outputs import exposure_of, predict_validation
 from hilum.commands.fit_tune import Tuned, TuneRecord, tune_on_both, tune_on_train
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
 from hilum.core.files import write_json, write_text
-from hilum.core.tracking import next_step, progress, say, warn
+from hilum.core.tracking import next_step, say, warn
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.transforms import preprocessing
 from hilum.deploy import model_files as files
 from hilum.deploy.card import model_card
-from hilum.deploy.network import Network, choose_device, raw_probabilities, store_identity
-from hilum.deploy.out_of_sample import fit_calibrators
+from hilum.deploy.network import Network, choose_device
+from hilum.deploy.out_of_sample import fit_calibrators, fit_composition
 from hilum.evaluation.calibration import fingerprint
+from hilum.evaluation.composition import Composition
 from hilum.evaluation.definitions import average_precision
-from hilum.evaluation.predictions import Predictions
+from hilum.evaluation.normal_damping import Damping
+from hilum.evaluation.study_rules import StudyRule
 from hilum.heads.batches import in_order
 from hilum.heads.candidates import last_blocks_scaling
 from hilum.heads.config import FitConfig
@@ -65,6 +68,9 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     place = choose_device(device)
+    composition = Composition(
+        StudyRule.parse(config.study), damping=Damping.parse(config.normal_damping) if config.normal_damping else None
+    )
 
     # Images and labels of train and val, and the features that a frozen backbone gives.
     examples = open_examples(
@@ -127,9 +133,11 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     search_head = finished(found.head)
     provenance = {"head": "search", "learning_rate": chosen.variant.learning_rate, "epoch": chosen.epoch}
     tuned = Network(network, found.backbone, search_head, place)
-    predictions = _predict_validation(tuned, examples, config, provenance)
+    predictions = predict_validation(tuned, examples, config, provenance)
     groups = {finding.name: finding.group for finding in examples.findings}
-    calibrators = fit_calibrators([predictions], labels[val], groups, [uid_numbers(store.uids[train])])
+    trained_on = [uid_numbers(store.uids[train])]
+    composition, views = fit_composition(composition, [predictions], labels[val], trained_on)
+    calibrators = fit_calibrators([predictions], labels[val], groups, trained_on, composition)
 
     # Refit on train + val; without one, the search head is the model.
     refit_losses: tuple[float, ...] = ()
@@ -156,12 +164,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     )  # fmt: skip
     write_json(out / files.SEARCH_NAME, to_dict(record))
     files.write_validation(out, predictions, labels[val])
-    learned = examples.both if config.refit else train
-    pictures = np.union1d(opened.seen.pictures, uid_numbers(store.pictures[learned]))
-    learned_val = val if config.refit else val[:0]
-    exposure = files.Exposure(
-        opened.seen.uids, uid_numbers(store.uids[train]), uid_numbers(store.uids[learned_val]), pictures
-    )
+    exposure = exposure_of(examples, config.refit, opened.seen)
     leak = join_leaks(store.accepted_leak, opened.leak)
     if leak:
         warn(f"leak accepted: {leak}")
@@ -170,6 +173,8 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
         "hilum": hilum.__version__,
         "notice": RESEARCH_NOTICE,
         **files.describe(network),
+        **composition.describe(),
+        **({"learned_views": views.describe()} if views else {}),
         "weights": files.write_weights(out, found.backbone, head),
         "calibration": files.describe_calibrators(calibrators),
         "fitted_on": {
@@ -250,19 +255,3 @@ def _prepare(config: FitConfig, scaling: Standardisation) -> Prepare:
 
 def _unchanged(features: Features) -> Features:
     return features
-
-
-def _predict_validation(
-    network: Network, examples: Examples, config: FitConfig, provenance: dict[str, Any]
-) -> Predictions:
-    val = examples.val
-    with progress("validation", len(val), "images") as bar:
-        [values], _ = raw_probabilities(
-            [network], val, examples.store.read, config.batch_size, config.workers, bar.advance,
-            studies=examples.studies[val], views=examples.views[val],
-        )  # fmt: skip
-    groups = {finding.name: finding.group for finding in examples.findings}
-    facts = {"split": "val", "head_splits": ["train"], "groups": groups, **provenance}
-    return Predictions(
-        **store_identity(examples.store, val), findings=network.findings, probabilities=values, metadata=facts
-    )

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from hilum.core.errors import StageError
 from hilum.deploy.model_files import Calibrators
-from hilum.evaluation.calibration import Calibrator
+from hilum.evaluation.calibration import Calibrator, steps_of
 from hilum.evaluation.composition import Composition, ranks_of
 from hilum.evaluation.ensemble import combine_members
 from hilum.evaluation.learned_views import LearnedViews, fit_views
@@ -96,7 +96,7 @@ def labels_of_studies(
 def _fit(predictions: Predictions, labels: np.ndarray, groups: Mapping[str, str]) -> Calibrator:
     return Calibrator.fit(
         predictions.probabilities, labels, predictions.findings, groups=groups, stage=predictions.stage,
-        unit=predictions.unit, uids=predictions.image_uid.tolist(),
+        unit=predictions.unit, uids=predictions.image_uid.tolist(), steps=steps_of(predictions),
     )  # fmt: skip
 
 

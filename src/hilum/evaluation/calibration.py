@@ -75,6 +75,15 @@ def check_out_of_sample(predictions: Predictions, fitted_on: Mapping[str, Any], 
         )
 
 
+STEPS = ("study_aggregation", "ensemble", "normal_damping")
+"""What prediction files say of how they came about before calibration."""
+
+
+def steps_of(predictions: Predictions) -> dict[str, Any]:
+    """The steps between raw predictions and these."""
+    return {key: predictions.metadata[key] for key in STEPS if predictions.metadata.get(key) is not None}
+
+
 @dataclass(frozen=True)
 class Calibrator:
     """Strictly increasing maps and operating points of C findings, and what they were fitted on.
@@ -88,6 +97,7 @@ class Calibrator:
         fitted_on: `describe_items` of the ids; empty where the caller gave none.
         cross_fitted: log loss, Brier score and ECE before and after, on patients held out of the fit
             (`map_choice.compare`); None where the caller did not say whose the items are.
+        steps: `steps_of` the predictions it was fitted on; None where that is not known, and not checked.
     """
 
     findings: tuple[str, ...]
@@ -98,6 +108,7 @@ class Calibrator:
     unit: str = "image"
     fitted_on: dict[str, Any] | None = None
     cross_fitted: dict[str, Any] | None = None
+    steps: dict[str, Any] | None = None
 
     @classmethod
     def fit(
@@ -112,6 +123,7 @@ class Calibrator:
         uids: Iterable[str] | None = None,
         patients: Iterable[Any] | None = None,
         points: Iterable[str] = DEFAULT_POINTS,
+        steps: dict[str, Any] | None = None,
     ) -> "Calibrator":
         """Fit maps and thresholds on items that the head has not been trained on.
 
@@ -130,6 +142,7 @@ class Calibrator:
             uids: ids of the rows, remembered as digests.
             patients: whose each row is; with it the maps are judged by cross-fitting in 5 folds of patients.
             points: names of operating points besides the usual four, such as "spec_at_sens90".
+            steps: `steps_of` the predictions.
 
         Raises:
             StageError: the probabilities are calibrated already.
@@ -166,7 +179,7 @@ class Calibrator:
             judged = {"folds": FOLDS, **compare(probabilities, held_out, labels, names)}
         return cls(
             names, maps, _fit_all_thresholds(calibrated, groups, points), _fit_all_thresholds(usable, groups, points),
-            stage, unit, None if uids is None else describe_items(uids), judged,
+            stage, unit, None if uids is None else describe_items(uids), judged, steps,
         )  # fmt: skip
 
     def apply(self, probabilities: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
@@ -203,11 +216,17 @@ class Calibrator:
         )
 
     def check_stage(self, predictions: Predictions) -> None:
-        """Raise StageError unless the predictions are at the stage and unit this was fitted at."""
+        """Raise StageError unless the predictions are at the stage and unit this was fitted at, by the same steps."""
         if (predictions.stage, predictions.unit) != (self.stage, self.unit):
             raise StageError(
                 f"This calibrator was fitted on {self.stage} predictions per {self.unit}; these are "
                 f"{predictions.stage} predictions per {predictions.unit}. Fit one where it is used (hilum calibrate)."
+            )
+        found = steps_of(predictions)
+        if self.steps is not None and found != self.steps:
+            raise StageError(
+                f"This calibrator was fitted on predictions made by {_words(self.steps)}; these were made by "
+                f"{_words(found)}. Fit one where it is used (hilum calibrate)."
             )
 
     def provenance(self) -> dict[str, Any]:
@@ -228,6 +247,7 @@ class Calibrator:
             "thresholds": self.thresholds,
             "raw_thresholds": self.raw_thresholds,
             **({} if self.cross_fitted is None else {"cross_fitted": self.cross_fitted}),
+            **({} if self.steps is None else {"steps": self.steps}),
         }
 
     @classmethod
@@ -249,7 +269,11 @@ class Calibrator:
         for kind in sorted(kinds - set(CALIBRATORS)):
             raise UnknownNameError("calibrator", kind, CALIBRATORS)
         own = {key: values[key] for key in keys}
-        return cls(tuple(values["findings"]), **own, cross_fitted=values.get("cross_fitted"))
+        return cls(tuple(values["findings"]), **own, cross_fitted=values.get("cross_fitted"), steps=values.get("steps"))
+
+
+def _words(steps: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in steps.items()) or "no further step"
 
 
 def write_calibrator(calibrator: Calibrator, path: Path) -> None:

@@ -79,6 +79,8 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 def evaluation_notes(result: dict[str, Any]) -> list[str]:
     """Sentences to read before the numbers of `metrics.json`: leaks, exposure, and what is in no mean."""
     lines = []
+    if result.get("scale"):
+        lines.append(f"These values are {result['scale']}: calibration errors, Brier score and log loss mean nothing.")
     if result["accepted_leak"]:
         lines.append(f"Leak accepted when the model was made: {result['accepted_leak']}.")
     if result["exposed_images"]:

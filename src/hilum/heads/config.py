@@ -122,6 +122,11 @@ class FitConfig:
     """Of matrix products, in training and prediction; weights and losses are float32."""
     flip_average: bool = False
     """Predict the mean over an image and its mirror image."""
+    study: str = "mean"
+    """Rule for the images of a study: mean, logit_mean, frontal_then_rest, frontal_weighted:0.8, or learned, whose
+    weights by kind of view are fitted on validation (docs/reference/predictions.md)."""
+    normal_damping: str = ""
+    """power:0.5 or linear:0.5: hold abnormal findings down by the Normal score; empty: not."""
     tune: TuneSettings = field(default_factory=TuneSettings)
     """Train the backbone too, after the head has converged; off by default."""
     findings: tuple[str, ...] | None = None

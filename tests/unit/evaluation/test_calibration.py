@@ -424,3 +424,19 @@ def test_cross_fitting_chooses_the_kind_that_was_planted():
     assert losses["A"][1] <= losses["A"][0]
     for name in "BCD":
         assert losses[name][1] < losses[name][0] - 0.01
+
+
+def test_a_calibrator_is_for_the_steps_it_was_fitted_after():
+    probabilities = np.random.default_rng(0).random((60, 2))
+    labels = (np.random.default_rng(1).random((60, 2)) < 0.5).astype(np.int8)
+    fitted = Calibrator.fit(probabilities, labels, ("a", "b"), steps={"study_aggregation": "mean"})
+    again = Calibrator.from_dict(fitted.to_dict())
+    assert again == fitted
+    ids = [f"{n:016x}" for n in range(60)]
+    text = [""] * 60
+    table = Predictions(ids, ids, text, text, text, text, ("a", "b"), probabilities, {"study_aggregation": "mean"})
+    again.apply_to(table)
+    with pytest.raises(StageError, match="study aggregation mean; these were made by study aggregation logit_mean"):
+        again.apply_to(table.replace(probabilities, study_aggregation="logit_mean"))
+    old = Calibrator.from_dict({key: value for key, value in fitted.to_dict().items() if key != "steps"})
+    old.apply_to(table.replace(probabilities, study_aggregation="logit_mean"))  # files from before say nothing of steps
