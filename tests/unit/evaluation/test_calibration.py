@@ -25,6 +25,7 @@ from hilum.evaluation.calibrators import CALIBRATORS, IDENTITY
 from hilum.evaluation.definitions import log_loss
 from hilum.evaluation.map_choice import cross_fit, deal_patients
 from hilum.evaluation.metrics import average_precision, expected_calibration_error, f1_at, roc_auc
+from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import mean_over_studies
 
 PREVALENCE = np.array([0.4, 0.1, 0.02, 0.004])
