@@ -433,8 +433,8 @@ def test_a_calibrator_is_for_the_steps_it_was_fitted_after():
     fitted = Calibrator.fit(probabilities, labels, ("a", "b"), steps={"study_aggregation": "mean"})
     again = Calibrator.from_dict(fitted.to_dict())
     assert again == fitted
-    ids = [f"{n:016x}" for n in range(60)]
-    text = [""] * 60
+    ids = np.array([f"{n:016x}" for n in range(60)])
+    text = np.array([""] * 60)
     table = Predictions(ids, ids, text, text, text, text, ("a", "b"), probabilities, {"study_aggregation": "mean"})
     again.apply_to(table)
     with pytest.raises(StageError, match="study aggregation mean; these were made by study aggregation logit_mean"):
