@@ -97,9 +97,8 @@ class Experiment:
 
 
 _LAPTOP = (
-    "batch_size=32", "search_epochs=10", "refit_epochs=10", "augmented_views=2", "flip_average=false", "threads=1",
-    "cache_dtype=float16", "blocks=2", "decoder_dim=64", "decoder_feed_forward=128",
-    "learning_rates=[1e-3, 2e-3, 5e-3]",
+    "batch_size=64", "search_epochs=8", "refit_epochs=8", "augmented_views=2", "flip_average=false", "threads=1",
+    "cache_dtype=float16", "blocks=2", "decoder_dim=64", "decoder_feed_forward=128", "learning_rates=[2e-3, 5e-3]",
 )  # fmt: skip
 _DIFFERENCES = (
     ("masked", "alone"), ("negative", "alone"), ("masked", "negative"), ("noise_10", "alone"), ("noise_30", "alone"),
@@ -267,6 +266,7 @@ class Place:
                 predictions, self.base.labels[self.test], {}, self.experiment.bootstraps, self.experiment.bootstrap_seed
             )
             write_result(folder / "result.npz", result)
+            facts["trained"] = int(result.trained.sum())
         seconds = {"seconds": time.monotonic() - start, "processor_seconds": time.process_time() - used}
         write_json(folder / "unit.json", facts | seconds)
         return folder
@@ -349,10 +349,12 @@ def _by_size(place: Place, everything: Mapping[float, Mapping[str, Mapping[int, 
         for one, other in place.experiment.differences:
             if share == largest or not {one, other} <= set(rows) & set(everything[largest]):
                 continue
-            sides = [{s: _minus(at[one][s], at[other][s]) for s in at[one]} for at in (rows, everything[largest])]
-            columns = place.columns([result for side in sides for result in side.values()])
+            small, large = (
+                {s: _minus(at[one][s], at[other][s]) for s in at[one]} for at in (rows, everything[largest])
+            )
+            columns = place.columns([*small.values(), *large.values()])
             if columns:
-                sets = _only(compare(*sides, columns, place.experiment.bootstrap_seed))
+                sets = _only(compare(small, large, columns, place.experiment.bootstrap_seed))
                 found.append({"share": share, "first": one, "second": other, "columns": columns, "sets": sets})
     return found
 
