@@ -10,9 +10,12 @@ import pytest
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
+from hilum.commands import fit
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
+from hilum.deploy.predictor import load
+from hilum.evaluation.definitions import average_precision
 
 RUNS = Path(__file__).resolve().parents[2] / "runs"
 FINDINGS = ("Edema", "Hernia")
@@ -214,3 +217,19 @@ def test_every_kind_of_variant_runs_from_the_command_line(programs, folder: Path
     assert "minus at 100%" in (tmp_path / "label_sources.md").read_text()
     [pseudo] = tmp_path.glob("units/1/masked_pseudo-judged/seed0-*/model/config.json")
     assert "alone-teacher" in json.loads(pseudo.read_text())["training"]["settings"]["pseudo_labels"]
+
+
+@pytest.mark.slow
+def test_without_faults_the_copy_is_learned_from_as_the_store_itself(programs, folder: Path, tmp_path: Path) -> None:
+    _, sources = programs
+    place = sources.Place(folder / "store", str(folder / "run"), tmp_path, _small(sources))
+    unit = sources.Unit(sources.ALONE, 1.0, 0)
+    made = place.make(unit)
+    fit.run(place.settings(unit), folder / "store", folder / "run", tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (made / "model/model.safetensors").read_bytes()
+    predictions = load(tmp_path / "model").predict_store(place.base, place.test, raw=True)
+    result = sources.read_result(made / "result.npz")
+    assert result.points["AP"].tolist() == [
+        average_precision(predictions.probabilities[:, column], place.base.labels[place.test, column])
+        for column in range(2)
+    ]
