@@ -398,3 +398,34 @@ def test_a_head_on_pictures_of_noise_scores_as_chance(folder: Path, tmp_path: Pa
     found = load(tmp_path / "model", "cpu").predict_store(store, test, batch_size=200)
     scores = [roc_auc_score(labels[test][:, column], found.probabilities[:, column]) for column in range(3)]
     assert np.abs(np.array(scores) - 0.5).max() < 0.1  # 600 images: a deviation of 0.024
+
+
+def test_what_teaches_or_decides_nothing_is_said(folder: Path, tmp_path: Path, capsys) -> None:
+    from hilum.data.store import write_arrays
+
+    rng = np.random.default_rng(0)
+    labels = np.zeros((len(SPLITS), 2), np.int8)
+    labels[:20, 0], labels[44:50, 0], labels[3:9, 1] = 1, 1, 1  # the second has no positive in validation
+    labels[30:37] = -1
+    images = [rng.integers(0, 255, (24, 24), np.uint8) for _ in SPLITS]
+    names = [f"p{n}" for n in range(len(SPLITS))]
+    write_arrays(tmp_path / "store", images, labels, FINDINGS[:2], splits=SPLITS, patients=names)
+    fit.run(SMALL, tmp_path / "store", folder / "run", tmp_path / "model")
+    said = capsys.readouterr().err
+    assert "1 findings have no positive validation image and decide nothing: Hernia" in said
+    assert "7 training images have no known label of these findings and teach nothing" in said
+
+
+def test_a_backbone_that_has_seen_test_images_is_said_whatever_it_recorded(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    import shutil
+
+    from hilum.pretraining.exposure import Seen, uid_numbers, write_seen
+
+    store = Store.open(folder / "store")
+    shutil.copytree(folder / "run", tmp_path / "run")
+    test = store.indices("test")
+    write_seen(tmp_path / "run", Seen(uid_numbers(store.uids[test[:3]]), uid_numbers(store.pictures[test[:2]])))
+    fit.run(SMALL, folder / "store", tmp_path / "run", tmp_path / "model")
+    assert "pretrained on 3 test images" in capsys.readouterr().err

@@ -237,8 +237,17 @@ def _announce(config: FitConfig, examples: Examples, source: FeatureSource, open
     untrained = [finding.name for finding in examples.findings if not finding.trained]
     if untrained:
         warn(f"{len(untrained)} findings have no positive training image and stay null: {', '.join(untrained)}")
-    test = examples.store.uids[examples.store.indices("test")]
-    if seen := int(np.isin(uid_numbers(test), opened.seen).sum()):
+    unscored = [one.name for one, used in zip(examples.findings, examples.scored, strict=True) if one.trained > used]
+    if unscored:
+        warn(f"{len(unscored)} findings have no positive validation image and decide nothing: {', '.join(unscored)}")
+    unlabelled = int((examples.labels[examples.train] < 0).all(axis=1).sum())
+    if unlabelled:
+        warn(f"{unlabelled} training images have no known label of these findings and teach nothing")
+    store = examples.store
+    test = store.indices("test")
+    met = np.isin(uid_numbers(store.uids[test]), opened.seen.uids)
+    met |= np.isin(uid_numbers(store.pictures[test]), opened.seen.pictures)
+    if seen := int(met.sum()):
         warn(f"the backbone was pretrained on {seen} test images; a test score would not be one on unseen images")
 
 
