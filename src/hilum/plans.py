@@ -90,9 +90,9 @@ SCALES: dict[str, Scale] = {
         "laptop",
         "Laptop scale: a network of 4 blocks of 128 channels stands for ViT-B/16 and one of 6 blocks of 192 channels "
         "for ViT-L/16; 96, 128, 160 and 192 pixels stand for 224, 336, 448 and 512. Pretraining has hundreds of steps "
-        "in place of 2,500,000, heads are fitted in batches of 32 on features of 2 stored views in bfloat16, the decoder "
-        "is 64 channels wide and reads 2 blocks, 3 of the nine learning rates are tried for it, and the stopping epoch "
-        "comes from validation. Orderings can be compared with the published ones; levels cannot.",
+        "in place of 2,500,000, heads are fitted in batches of 32 on features of 2 stored views in bfloat16, the "
+        "decoder is 64 channels wide and reads 2 blocks, 3 of the nine learning rates are tried for it, and the "
+        "stopping epoch comes from validation. Orderings can be compared with the published ones; levels cannot.",
         (
             _laptop_backbone("vitb_224", "demo16", 96, 48, None, 400),
             _laptop_backbone("vitb_336", "demo16", 128, 48, "vitb_224", 40, "checkpoint_every=20", "keep=3"),
