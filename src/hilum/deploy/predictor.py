@@ -32,7 +32,7 @@ from hilum.deploy.study_images import (
     view_names_of,
 )
 from hilum.evaluation.composition import Composition
-from hilum.evaluation.predictions import Predictions
+from hilum.evaluation.predictions import Predictions, column_indices
 from hilum.evaluation.studies import study_uids, view_weights
 from hilum.heads.features import to_batch
 from hilum.pretraining.exposure import join_leaks
@@ -144,9 +144,9 @@ class Model:
             features = network.features(squares, np.zeros(len(names), np.int64), kinds)
             values = network.probabilities(squares, features)
             members.append(as_study(values, [pixels for pixels, _ in decoded], names, network.findings))
-            found = network.attention(features) if attention else None
+            found = network.attention(features) if attention and share else None
             if found is not None:
-                maps.append(found)
+                maps.append(found[:, column_indices(network.findings, self.findings, "a member of the ensemble")])
                 shares.append(share)
         image, study = self._finish(members, raw), self._finish(members, raw, unit="study")
         trained = {name: bool(known) for name, known in zip(self.findings, study.trained, strict=True)}

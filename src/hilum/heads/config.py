@@ -167,8 +167,9 @@ class FitConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {value}.")
         for name in ("augmented_views", "weight_decay", "workers", "consistency", "classifier_epochs"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}.")
+        self._refuse_idle()
         if self.decoder_dim % self.decoder_heads:
             raise ConfigError(
                 f"decoder_dim: expected a multiple of {self.decoder_heads} heads, found {self.decoder_dim}."
@@ -207,6 +208,27 @@ class FitConfig:
             second_stage(self.describe_loss())  # refuses losses that have none
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1 or not 0 <= self.flip <= 1:
             raise ConfigError(f"crop_scale {self.crop_scale} and flip {self.flip}: expected shares between 0 and 1.")
+
+    def _refuse_idle(self) -> None:
+        """Settings that would do nothing, or undo each other."""
+        for owner, names in {"linear": ("patch_mean", "also_patch_mean"), "ml_decoder": ("cat_cls",)}.items():
+            for name in names:
+                if getattr(self, name) and self.head != owner:
+                    raise ConfigError(
+                        f"{name}: of the head {owner} alone, which {self.head} would ignore. Say {name}=false, or "
+                        f"head={owner}."
+                    )
+        if self.tune.method != "none" and (self.ema or self.source_bias or self.classifier_epochs):
+            raise ConfigError(
+                f"tune.method={self.tune.method} goes with none of ema, source_bias and classifier_epochs: tuning moves "
+                "the whole head once more, without them."
+            )
+        begins = self.deferred * self.search_epochs
+        if self.deferred < 1 and self.stop_epoch is not None and self.stop_epoch <= begins:
+            raise ConfigError(
+                f"deferred={self.deferred:g} begins after epoch {begins:g} of {self.search_epochs}, "
+                f"stop_epoch={self.stop_epoch} ends before it. Leave out one of both."
+            )
 
     @property
     def needs_studies(self) -> bool:

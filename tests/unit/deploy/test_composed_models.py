@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
 from hilum.deploy import model_files as files
 from hilum.deploy.ensemble_model import combine_models, inherited
+from hilum.deploy.network import Network
 from hilum.deploy.predictor import Model, load
 from hilum.evaluation.calibration import Calibrator
 from hilum.evaluation.composition import Composition
@@ -356,3 +358,46 @@ def test_predict_keeps_calibrators_to_their_study_rule(trio: Path, tmp_path: Pat
     assert (mean.stage, mean.metadata["study_aggregation"]) == ("study", "mean")
     images = Model.predict_store(load(trio / "a", "cpu"), Store.open(trio / "store"), range(72, 84), raw=True)
     np.testing.assert_allclose(mean.probabilities, aggregate_studies(images, "mean", "study").probabilities, atol=1e-12)
+
+
+class StandIn(Network):
+    """A network that says and shows the same of every image."""
+
+    findings: tuple[str, ...] = ()
+
+    def __init__(self, findings: tuple[str, ...], values: list[float], maps: np.ndarray | None) -> None:
+        self.findings, self.values, self.maps = findings, np.array([values]), maps
+        self.config = SimpleNamespace(preprocess_id="hilum-grey-1", short_side=None)
+
+    def crop(self, pixels):
+        return pixels
+
+    def features(self, squares, studies, kinds):
+        return squares
+
+    def probabilities(self, squares, features):
+        return self.values
+
+    def attention(self, features):
+        return None if self.maps is None else self.maps[None]
+
+
+def shown(networks: list[Network], **composition):
+    model = Model(networks, {}, "", files.Exposure(), {}, composition=Composition(**composition))
+    calibrator = Calibrator.fit(
+        np.array([[0.2, 0.4], [0.6, 0.8]]), np.array([[0, 1], [1, 0]]), ("Edema", "Normal"), stage="ensemble"
+    )
+    model.calibrators = {"image": calibrator, "study": calibrator}
+    return model.predict(np.zeros((8, 8), np.uint8), raw=True).attention
+
+
+def test_maps_of_members_are_joined_by_finding_and_those_that_weigh_nothing_are_not_asked() -> None:
+    left, right = np.array([[1.0, 0.0], [0.0, 0.0]]), np.array([[0.0, 1.0], [0.0, 0.0]])
+    one = StandIn(("Edema", "Normal"), [0.1, 0.9], np.stack([left, right]))
+    other = StandIn(("Normal", "Edema"), [0.9, 0.1], np.stack([right, left]))  # the same network, columns swapped
+    found = shown([one, other])
+    np.testing.assert_array_equal(found["Edema"], [left])
+    np.testing.assert_array_equal(found["Normal"], [right])
+    silent = StandIn(("Edema", "Normal"), [0.1, 0.9], None)
+    assert shown([one, silent], weights=(0.0, 1.0)) == {"Edema": None, "Normal": None}
+    np.testing.assert_array_equal(shown([one, silent], weights=(0.5, 0.0))["Edema"], [left])

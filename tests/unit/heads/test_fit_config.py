@@ -1,0 +1,32 @@
+"""Settings of a fit that would do nothing, or undo each other, are refused by name."""
+
+import pytest
+
+from hilum.core.config import override
+from hilum.core.errors import ConfigError
+from hilum.heads.config import FitConfig
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (["head=ml_decoder", "patch_mean=true"], "patch_mean: of the head linear alone, which ml_decoder would ignore"),
+    (["head=csra", "also_patch_mean=true"], "also_patch_mean: of the head linear alone"),
+    (["head=linear", "cat_cls=true"], "cat_cls: of the head ml_decoder alone, which linear would ignore"),
+    (["tune.method=lora", "ema=0.9"], "tune.method=lora goes with none of ema"),
+    (["tune.method=full", "source_bias=true"], "tune.method=full goes with none of ema, source_bias"),
+    (["tune.method=full", "classifier_epochs=2"], "goes with none of ema, source_bias and classifier_epochs"),
+    (["loss=ldam", "deferred=0.8", "stop_epoch=2"], r"deferred=0.8 begins after epoch 8 of 10, stop_epoch=2"),
+    (["weight_decay=nan"], "weight_decay: expected 0 or more, found nan"),
+    (["consistency=inf"], "consistency: expected 0 or more, found inf"),
+])  # fmt: skip
+def test_a_setting_that_would_do_nothing_is_refused(changes: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(FitConfig(), changes)
+
+
+@pytest.mark.parametrize("changes", [
+    ["head=linear", "patch_mean=true", "also_patch_mean=true"], ["cat_cls=true"],
+    ["tune.method=lora", "source_weights=[here=0.5]", "consistency=1"], ["ema=0.9"],
+    ["loss=ldam", "deferred=0.5", "stop_epoch=6"],
+])  # fmt: skip
+def test_what_goes_together_is_not_refused(changes: list[str]) -> None:
+    override(FitConfig(), changes)
