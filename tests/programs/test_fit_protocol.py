@@ -1,6 +1,7 @@
 """`hilum fit` beyond one rate grid: sources, budgets, pseudo-labels, studies, stages, pruning, tuning."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -429,3 +430,66 @@ def test_a_backbone_that_has_seen_test_images_is_said_whatever_it_recorded(
     write_seen(tmp_path / "run", Seen(uid_numbers(store.uids[test[:3]]), uid_numbers(store.pictures[test[:2]])))
     fit.run(SMALL, folder / "store", tmp_path / "run", tmp_path / "model")
     assert "pretrained on 3 test images" in capsys.readouterr().err
+
+
+def test_a_deferred_loss_begins_in_the_refit_after_as_many_steps_as_in_the_search(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """By a share of the refit's own cosine it would begin after the refit has stopped."""
+    from hilum.commands import fit_tune
+
+    stages: list[bool] = []
+    original, decide = training.training_loss, fit.choose
+
+    def watched(config, data, device, deferred=False):
+        stages.append(deferred)
+        return original(config, data, device, deferred)
+
+    monkeypatch.setattr(training, "training_loss", watched)
+    monkeypatch.setattr(fit_tune, "training_loss", watched)
+    monkeypatch.setattr(fit, "choose", lambda *args, **named: replace(decide(*args, **named), refit_epochs=5))
+    run(folder, tmp_path / "model", SMALL, "loss=ldam", "deferred=0.5", "search_epochs=10", "refit_epochs=10",
+        "tune.method=full", "tune.epochs=1")  # fmt: skip
+    first, search, refit = stages[0], stages[1:11], stages[13:18]  # each loop begins with the first stage's loss
+    assert not first
+    assert search == [False] * 5 + [True] * 5
+    assert stages[11]  # tuning goes on in the second stage
+    assert refit == [False] * 4 + [True]  # 5 epochs of 40 images are 4 of 56, rounded
+
+
+@pytest.mark.parametrize("more", [[], ["views=memory"], ["refit_init=warm"], ["tune.method=lora", "tune.epochs=1"]])
+def test_kept_channels_are_learned_on_and_the_saved_head_reads_whole_tokens(
+    folder: Path, tmp_path: Path, more: list[str]
+) -> None:
+    record = run(folder, tmp_path / "whole", DECODER, "standardise=true", "dropout=0", *more)
+    kept = run(folder, tmp_path / "kept", DECODER, "standardise=true", "dropout=0", "kept_channels=24", *more)
+    few = run(folder, tmp_path / "few", DECODER, "standardise=true", "kept_channels=5", *more)
+    assert len(record["epochs"]) == len(kept["epochs"]) == len(few["epochs"])
+    shapes = [
+        {name: value.shape for name, value in load_file(tmp_path / name / "model.safetensors").items()}
+        for name in ("whole", "kept", "few")
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+    from sklearn.metrics import average_precision_score
+
+    for name, found in (("kept", kept), ("few", few)):
+        if more and more[0].startswith("tune"):
+            continue
+        predictions, labels = files.read_validation(tmp_path / name)
+        values = []
+        for column in range(3):
+            known = labels[:, column] >= 0
+            values.append(average_precision_score(labels[known, column], predictions.probabilities[known, column]))
+        chosen = found["chosen"]
+        place = found["variants"].index(chosen["variant"])
+        recorded = found["epochs"][chosen["epoch"] - 1]["scores"][place]
+        # the search saw reduced and rounded tokens, the head that is saved whole ones: of 24 directions all are kept
+        assert np.mean(values) == pytest.approx(recorded, abs=0.02 if name == "kept" else 0.25)
+
+
+@pytest.mark.parametrize(
+    "change", ["cat_cls=true", "cls_memory=true", "pyramid=true", "also_blocks=[1]", "head=linear"]
+)
+def test_kept_channels_are_refused_where_a_head_reads_more_than_tokens(change: str) -> None:
+    with pytest.raises(ConfigError, match="kept_channels: goes with a decoder that reads patch tokens alone"):
+        override(DECODER, ["kept_channels=8", change])

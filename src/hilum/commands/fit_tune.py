@@ -89,7 +89,7 @@ def tune_on_train(
         settings, tuned, head, blocks, source, settings.epochs * steps, precision=config.precision, seed=config.seed,
         phase="tune",
     )  # fmt: skip
-    loss = training_loss(config, data, source.device)
+    loss = training_loss(config, data, source.device, deferred=config.deferred < 1)
     with progress("tuning", settings.epochs * steps, "steps") as bar:
         for number, batches in _epochs(config, "tune", data.train, data, settings.epochs):
             value = tuner.epoch(_view(config, number), batches, data, prepare, loss, bar)
@@ -128,7 +128,7 @@ def tune_on_both(
         settings, tuned, head, blocks, source, settings.epochs * steps, precision=config.precision, seed=config.seed,
         phase="tune refit",
     )  # fmt: skip
-    loss = training_loss(config, data, source.device)
+    loss = training_loss(config, data, source.device, deferred=config.deferred < 1)
     with progress("tuning, train + val", epochs * steps, "steps") as bar:
         for number, batches in _epochs(config, "tune refit", data.both, data, epochs):
             tuner.epoch(_view(config, config.tune.epochs + number), batches, data, prepare, loss, bar)

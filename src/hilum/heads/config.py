@@ -86,7 +86,8 @@ class FitConfig:
     losses: LossSettings = field(default_factory=LossSettings)
     """Settings of whichever loss `loss` names; those of the others are not read."""
     deferred: float = 1.0
-    """From this share of the epochs on, the loss weighs findings by their rarity (LDAM-DRW); 1: never."""
+    """From this share of the search's epochs on, and after as many steps of the refit, the loss weighs findings by
+    rarity (LDAM-DRW); in what follows (`classifier_epochs`, `tune`) too. 1: never."""
     hierarchy: bool = False
     """Fill unknown findings from their relatives: a rib fracture is a fracture (training and validation labels)."""
     batch_size: int = 256
@@ -118,6 +119,9 @@ class FitConfig:
     """K views of each image are kept in memory and used in turn; 0: a new view every epoch, features recomputed."""
     cache_dtype: Literal["float32", "float16"] = "float32"
     """What the views kept in memory are stored as."""
+    kept_channels: int | None = None
+    """Decoder: keep so many principal directions of a patch token, in 8 bits, in place of the token; the head that is
+    saved reads whole tokens again. None: tokens as they are."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of matrix products, in training and prediction; weights and losses are float32."""
     flip_average: bool = False
@@ -161,7 +165,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name in (
             "blocks", "search_epochs", "refit_epochs", "batch_size", "decoder_dim", "decoder_feed_forward",
-            "decoder_heads", "resolution", "threads", "train_images", "val_images",
+            "decoder_heads", "resolution", "threads", "train_images", "val_images", "kept_channels",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -176,6 +180,14 @@ class FitConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: expected a probability in [0, 1), found {self.dropout}.")
+        if self.kept_channels is not None and (
+            self.head != "ml_decoder" or self.cat_cls or self.cls_memory or self.pyramid or self.also_blocks
+        ):
+            raise ConfigError(
+                "kept_channels: goes with a decoder that reads patch tokens alone, of one number of blocks; found "
+                f"head {self.head}, cat_cls {self.cat_cls}, cls_memory {self.cls_memory}, pyramid {self.pyramid}, "
+                f"also_blocks {list(self.also_blocks)}."
+            )
         rates = self.learning_rates
         if not rates or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
             raise ConfigError(f"learning_rates: expected one or more, positive and all different, found {list(rates)}.")
@@ -220,8 +232,8 @@ class FitConfig:
                     )
         if self.tune.method != "none" and (self.ema or self.source_bias or self.classifier_epochs):
             raise ConfigError(
-                f"tune.method={self.tune.method} goes with none of ema, source_bias and classifier_epochs: tuning moves "
-                "the whole head once more, without them."
+                f"tune.method={self.tune.method} goes with none of ema, source_bias and classifier_epochs: tuning "
+                "moves the whole head once more, without them."
             )
         begins = self.deferred * self.search_epochs
         if self.deferred < 1 and self.stop_epoch is not None and self.stop_epoch <= begins:
@@ -244,6 +256,11 @@ class FitConfig:
         blocks = dict.fromkeys((self.blocks, *self.also_blocks))
         means = (self.patch_mean, not self.patch_mean) if self.also_patch_mean else (self.patch_mean,)
         return tuple(Variant(rate, n, mean) for n in blocks for mean in means for rate in self.learning_rates)
+
+    def describe_searched_head(self, embed_dim: int, findings: int, variant: Variant, text_dim: int = 0) -> HeadConfig:
+        """The head as it is trained: on reduced tokens where those are kept, else as `describe_head`."""
+        whole = self.describe_head(embed_dim, findings, variant, text_dim)
+        return whole if self.kept_channels is None else replace(whole, embed_dim=self.kept_channels, blocks=1)
 
     def describe_head(
         self, embed_dim: int, findings: int, variant: Variant | None = None, text_dim: int = 0

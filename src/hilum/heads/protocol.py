@@ -133,7 +133,7 @@ def choose(
     classifier = sum(epoch.stage == "classifier" for epoch in epochs)
     reasons = [f"{chosen}: highest score after search epoch {last}, the lower rate of equals"]
     if not refit:
-        epoch = min(stop_epoch or (last if classifier else peak), last)
+        epoch = last if refit_init == "warm" else min(stop_epoch or (last if classifier else peak), last)
         reasons.append(f"no refit: the head of search epoch {epoch} is the model; it has not seen validation")
         return Choice(chosen, epoch, score, 0, 0, tuple(reasons))
     if classifier:

@@ -133,7 +133,7 @@ def search(
             drawn = _epochs(settings, phase, data.train, data)
             for number in range(epochs):
                 epoch = len(found.epochs)
-                _defer(config, sweep, data, number / epochs, device)
+                _defer(config, sweep, data, stage == "classifier" or number / epochs >= config.deferred, device)
                 losses = []
                 for batch, features in _features(source, epoch, next(drawn), data, prepare):
                     losses.append(sweep.step(features, data.targets(batch, features)))
@@ -195,6 +195,8 @@ def refit(
     if classifier_epochs:
         stages.append(("classifier", classifier_epochs, classifier_epochs))
     state = initial
+    # The second stage of the loss begins after as many steps as in the search, or has begun there (warm).
+    begins = round(_deferred_from(config) * len(data.train) / len(data.both)) if initial is None else 0
     with progress("refit", (epochs + classifier_epochs) * steps, "steps") as bar:
         for stage, run, horizon in stages:
             settings = config if stage == "whole" else replace(config, sampling="class_aware")
@@ -204,7 +206,7 @@ def refit(
             drawn = _epochs(settings, phase, data.both, data)
             for number in range(run):
                 losses = []
-                _defer(config, sweep, data, number / horizon, device)
+                _defer(config, sweep, data, stage == "classifier" or number >= begins, device)
                 view = config.search_epochs + config.classifier_epochs + len(course)
                 for batch, features in _features(source, view, next(drawn), data, prepare):
                     losses.append(sweep.step(features, data.targets(batch, features)))
@@ -217,7 +219,7 @@ def refit(
 
 def _candidate(config: FitConfig, embed_dim: int, data: LearningSet, variant: Variant) -> Candidate:
     text_dim = 0 if data.text is None else data.text.shape[1]
-    return Candidate(config.describe_head(embed_dim, data.labels.shape[1], variant, text_dim), variant.learning_rate)
+    return Candidate(config.describe_searched_head(embed_dim, data.labels.shape[1], variant, text_dim), variant.learning_rate)
 
 
 def _sweep(
@@ -254,9 +256,15 @@ def training_loss(config: FitConfig, data: LearningSet, device: torch.device, de
     return with_consistency(loss, config.consistency, reduction=settings.reduced)
 
 
-def _defer(config: FitConfig, sweep: Sweep, data: LearningSet, done: float, device: torch.device) -> None:
+def _defer(config: FitConfig, sweep: Sweep, data: LearningSet, second: bool, device: torch.device) -> None:
     if config.deferred < 1:
-        sweep.loss = training_loss(config, data, device, deferred=done >= config.deferred)
+        sweep.loss = training_loss(config, data, device, deferred=second)
+
+
+def _deferred_from(config: FitConfig) -> int:
+    """Epochs of the search before the second stage of the loss."""
+    epochs = config.search_epochs
+    return next(number for number in range(epochs + 1) if number / epochs >= config.deferred)
 
 
 def _epochs(config: FitConfig, phase: str, images: np.ndarray, data: LearningSet) -> Iterator[list[Batch]]:

@@ -103,3 +103,4 @@ def test_without_a_refit_the_head_of_the_best_epoch_is_the_model() -> None:
     assert (choice.epoch, choice.refit_epochs) == (2, 0)
     assert "not seen validation" in choice.reasons[-1]
     assert decide(refit=False, stop_epoch=3).epoch == 3
+    assert decide(refit=False, stop_epoch=2, refit_init="warm").epoch == 3  # what a warm refit would have begun from
