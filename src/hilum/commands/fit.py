@@ -33,8 +33,9 @@ from hilum.evaluation.normal_damping import Damping
 from hilum.evaluation.study_rules import StudyRule
 from hilum.heads.batches import in_order
 from hilum.heads.candidates import last_blocks_scaling
+from hilum.heads.compact import Kept, Reduction, fit_reduction
 from hilum.heads.config import FitConfig
-from hilum.heads.features import Augmentation, Features, FeatureSource, freeze
+from hilum.heads.features import EVALUATION, Augmentation, Features, FeatureSource, freeze
 from hilum.heads.protocol import SearchRecord, choose
 from hilum.heads.registry import Head, HeadConfig, build_head
 from hilum.heads.standardise import Standardisation, measure
@@ -42,6 +43,8 @@ from hilum.heads.training import Prepare, Weights, refit, search
 from hilum.pretraining.exposure import join_leaks, uid_numbers
 
 SEARCH_FORMAT = "hilum-search-2"
+MEMORY_MAP = "decoder.embed_standart"
+"""The map of a decoder that reads the tokens."""
 
 
 def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: str = "auto") -> Path:
@@ -92,12 +95,10 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
         blocks=largest.blocks, patches=any(_on_meta(head).needs_patches for head in heads),
         augmentation=Augmentation(config.crop_scale, flip=config.flip), cached_views=config.augmented_views,
         cache_dtype=config.cache_dtype, precision=config.precision, workers=config.workers, seed=config.seed,
-        device=place,
+        device=place, kept_channels=config.kept_channels,
     )  # fmt: skip
     _announce(config, examples, source, opened)
-    evaluated = [batch.images for batch in in_order(train, config.batch_size)]
-    scaling = measure(features for _, features in source.evaluation(evaluated))
-    prepare = _prepare(config, scaling)
+    scaling, prepare, reduction = _prepare_features(config, source, train)
 
     # Search: every candidate on one pass over the features; scores on validation after every epoch.
     def score(probabilities: Float[np.ndarray, "M C"]) -> float:
@@ -115,6 +116,9 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     number = variants.index(chosen.variant)
     network = _describe(config, opened, examples, heads[number])
 
+    def whole(state: Weights) -> Weights:
+        return state if reduction is None else reduction.expand(state, MEMORY_MAP)
+
     def finished(state: Weights) -> Head:
         head = _load(network.head, state)
         if config.standardise:
@@ -122,7 +126,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
         return head
 
     # Beyond the frozen backbone, where the settings say so: from the search head on, as long as validation gains.
-    found = Tuned(model, searched.states[chosen.epoch, number])
+    found = Tuned(model, whole(searched.states[chosen.epoch, number]))
     tuning: TuneRecord | None = None
     if config.tune.method != "none":
         scaled = _prepare(config, last_blocks_scaling(scaling, network.head.blocks, embed_dim))
@@ -148,9 +152,9 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
             config, embed_dim, learning, source, prepare, chosen.variant, chosen.refit_epochs,
             chosen.classifier_epochs, initial, place,
         )  # fmt: skip
-        found = Tuned(model, state)
+        found = Tuned(model, whole(state))
         if tuning is not None and tuning.refit_epochs:
-            head = _load(network.head, state).to(place)
+            head = _load(network.head, found.head).to(place)
             epochs = tuning.refit_epochs
             found = tune_on_both(config, model, head, network.head.blocks, learning, source, scaled, epochs)
     head = finished(found.head)
@@ -249,6 +253,24 @@ def _announce(config: FitConfig, examples: Examples, source: FeatureSource, open
     met |= np.isin(uid_numbers(store.pictures[test]), opened.seen.pictures)
     if seen := int(met.sum()):
         warn(f"the backbone was pretrained on {seen} test images; a test score would not be one on unseen images")
+
+
+def _prepare_features(
+    config: FitConfig, source: FeatureSource, train: np.ndarray
+) -> tuple[Standardisation, Prepare, Reduction | None]:
+    """Statistics of the training features, what heads have done to them, and how tokens are reduced, if they are."""
+    batches = [batch.images for batch in in_order(train, config.batch_size)]
+    if config.kept_channels is None:
+        scaling = measure(features for _, features in source.evaluation(batches))
+        return scaling, _prepare(config, scaling), None
+    scaling = measure(features for _, features in source.computed(EVALUATION, batches))
+    prepare = _prepare(config, scaling)
+    reduction = fit_reduction(
+        (prepare(features) for _, features in source.computed(EVALUATION, batches)), config.kept_channels
+    )
+    say(f"Patch tokens: {config.kept_channels} directions kept, {reduction.explained:.1%} of their variance")
+    source.compaction = Kept(prepare, reduction.to(source.device))
+    return scaling, _unchanged, reduction
 
 
 def _load(config: HeadConfig, state: Weights) -> Head:

@@ -9,7 +9,7 @@ A head trained on reduced tokens begins with a linear map, into which the reduct
 that is saved reads the backbone's own tokens. What is lost is what the components left out and the rounding.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,12 @@ class Reduction(NamedTuple):
     explained: float
     """Share of the variance of the training tokens that is kept, 0 to 1."""
 
+    def to(self, device: torch.device) -> "Reduction":
+        """The same on a device."""
+        return self._replace(
+            mean=self.mean.to(device), directions=self.directions.to(device), steps=self.steps.to(device)
+        )
+
     def apply(self, tokens: Float[Tensor, "*B E"]) -> Float[Tensor, "*B K"]:
         """Reduce, without rounding."""
         return (tokens - self.mean) @ self.directions.T
@@ -76,6 +82,26 @@ class Reduction(NamedTuple):
         directions, mean = self.directions.double().cpu(), self.mean.double().cpu()
         whole = weight.double() @ directions  # d E
         return {**state, f"{name}.weight": whole.float(), f"{name}.bias": (bias.double() - whole @ mean).float()}
+
+
+class Kept(NamedTuple):
+    """What a `FeatureSource` keeps of features: standardised or not, patches reduced, in 8 bits."""
+
+    prepare: Callable[[Features], Features]
+    """What features go through before the reduction, which was fitted on what this gives."""
+    reduction: Reduction
+    """On the device of the features."""
+
+    def keep(self, features: Features) -> Features:
+        """Prepared features, patches as the 8-bit numbers of `KeptTokens`."""
+        prepared = self.prepare(features)
+        assert prepared.patches is not None, "only patch tokens are reduced"
+        return prepared._replace(patches=self.reduction.keep(prepared.patches).values)
+
+    def restore(self, features: Features) -> Features:
+        """The same with patches as numbers again."""
+        assert features.patches is not None, "only patch tokens are reduced"
+        return features._replace(patches=KeptTokens(features.patches, self.reduction.steps).tokens())
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -126,6 +126,16 @@ def to_batch(crops: list[np.ndarray]) -> UInt8[Tensor, "B 1 S S"]:
     return torch.from_numpy(np.stack(crops)[:, None])
 
 
+class Compaction(Protocol):
+    """How patch tokens are made small enough to be kept (`compact.Kept`)."""
+
+    def keep(self, features: Features) -> Features:
+        """The same features with reduced patches in 8 bits."""
+
+    def restore(self, features: Features) -> Features:
+        """What heads read of kept features: float32."""
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Training views of a head (RPIDIAL/CheXFound linear_glori.py): a large random crop and a flip."""
@@ -159,6 +169,7 @@ class FeatureSource:
         workers: threads that read images.
         seed: root seed of the augmentation.
         device: where features are computed and handed out.
+        kept_channels: how many numbers of 8 bits `compaction` will keep of a patch token; None: tokens as they are.
 
     Raises:
         ConfigError: a cache that would take most of the memory there is.
@@ -181,6 +192,7 @@ class FeatureSource:
         workers: int = 2,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        kept_channels: int | None = None,
     ) -> None:
         self.store, self.backbone, self.recipe = store, backbone, recipe
         self.resolution, self.blocks, self.patches = resolution, blocks, patches
@@ -191,6 +203,9 @@ class FeatureSource:
         self.rows[indices] = np.arange(len(indices))
         self.images = len(indices)
         self.cache: dict[int, _CachedView] = {}
+        self.kept_channels = kept_channels
+        self.compaction: Compaction | None = None
+        """Set once it has been fitted on `computed` features; what is handed out is then restored from what is kept."""
         self._check_memory()
 
     def training(self, epoch: int, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Features]]:
@@ -200,6 +215,11 @@ class FeatureSource:
     def evaluation(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Features]]:
         """Features of the centre crops, batch by batch: (store indices, features)."""
         return self._view(EVALUATION, batches)
+
+    def computed(self, view: int, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Features]]:
+        """Features of a view as the backbone gives them, neither kept nor reduced: (store indices, features)."""
+        for indices, images in self.squares(view, batches):
+            yield indices, extract(self.backbone, images, self.recipe, self.blocks, self.patches, self.precision)
 
     def pixels(self, index: int, view: int) -> UInt8[np.ndarray, "S S"]:
         """One image's crop for a view."""
@@ -216,9 +236,10 @@ class FeatureSource:
         """Size of the full cache, all views."""
         dim = self.backbone.config.embed_dim
         tokens = (self.resolution // self.backbone.config.patch_size) ** 2 if self.patches else 0
-        values = dim * (self.blocks * (tokens + 1) + 1)
+        size = self.cache_dtype.itemsize
+        of_token = dim * self.blocks * size if self.kept_channels is None else self.kept_channels
         views = self.cached_views + 1 if self.cached_views else 0
-        return self.images * views * values * self.cache_dtype.itemsize
+        return self.images * views * (tokens * of_token + dim * (self.blocks + 1) * size)
 
     def _check_memory(self) -> None:
         memory = usable_memory()
@@ -231,7 +252,8 @@ class FeatureSource:
 
     def _view(self, view: int, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Features]]:
         if not self.cached_views:
-            yield from self._compute(view, batches)
+            for indices, features in self._compute(view, batches):
+                yield indices, self._restored(features)
             return
         if view not in self.cache:
             self.cache[view] = _CachedView(self.images, self.cache_dtype)
@@ -249,7 +271,7 @@ class FeatureSource:
             if len(absent):
                 indices, features = next(computed)
                 cache.put(self.rows[indices], features)
-            yield batch, cache.get(self.rows[batch], self.device)
+            yield batch, self._restored(cache.get(self.rows[batch], self.device))
 
     def squares(
         self, view: int, batches: Iterable[np.ndarray]
@@ -259,8 +281,11 @@ class FeatureSource:
             yield indices, to_batch(crops).to(self.device)
 
     def _compute(self, view: int, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Features]]:
-        for indices, images in self.squares(view, batches):
-            yield indices, extract(self.backbone, images, self.recipe, self.blocks, self.patches, self.precision)
+        for indices, features in self.computed(view, batches):
+            yield indices, features if self.compaction is None else self.compaction.keep(features)
+
+    def _restored(self, features: Features) -> Features:
+        return features if self.compaction is None else self.compaction.restore(features)
 
 
 class _CachedView:
@@ -277,19 +302,26 @@ class _CachedView:
         if not self.columns:
             self.grid = features.grid
             self.columns = [
-                None if part is None else torch.empty((len(self.filled), *part.shape[1:]), dtype=self.dtype)
+                None if part is None else torch.empty((len(self.filled), *part.shape[1:]), dtype=self._dtype(part))
                 for part in parts
             ]
         for column, part in zip(self.columns, parts, strict=True):
             if column is not None and part is not None:
-                column[torch.from_numpy(rows)] = part.to("cpu", self.dtype)
+                column[torch.from_numpy(rows)] = part.to("cpu", column.dtype)
         self.filled[rows] = True
+
+    def _dtype(self, part: Tensor) -> torch.dtype:
+        return part.dtype if part.dtype == torch.int8 else self.dtype
 
     def get(self, rows: np.ndarray, device: torch.device) -> Features:
         cls, patch_mean, patches = (
-            None if column is None else column[torch.from_numpy(rows)].to(device, torch.float32)
-            for column in self.columns
+            None if column is None else self._from(column[torch.from_numpy(rows)], device) for column in self.columns
         )
         assert cls is not None
         assert patch_mean is not None
         return Features(cls, patch_mean, patches, self.grid)
+
+    @staticmethod
+    def _from(rows: Tensor, device: torch.device) -> Tensor:
+        """Numbers that were kept in 8 bits stay so on their way to the device."""
+        return rows.to(device) if rows.dtype == torch.int8 else rows.to(device, torch.float32)

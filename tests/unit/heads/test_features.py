@@ -8,6 +8,7 @@ from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
 from hilum.data.transforms import evaluation_crop, preprocessing
 from hilum.heads import features as module
+from hilum.heads.compact import Kept, fit_reduction
 from hilum.heads.features import Augmentation, FeatureSource, extract, freeze, read_ahead
 
 RECIPE = preprocessing("hilum-grey-1")
@@ -159,3 +160,30 @@ def test_an_unfrozen_backbone_is_our_own_mistake(backbone: VisionTransformer) ->
     with pytest.raises(AssertionError, match="evaluation mode"):
         extract(training, torch.zeros(1, 1, 16, 16, dtype=torch.uint8), RECIPE, 1, False)
     assert not any(parameter.requires_grad for parameter in freeze(training).parameters())
+
+
+def test_kept_tokens_are_small_and_the_same_from_the_cache_as_computed(
+    store: Store, backbone: VisionTransformer
+) -> None:
+    """Reduced to 5 directions in 8 bits: half a step apart at most, and the cache holds a byte a number."""
+    fresh = make(store, backbone)
+    batches = in_batches(list(range(8)), 3)
+    reduction = fit_reduction((features for _, features in fresh.computed(-1, batches)), 5)
+    sources = [make(store, backbone, cached_views=views, kept_channels=5) for views in (2, 0)]
+    for source in sources:
+        source.compaction = Kept(lambda features: features, reduction)
+    for epoch in (0, 1, 2):
+        whole = {
+            int(i): t for ids, f in fresh.training(epoch % 2, batches) for i, t in zip(ids, f.patches, strict=True)
+        }
+        for source, view in zip(sources, (epoch, epoch % 2), strict=True):
+            for ids, features in source.training(view, batches):
+                assert features.patches.dtype == torch.float32
+                for index, tokens in zip(ids, features.patches, strict=True):
+                    expected = reduction.apply(whole[int(index)])
+                    inside = expected.abs() <= 127 * reduction.steps
+                    assert ((tokens - expected).abs() <= reduction.steps * 0.501)[inside].all()
+    cache = sources[0].cache[0]
+    assert cache.columns[2].dtype == torch.int8
+    assert sources[0].cache_bytes == 8 * 3 * (4 * 5 + 8 * (2 + 1) * 4)
+    assert sum(column.nbytes for column in cache.columns) * 3 == sources[0].cache_bytes
