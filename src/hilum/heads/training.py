@@ -219,7 +219,8 @@ def refit(
 
 def _candidate(config: FitConfig, embed_dim: int, data: LearningSet, variant: Variant) -> Candidate:
     text_dim = 0 if data.text is None else data.text.shape[1]
-    return Candidate(config.describe_searched_head(embed_dim, data.labels.shape[1], variant, text_dim), variant.learning_rate)
+    head = config.describe_searched_head(embed_dim, data.labels.shape[1], variant, text_dim)
+    return Candidate(head, variant.learning_rate)
 
 
 def _sweep(
