@@ -10,8 +10,8 @@ from scipy.special import expit
 from typer.testing import CliRunner
 
 from hilum.cli import app
-from hilum.commands import combine
-from hilum.core.errors import ConfigError, PredictionError, StageError
+from hilum.commands import calibrate, combine, evaluate
+from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.evaluation.ensemble import combine_members
 from hilum.evaluation.normal_damping import Damping
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
@@ -44,9 +44,10 @@ def folder(tmp_path_factory) -> Path:
     labels = np.column_stack([(abnormal == 0).all(axis=1), abnormal]).astype(np.int8)
     with (path / "labels.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image_uid", "split", *FINDINGS])
+        writer.writerow(["image_uid", "dataset", "patient_id", "study_id", "split", *FINDINGS])
         for number, row in enumerate(labels.tolist()):
-            writer.writerow([f"{number:016x}", "val" if number < 160 else "test", *row])
+            split = "val" if number < 160 else "test"
+            writer.writerow([f"{number:016x}", "d", f"d/p{number // 2}", f"d/s{number // 2}", split, *row])
     for seed, (name, noise) in enumerate((("good", 1.0), ("fair", 1.3), ("bad", 9.0))):
         write_predictions(predictions(noise, labels, seed), path / f"{name}.parquet")
         write_predictions(predictions(noise, labels, seed).rows(np.arange(160)), path / f"{name}_val.parquet")
@@ -122,7 +123,7 @@ def test_labels_of_test_play_no_part_in_a_choice(folder: Path, tmp_path: Path) -
     """The labels of the test rows are turned round: nothing may change."""
     with (folder / "labels.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    turned = [row if row[1] != "test" else [*row[:2], *(str(1 - int(cell)) for cell in row[2:])] for row in rows]
+    turned = [row if row[4] != "test" else [*row[:5], *(str(1 - int(cell)) for cell in row[5:])] for row in rows]
     with (tmp_path / "turned.csv").open("w", newline="") as file:
         csv.writer(file).writerows(turned)
     files = [folder / f"{name}.parquet" for name in ("bad", "good", "fair")]
@@ -154,6 +155,32 @@ def test_nothing_is_chosen_on_test_or_in_sample_or_at_another_stage(folder: Path
     refused(aggregate_studies(fair), "at stage 'study'")
     refused(fair.rows(np.arange(100)), "do not cover the same items", PredictionError)
     refused(fair.select(FINDINGS[:2]), "'Mass'", PredictionError)
+    write_predictions(fair.replace(fair.probabilities, head_splits=None), paths[1])
+    with pytest.raises(StageError, match="does not say on which splits"):
+        combine.run(paths[1:], out, "learned", labels=labels, split="train")
+
+
+@pytest.mark.parametrize("unit", ["image", "study"])
+def test_what_was_chosen_on_some_patients_is_not_judged_on_them(folder: Path, tmp_path: Path, unit: str) -> None:
+    files = [folder / f"{name}_val.parquet" for name in ("good", "fair")]
+    out, labels = tmp_path / "out.parquet", folder / "labels.csv"
+    combine.run(files, out, unit=unit, choose=True, labels=labels)
+    with pytest.raises(StageError, match="The choice of members or weights was fitted on"):
+        evaluate.run(out, labels, tmp_path / "evaluation", bootstraps=0)
+    combine.run(files[:1], tmp_path / "plain.parquet", study="mean", unit=unit)
+    with pytest.raises(StageError, match="The choice of members or weights of the compared file"):
+        evaluate.run(tmp_path / "plain.parquet", labels, tmp_path / "evaluation", bootstraps=0, compare=out)
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_calibrated_ranks_are_probabilities(folder: Path, tmp_path: Path) -> None:
+    for end, out in (("_val", "val"), ("", "all")):
+        files = [folder / f"{name}{end}.parquet" for name in ("good", "fair")]
+        combine.run(files, tmp_path / f"{out}.parquet", ensemble="rank_mean")
+    calibrate.run(tmp_path / "val.parquet", folder / "labels.csv", out=tmp_path / "cal.json")
+    calibrate.run(tmp_path / "all.parquet", use=tmp_path / "cal.json", out=tmp_path / "calibrated.parquet")
+    assert "scale" in read_predictions(tmp_path / "all.parquet").metadata
+    assert "scale" not in read_predictions(tmp_path / "calibrated.parquet").metadata
 
 
 def test_options_that_mean_nothing_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -171,6 +198,15 @@ def test_options_that_mean_nothing_are_refused(folder: Path, tmp_path: Path) -> 
         with pytest.raises(ConfigError, match=message):
             combine.run(files, tmp_path / "out.parquet", **arguments)
         assert not (tmp_path / "out.parquet").exists()
+    for study in ("mean", "learned:PA=1,AP=1,lateral=1,other=1"):
+        with pytest.raises(ConfigError, match="--labels are for --choose"):
+            combine.run(files, tmp_path / "out.parquet", study, "mean", labels=folder / "labels.csv")
+    for arguments in ({"ensemble": "mean"}, {"choose": True, "labels": folder / "labels.csv"}):
+        with pytest.raises(UnknownNameError, match="unit"):
+            combine.run(files, tmp_path / "out.parquet", unit="images", **arguments)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match="models and prediction files"):
+        combine.run([tmp_path / "model", *files], tmp_path / "out.parquet", ensemble="mean")
     with pytest.raises(ConfigError, match="--weights are those of an ensemble"):
         combine.run(files[:1], tmp_path / "out.parquet", study="mean", weights="1")
 

@@ -267,6 +267,16 @@ def test_other_items_in_the_compared_file_are_refused(world, tmp_path):
         evaluate.run(world / "strong.parquet", world / "store", tmp_path / "m", compare=tmp_path / "p.parquet")
 
 
+def test_a_compared_model_that_has_met_the_images_is_refused_too(world, tmp_path):
+    table = read_predictions(world / "weak.parquet")
+    write_predictions(table.replace(table.probabilities, exposed_images=7), tmp_path / "p.parquet")
+    options = {"compare": tmp_path / "p.parquet", "bootstraps": 0}
+    with pytest.raises(LeakageError, match=r"p\.parquet: the model has met 7"):
+        evaluate.run(world / "strong.parquet", world / "store", tmp_path / "m", **options)
+    result = evaluate.run(world / "strong.parquet", world / "store", tmp_path / "m", accept_exposed=True, **options)
+    assert result["compare"]["exposed_images"] == 7
+
+
 def test_the_report_of_a_comparison_shows_both_sides(world, tmp_path):
     """The columns First and Second were empty once."""
     result = evaluate.run(

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from hilum.commands.combine_options import Rules, tell, tell_views
-from hilum.core.errors import ConfigError, StageError
+from hilum.core.errors import ConfigError, StageError, UnknownNameError
 from hilum.core.tracking import next_step, progress, say, warn
+from hilum.core.types import UNITS
 from hilum.evaluation.calibration import describe_items
 from hilum.evaluation.composition import Composition
 from hilum.evaluation.ensemble import combine_members
@@ -21,7 +22,7 @@ from hilum.evaluation.ensemble_search import choose_ensemble, steps_of
 from hilum.evaluation.joining import join
 from hilum.evaluation.learned_views import fit_views
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
-from hilum.evaluation.studies import aggregate_studies
+from hilum.evaluation.studies import aggregate_studies, study_uids
 from hilum.evaluation.truth import read_truth
 
 
@@ -52,11 +53,19 @@ def run(
         split: of the labels, on which is chosen; never the test split.
 
     Raises:
-        ConfigError: nothing to do, or several files without an ensemble.
+        ConfigError: nothing to do, several files without an ensemble, or labels that nothing is fitted on.
+        UnknownNameError: no such unit.
         StageError: calibrated input; a choice on the test split, or on images that a head was trained on.
         PredictionError: files that do not cover the same items or findings.
     """
     rules = Rules(study, ensemble, weights, normal_damping)
+    if unit not in UNITS:
+        raise UnknownNameError("unit", unit, UNITS)
+    if folders := [path for path in files if path.is_dir()]:
+        raise ConfigError(
+            f"{folders[0]} is a folder: models and prediction files do not mix. Give models alone, or predict with "
+            "each (hilum predict --raw) and give the files."
+        )
     if choose:
         _choose(files, out, rules, unit, labels, split)
         return
@@ -69,6 +78,8 @@ def run(
         raise ConfigError("--weights are those of an ensemble: say --ensemble mean as well.")
     if unit == "study" and study is None:
         raise ConfigError("One row per study needs a rule for its images: say --study mean.")
+    if labels is not None and not composition.study.needs_fit:
+        raise ConfigError("--labels are for --choose and for --study learned without weights; here nothing is fitted.")
     members = [read_predictions(path) for path in files]
     chosen_on = None
     if composition.study.needs_fit:
@@ -115,6 +126,11 @@ def _labelled(
     if split == "test":
         raise StageError("Nothing is chosen on the test split. Predict the validation split and choose there.")
     for path, member in zip(files, members, strict=True):
+        if split == "train" and not member.metadata.get("head_splits"):
+            raise StageError(
+                f"{path} does not say on which splits its head was trained, and split 'train' is what heads are "
+                "trained on. Predict the validation split and choose there."
+            )
         if member.stage != "raw" or member.unit != "image":
             raise StageError(
                 f"{path} is at stage {member.stage!r} per {member.unit}; members and rules are chosen on raw "
@@ -133,7 +149,10 @@ def _labelled(
     first = joined[0].select(members[0].findings)
     order = first.predictions.image_uid
     rows = [_in_order(one.predictions, order) for one in joined]
-    return rows, first.labels, describe_items(order.tolist())
+    chosen_on = describe_items(order.tolist())
+    p = first.predictions  # the result may have a row per study: its ids are remembered too
+    studies = study_uids(p.dataset, p.patient_id, p.study_id, p.image_uid)
+    return rows, first.labels, chosen_on | {"digests": describe_items([*order, *studies])["digests"]}
 
 
 def _in_order(p: Predictions, uids: np.ndarray) -> Predictions:

@@ -98,6 +98,9 @@ def run(
         )  # fmt: skip
         say(f"{ledger}: look number {opening} at {'all' if split is None else f'the {split} split'} of these labels")
     _refuse_exposed(table, str(predictions), accept_exposed)
+    other = read_predictions(compare) if compare is not None else None
+    if other is not None:
+        _refuse_exposed(other, str(compare), accept_exposed)
     wanted = None
     if task:  # classes by the names that findings have here; what is missing is named by match_findings
         answers = task_findings(task, table.findings)
@@ -124,8 +127,8 @@ def run(
     if board:
         remarks = {"comparable": board[0].note != NOT_COMPARABLE, "note": board[0].note}
         result["leaderboard"] = {"rows": [dataclasses.asdict(row) for row in board], **remarks}
-    if compare is not None:
-        result["compare"] = _compare(joined, thresholds, compare, bootstraps, seed, min_positives)
+    if compare is not None and other is not None:
+        result["compare"] = _compare(joined, thresholds, other, compare, bootstraps, seed, min_positives)
     result["inputs"] = {
         "predictions": _input(predictions),
         "labels": _input(labels_file),
@@ -254,15 +257,18 @@ def _board(task: str, joined: Joined, result: dict[str, Any], name: str) -> list
 
 
 def _compare(
-    joined: Joined, thresholds: dict[str, float] | None, path: Path, bootstraps: int, seed: int, min_positives: int
-) -> dict[str, Any]:
-    other = read_predictions(path)
+    joined: Joined, thresholds: dict[str, float] | None, other: Predictions, path: Path, bootstraps: int, seed: int,
+    min_positives: int,
+) -> dict[str, Any]:  # fmt: skip
     other = other.rows(np.flatnonzero(np.isin(other.image_uid, joined.predictions.image_uid)))
+    if chosen := other.metadata.get("chosen_on"):
+        check_out_of_sample(other, chosen, "The choice of members or weights of the compared file")
     cuts = f1_thresholds(other, None)
     macro, by_finding = paired_comparison(
         joined.predictions, other, joined.labels, thresholds, cuts, bootstraps, seed, min_positives
     )
-    about = {"file": path.name, "model": other.metadata.get("model"), "stage": other.stage}
+    about = {"file": path.name, "model": other.metadata.get("model"), "stage": other.stage,
+             "exposed_images": other.metadata.get("exposed_images")}  # fmt: skip
     return {**about, "differences": macro, "by_finding": by_finding}
 
 

@@ -212,6 +212,7 @@ class Calibrator:
             stage="calibrated",
             calibrated_from=predictions.stage,
             calibration=self.provenance(),
+            scale=None,  # ranks became probabilities
             thresholds={name: self.thresholds[name] for name in predictions.findings if name in self.thresholds},
         )
 

@@ -76,6 +76,7 @@ def combine_members(
         "thresholds": None,
         "calibration": None,
         "head_splits": sorted({split for m in members for split in m.metadata.get("head_splits", ())}) or None,
+        "chosen_on": next((chosen for m in members if (chosen := m.metadata.get("chosen_on"))), None),
         "exposed_images": _most_exposed(members),
         "accepted_leak": "; ".join(dict.fromkeys(leak for m in members if (leak := m.metadata.get("accepted_leak")))),
     }

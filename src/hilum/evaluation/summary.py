@@ -88,6 +88,8 @@ def evaluation_notes(result: dict[str, Any]) -> list[str]:
             f"{result['exposed_images']} of the predicted images were in the model's pretraining or training data; "
             "these numbers are not those of unseen images."
         )
+    if (result.get("compare") or {}).get("exposed_images"):
+        lines.append(f"The compared model has met {result['compare']['exposed_images']} of its predicted images.")
     if result["items_of_head_training"]:
         lines.append(f"{result['items_of_head_training']} evaluated items are in splits that the head was trained on.")
     if result["items_without_label"]:
