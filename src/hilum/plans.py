@@ -31,6 +31,7 @@ from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.tracking import say
 from hilum.data.store import Store
 from hilum.evaluation.study_rules import AGGREGATIONS
+from hilum.heads.config import FitConfig
 from hilum.heads.losses import LOSSES
 from hilum.pretraining.config import PretrainConfig
 from hilum.recipes import fit_recipe, pretrain_recipe
@@ -380,6 +381,7 @@ def resolve(plan: AblationPlan) -> ResolvedPlan:
             changes += [f"datasets=[{plan.target}]"] if not head.every_dataset and "datasets" not in named else []
         with naming(f"head {head.name!r}"):
             fitting[head.name] = fit_recipe(head.recipe, changes)
+            _check_head(fitting[head.name], changes)
     for backbone in plan.backbones:
         if backbone.checkpoint_of is not None and backbone.at is not None:
             _check_kept(backbone, pretraining)
@@ -428,6 +430,17 @@ def carry_out(
         say(yaml.safe_dump(to_dict(plan), sort_keys=False, allow_unicode=True).rstrip())
         return
     ablate.run(resolved, data, out, device, workers)
+
+
+def _check_head(config: FitConfig, changes: Sequence[str]) -> None:
+    """What a row or the plan decides is not decided by a head as well: it would do nothing, or half of it."""
+    if config.study != FitConfig.study or config.normal_damping != FitConfig.normal_damping:
+        raise ConfigError(
+            "study and normal_damping are not for heads of a plan: the images of a study become one value by the study "
+            "of a row, and rows are not damped. Leave them out; hilum combine --normal-damping works on the predictions."
+        )
+    if any(text.partition("=")[0] == "seed" for text in changes):
+        raise ConfigError("seed is not for heads of a plan: it is set to each of the plan's seeds. Set those.")
 
 
 def _check_kept(backbone: PlannedBackbone, pretraining: dict[str, PretrainConfig]) -> None:

@@ -160,6 +160,13 @@ def test_recipes_and_settings_are_looked_up_before_anything_runs() -> None:
         plans.find_plan("slides", "lapto")
 
 
+@pytest.mark.parametrize("setting", ["study=frontal_weighted", "normal_damping=power:0.5", "seed=3"])
+def test_what_rows_and_the_plan_decide_is_no_setting_of_a_head(setting: str) -> None:
+    heads = (PlannedHead("a", "low", "linear", (setting,)), PlannedHead("b", "high"))
+    with pytest.raises(ConfigError, match=r"head 'a': .* (is|are) not for heads of a plan"):
+        plans.resolve(small(heads=heads, rows=(PlannedRow("a", ("a",)),)))
+
+
 def test_a_checkpoint_that_would_not_be_kept_is_refused() -> None:
     half = PlannedBackbone("none", checkpoint_of="low", at=0.5)
     with pytest.raises(ConfigError, match="not among the checkpoints that are kept"):

@@ -20,7 +20,7 @@ from hilum.core.files import read_json, sha256_file
 from hilum.deploy.model_files import SEARCH_NAME, digest_of, read_validation
 from hilum.deploy.predictor import load
 from hilum.evaluation.ablation import measure, write_result
-from hilum.evaluation.calibration import Calibrator, check_out_of_sample
+from hilum.evaluation.calibration import Calibrator, check_out_of_sample, steps_of
 from hilum.evaluation.ensemble import combine_members
 from hilum.evaluation.learned_views import fit_views
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
@@ -61,8 +61,9 @@ def row_predictions(place: Workplace, row: PlannedRow, seed: int) -> tuple[Predi
     joined = [side[0] if len(side) == 1 else combine_members(side, row.ensemble) for side in (validation, test)]
     calibrator = Calibrator.fit(
         joined[0].probabilities, labels, joined[0].findings, place.groups, stage=joined[0].stage,
-        unit=joined[0].unit, uids=joined[0].image_uid,
+        unit=joined[0].unit, uids=joined[0].image_uid, steps=steps_of(joined[0]),
     )  # fmt: skip
+    calibrator.check_stage(joined[1])
     check_out_of_sample(joined[1], calibrator.fitted_on or {"digests": ""}, f"The thresholds of row {row.name!r}")
     if not row.calibrated:
         return joined[1], {name: cuts["f1"] for name, cuts in calibrator.raw_thresholds.items()}
