@@ -409,6 +409,12 @@ def test_findings_of_a_head_without_maps_have_none_beside_those_that_have(folder
     assert [one.sum() for one in result.attention["Rib Fracture"]] == [pytest.approx(1), pytest.approx(1)]
 
 
+def test_a_refit_may_stop_later_than_the_search(folder: Path, tmp_path: Path) -> None:
+    extend.run(folder / "linear", folder / "store", NEW, tmp_path / "out", [*FAST, "refit_epochs=4", "stop_epoch=4"])
+    training = settings(tmp_path / "out")["extensions"][0]["training"]
+    assert (training["refit_epochs"], training["fitted_on"]["epoch"]) == (4, 2)
+
+
 def test_a_task_stands_for_its_findings(tmp_path: Path, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(extend_zero_shot, "run", lambda *arguments: asked.append(arguments[2]) or arguments[3])

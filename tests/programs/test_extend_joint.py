@@ -123,3 +123,13 @@ def test_impossible_options_are_refused(folder: Path, tmp_path: Path) -> None:
     for options in ({"tolerance": -0.1}, {"distillation": 1.5}):
         with pytest.raises(ConfigError, match="expected 0"):
             joint(folder, tmp_path / "out", **options)
+
+
+def test_how_the_backbone_was_tuned_stays_known(folder: Path, tmp_path: Path) -> None:
+    """Later extensions ask whether a tuned backbone has met validation."""
+    tune = ["tune.method=full", "tune.epochs=1", "tune.learning_rate=0.001", "search_epochs=1"]
+    fit.run(override(CONFIG, tune), folder / "store", folder / "run", tmp_path / "tuned", device="cpu")
+    joint = extend_joint.run(tmp_path / "tuned", folder / "store", NEW, tmp_path / "joint", accept=True, device="cpu")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "tuned", joint))
+    assert before["training"]["tuning"]["method"] == "full"
+    assert after["training"]["tuning"] == before["training"]["tuning"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
@@ -127,6 +127,22 @@ def test_the_held_out_findings_never_train_the_search(folder: Path, tmp_path: Pa
     assert (data.labels[:, columns] == -1).all()
     others = [column for column in range(8) if column not in columns]
     assert (data.labels[:130, others] >= 0).all()
+
+
+def test_without_a_refit_validation_is_not_learned_from_and_studies_may_be_read_whole(
+    folder: Path, tmp_path: Path
+) -> None:
+    fit.run(override(CONFIG, ["refit=false"]), folder / "store", folder / "run", tmp_path / "model", device="cpu")
+    for name, changes in (("out", []), ("memory", ["views=memory"])):
+        extend_zero_shot.run(
+            tmp_path / "model", folder / "vectors.npz", UNSEEN, tmp_path / name, folder / "store", changes, "cpu"
+        )
+        exposure = files.read_exposure(tmp_path / name, settings(tmp_path / name))
+        assert (len(exposure.train), len(exposure.val)) == (90, 0)
+    head = settings(tmp_path / "memory")["extensions"][0]["head"]
+    assert head["views"] == "memory"
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "memory")]
+    assert set(weights[1]) - set(weights[0]) == {"extension.0.view_embed.weight"}
 
 
 @pytest.mark.slow

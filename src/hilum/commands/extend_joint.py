@@ -202,6 +202,7 @@ def run(
             "learning_rate": chosen.variant.learning_rate,
             "refit_epochs": chosen.refit_epochs,
             "backbone": base.content["training"].get("backbone"),
+            "tuning": base.content["training"].get("tuning"),
             "store": {name: store.fingerprint(rows) for name, rows in (("train", train), ("val", val))},
         },
     }  # fmt: skip

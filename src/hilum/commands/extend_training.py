@@ -171,6 +171,7 @@ def search(
     truth = data.labels[seen]
     courses: list[list[SearchEpoch]] = [[] for _ in rungs]
     kept: dict[tuple[int, int], tuple[float, Weights]] = {}
+    stop = None if config.stop_epoch is None else min(config.stop_epoch, config.search_epochs)
     with progress("search", config.search_epochs * steps, "steps") as bar:
         for epoch in range(config.search_epochs):
             losses: list[list[np.ndarray]] = [[] for _ in rungs]
@@ -190,9 +191,7 @@ def search(
                 courses[number].append(SearchEpoch(epoch + 1, scores, mean))
                 for place, score in enumerate(scores):
                     before = kept.get((number, place))
-                    if config.stop_epoch == epoch + 1 or (
-                        config.stop_epoch is None and (before is None or score > before[0])
-                    ):
+                    if stop == epoch + 1 or (stop is None and (before is None or score > before[0])):
                         kept[number, place] = (score, sweep.state(place))
             bar.note(f"validation mAP {max(max(course[-1].scores) for course in courses):.3f}")  # type: ignore[type-var]
     found = LadderSearch()

@@ -166,15 +166,21 @@ def _learn(
         values = [average_precision(probabilities[:, column], labels[val][:, column]) for column in tested]
         return float(np.mean([value for value in values if value is not None]))
 
-    def dropping(of: np.ndarray, phase: str) -> LearningSet:
-        generator = stream(config.seed, "class dropout", phase)
-        return DroppedClasses(train, val, of, text=text, drop=CLASS_DROPOUT, generator=generator)
+    whole = config.needs_studies
 
-    searched = search(config, embed_dim, dropping(masked, "search"), source, prepare, score, place)
+    def dropping(of: np.ndarray, phase: str, held: np.ndarray) -> LearningSet:
+        generator = stream(config.seed, "class dropout", phase)
+        return DroppedClasses(
+            train, held, of, studies=examples.studies if whole else None, views=examples.views if whole else None,
+            text=text, drop=CLASS_DROPOUT, generator=generator,
+        )  # fmt: skip
+
+    searched = search(config, embed_dim, dropping(masked, "search", val), source, prepare, score, place)
     variants = config.variants()
+    learned_from = val if config.refit else val[:0]  # beside train, in the last fit
     chosen = choose(
-        searched.epochs, variants, train_images=len(train), val_images=len(val), refit_epochs=config.refit_epochs,
-        stop_epoch=config.stop_epoch, refit_init="cold",
+        searched.epochs, variants, train_images=len(train), val_images=len(learned_from),
+        refit_epochs=config.refit_epochs, stop_epoch=config.stop_epoch, refit_init="cold",
     )  # fmt: skip
     held_out = _held_out(examples, tested, chosen.score)
     say(
@@ -182,19 +188,11 @@ def _learn(
         f"{held_out['prevalence']:.3f} ({chosen.variant})"
     )
 
-    # All findings with labels, train + val; then the vectors of the new ones.
+    # All findings with labels, train + val (refit=false: train alone); then the vectors of the new ones.
     state, losses = refit(
-        config,
-        embed_dim,
-        dropping(labels, "refit"),
-        source,
-        prepare,
-        chosen.variant,
-        chosen.refit_epochs,
-        0,
-        None,
-        place,
-    )
+        config, embed_dim, dropping(labels, "refit", learned_from), source, prepare, chosen.variant,
+        chosen.refit_epochs, 0, None, place,
+    )  # fmt: skip
     learned = on_meta(described)
     learned.load_state_dict(state, assign=True)
     if config.standardise:
@@ -211,7 +209,7 @@ def _learn(
         "epochs": [to_dict(epoch) for epoch in searched.epochs], "chosen": to_dict(chosen),
         "refit_losses": list(losses),
     }  # fmt: skip
-    return new_config, head, training, record, exposure_of(examples, True), store.accepted_leak
+    return new_config, head, training, record, exposure_of(examples, config.refit), store.accepted_leak
 
 
 def _held_out(examples: Examples, tested: Sequence[int], score: float) -> dict[str, Any]:
