@@ -120,7 +120,7 @@ def test_a_scaled_file_is_never_taken_for_probabilities(kit, tmp_path):
 @small
 def test_the_zip_is_whole_and_always_the_same(kit, tmp_path):
     task, folder, _, _ = kit
-    code = tmp_path / "mine"
+    code = tmp_path / ".venv" / "mine"  # what is left out is left out of the code, not of what is above it
     (code / "sub" / "__pycache__").mkdir(parents=True)
     (code / "sub" / "model.py").write_text("x = 1\n")
     (code / "sub" / "__pycache__" / "model.pyc").write_text("")

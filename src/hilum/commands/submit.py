@@ -162,7 +162,9 @@ def _write(out: Path, text: str, code: Path | None, task: str) -> None:
         note = f"Predictions for {task} by Hilum {hilum.__version__} (hilum submit).\n"
         members[f"{CODE}README.txt"] = note.encode()
     else:
-        files = sorted(path for path in code.rglob("*") if path.is_file() and not LEFT_OUT & set(path.parts))
+        files = sorted(
+            path for path in code.rglob("*") if path.is_file() and not LEFT_OUT & set(path.relative_to(code).parts)
+        )
         members |= {CODE + path.relative_to(code).as_posix(): path.read_bytes() for path in files}
     with atomic_file(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
