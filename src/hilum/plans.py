@@ -437,7 +437,7 @@ def _check_head(config: FitConfig, changes: Sequence[str]) -> None:
     if config.study != FitConfig.study or config.normal_damping != FitConfig.normal_damping:
         raise ConfigError(
             "study and normal_damping are not for heads of a plan: the images of a study become one value by the study "
-            "of a row, and rows are not damped. Leave them out; hilum combine --normal-damping works on the predictions."
+            "of a row, and rows are not damped. Leave them out; hilum combine --normal-damping works on predictions."
         )
     if any(text.partition("=")[0] == "seed" for text in changes):
         raise ConfigError("seed is not for heads of a plan: it is set to each of the plan's seeds. Set those.")

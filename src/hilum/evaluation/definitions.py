@@ -68,6 +68,13 @@ def f1_at(probabilities: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"],
     return float(2 * (called & y).sum() / total) if total else 0.0
 
 
+def f1_of_present(
+    probabilities: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"], threshold: float
+) -> float | None:
+    """`f1_at`, and None without positives: nothing can be found there, and an empty class is undefined, never 0."""
+    return f1_at(probabilities, labels, threshold) if (labels == 1).any() else None
+
+
 def bin_of(probabilities: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     """Equal-width bin of [0, 1], closed below: bin b holds b/15 <= p < (b+1)/15, the last one p = 1 too."""
     return np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
@@ -214,8 +221,8 @@ METRICS: dict[str, Measure] = {
     "AP": lambda p, y, _: average_precision(p, y),
     "AP_normalised": lambda p, y, _: normalised_average_precision(p, y),
     "AUC": lambda p, y, _: roc_auc(p, y),
-    "F1@0.5": lambda p, y, _: f1_at(p, y, 0.5),
-    "F1@tuned": lambda p, y, threshold: None if threshold is None else f1_at(p, y, threshold),
+    "F1@0.5": lambda p, y, _: f1_of_present(p, y, 0.5),
+    "F1@tuned": lambda p, y, threshold: None if threshold is None else f1_of_present(p, y, threshold),
     "ECE": lambda p, y, _: expected_calibration_error(p, y),
     "ECE_challenge_inferred": lambda p, y, _: challenge_ece(p, y),
     "Brier": lambda p, y, _: brier(p, y),

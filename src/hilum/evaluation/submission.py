@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from hilum.core.errors import PredictionError, UnknownNameError
 from hilum.data.labels import ID_COLUMNS, TASKS, task_findings
-from hilum.evaluation.definitions import average_precision, challenge_ece, f1_at, roc_auc
+from hilum.evaluation.definitions import average_precision, challenge_ece, f1_of_present, roc_auc
 from hilum.evaluation.predictions import Predictions, bare_ids
 from hilum.evaluation.truth import Truth
 
@@ -261,7 +261,7 @@ def _all_faults(path: Path, task: str, faults: Sequence[str]) -> str:
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float | None]] = {
     "mAP": average_precision,
     "mAUC": roc_auc,
-    "mF1@0.5": lambda p, y: f1_at(p, y, 0.5),
+    "mF1@0.5": lambda p, y: f1_of_present(p, y, 0.5),
     "mECE_challenge_inferred": challenge_ece,
 }
 """What the challenges score, as metrics.json names it. mAP ranks."""

@@ -44,6 +44,16 @@ def test_a_finding_without_positives_is_null_and_counted(made_up):
     assert result["excluded"]["no_positives"] == ["B"]
     assert result["macro"]["mAP"] == without["macro"]["mAP"]
     assert result["macro"]["counted"]["mAP"] == 3
+    cuts = dict.fromkeys(table.findings, 0.3)
+    result, without = (
+        evaluate(table, labels, None, cuts, 20),
+        evaluate(table.select(["A", "C", "D"]), labels[:, [0, 2, 3]], None, cuts, 20),
+    )
+    for metric in ("mF1@0.5", "mF1@tuned"):  # an empty class is no 0 in the mean, whose interval leaves it out
+        assert result["macro"][metric] == without["macro"][metric]
+        assert result["macro"]["ci95"][metric] == without["macro"]["ci95"][metric]
+        low, high = result["macro"]["ci95"][metric]
+        assert low <= result["macro"][metric] <= high
 
 
 def test_findings_untrained_or_unlabelled_are_left_out_with_their_names(made_up):
