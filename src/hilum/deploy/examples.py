@@ -14,6 +14,7 @@ from hilum.data.store import Store
 from hilum.deploy.predictor import Box, Model
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.report import ExampleFinding, ReportExample
+from hilum.evaluation.studies import study_uids
 
 Masks = Callable[[str, str], Bool[np.ndarray, "H W"] | None]
 """(image_id, finding) -> the lesion in the source image, or None."""
@@ -27,8 +28,8 @@ def choose_studies(predictions: Predictions, labels: Int[np.ndarray, "N C"], cou
     Findings take turns from the rarest to the most common; the study is the one that the model ranks highest, except
     for every third finding, where it is the one ranked in the middle of its positives, so that misses are seen too.
     """
-    keys = np.array(["\x1f".join(key) for key in zip(predictions.dataset, predictions.patient_id, predictions.study_id,
-                                                     strict=True)])  # fmt: skip
+    p = predictions
+    keys = study_uids(p.dataset, p.patient_id, p.study_id, p.image_uid)
     views = {key: int(size) for key, size in zip(*np.unique(keys, return_counts=True), strict=True)}
     positives = (labels == POSITIVE).sum(axis=0)
     turns = [
@@ -76,7 +77,8 @@ def explain_study(
     """
     views = [store.read(int(index)) for index in indices]
     result = model.predict(views, view_names=[str(store.views[index]) for index in indices])
-    truth = dict(zip(store.findings, store.labels[indices[0]].tolist(), strict=True))
+    codes = store.labels[list(indices)].max(axis=0)  # of the study: positive where any image is
+    truth = dict(zip(store.findings, codes.tolist(), strict=True))
     present = [name for name in result.findings if truth.get(name) == POSITIVE]
     absent = sorted(
         (name for name in result.findings if name not in present and result.probabilities[name] is not None),

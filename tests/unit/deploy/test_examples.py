@@ -1,5 +1,6 @@
 """Example studies of the report: which are chosen, what is shown, and what is said where nothing is outlined."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,22 @@ def test_each_chosen_study_has_another_finding_and_all_its_images(fitted: Path, 
     assert len(set.union(*studies)) == len(chosen)
     for one, study in zip(chosen, studies, strict=True):
         assert one.tolist() == np.flatnonzero(predictions.study_id == study.pop()).tolist()
+
+
+def test_images_without_a_study_are_studies_of_their_own(fitted: Path, store: Store) -> None:
+    rows = store.indices("test")
+    predictions = load(fitted / "decoder", "cpu").predict_store(store, rows)
+    nobody = np.full(len(predictions), "")
+    loose = dataclasses.replace(predictions, study_id=nobody, patient_id=nobody)
+    assert [len(one) for one in choose_studies(loose, store.labels[rows], 3)] == [1, 1, 1]
+
+
+def test_a_study_has_what_any_of_its_images_has(fitted: Path, store: Store) -> None:
+    index = next(n for n in range(56, 60, 2) if (store.labels[n] != store.labels[n + 1]).any())
+    shown = explain_study(load(fitted / "decoder", "cpu"), store, [index, index + 1], "Study").findings
+    both = store.labels[[index, index + 1]].max(axis=0)
+    present = {name for name, code in zip(store.findings, both.tolist(), strict=True) if code == 1}
+    assert {one.name for one in shown if one.truth == 1} == present
 
 
 def test_masks_are_cut_to_what_the_model_saw(fitted: Path, store: Store) -> None:
