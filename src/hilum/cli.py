@@ -434,7 +434,7 @@ def combine(
         from hilum.commands import combine_models
 
         where = out or Path("ensemble")
-        combine_models.run(files, where, study, ensemble, unit, weights, normal_damping, choose, labels)
+        combine_models.run(files, where, study, ensemble, unit, weights, normal_damping, choose, labels, split)
         return
     from hilum.commands import combine as program
 

@@ -79,6 +79,7 @@ class Model:
         groups: head, medium or tail per finding.
         leak: leaks by design that its pretraining or training accepted, in words.
         composition: how images become studies and networks one model; the calibrators were fitted with the same.
+        chosen: units for whose predictions members, weights or rules were chosen where the calibrators were fitted.
 
     Raises:
         PreprocessingMismatchError: the networks were trained with different recipes.
@@ -93,8 +94,9 @@ class Model:
         groups: Mapping[str, str],
         leak: str = "",
         composition: Composition = PLAIN,
+        chosen: Sequence[str] = (),
     ) -> None:
-        self.leak, self.composition = leak, composition
+        self.leak, self.composition, self.chosen = leak, composition, tuple(chosen)
         recipes = sorted({network.config.preprocess_id for network in networks})
         if len(recipes) > 1:
             raise PreprocessingMismatchError(
@@ -260,7 +262,8 @@ class Model:
             for network, values in zip(self.networks, outputs, strict=True)
         ]
         combined = self._finish(members, raw, unit)
-        return combined.replace(combined.probabilities, model=self.digest)
+        chosen_on = self.calibrators[unit].fitted_on if unit in self.chosen else None
+        return combined.replace(combined.probabilities, model=self.digest, chosen_on=chosen_on)
 
     @property
     def preprocess_id(self) -> str:
@@ -308,7 +311,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
         exposures = [files.Exposure(*merged)]
     return Model(
         networks, files.read_calibrators(path, content), files.digest_of(path), exposures[0], groups,
-        join_leaks(*leaks), read_composition(path, content),
+        join_leaks(*leaks), read_composition(path, content), _chosen_units(content),
     )  # fmt: skip
 
 
@@ -331,6 +334,10 @@ def member_folders(path: Path, content: Mapping[str, Any]) -> list[Path]:
     if not folders:
         raise CheckpointError(f"{path / files.CONFIG_NAME} names no members.")
     return folders
+
+
+def _chosen_units(content: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("image", "study") if "choice" in content else ("study",) if "learned_views" in content else ()
 
 
 def _weights_digest(folder: Path, content: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Models and ensembles that obey a study rule, weights, ranks and damping: made, read, applied, refused."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
 from hilum.commands import combine_models as program
-from hilum.commands import fit, predict
+from hilum.commands import evaluate, fit, predict
 from hilum.core.errors import CheckpointError, ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
@@ -330,6 +331,7 @@ def test_options_that_mean_nothing_are_refused(trio: Path, tmp_path: Path) -> No
     for arguments, message in (
         ({"unit": "study"}, "leave out --unit"),
         ({"labels": trio / "store"}, "leave out --labels"),
+        ({"choose": True, "split": "test"}, "leave out --labels and --split"),
         ({"weights": "1,x,2"}, "expected numbers with commas"),
         ({"weights": "1,2"}, "ensemble of 3 needs"),
         ({"study": "choose"}, "needs --choose"),
@@ -358,6 +360,25 @@ def test_predict_keeps_calibrators_to_their_study_rule(trio: Path, tmp_path: Pat
     assert (mean.stage, mean.metadata["study_aggregation"]) == ("study", "mean")
     images = Model.predict_store(load(trio / "a", "cpu"), Store.open(trio / "store"), range(72, 84), raw=True)
     np.testing.assert_allclose(mean.probabilities, aggregate_studies(images, "mean", "study").probabilities, atol=1e-12)
+
+
+def test_raw_predictions_say_on_what_their_members_were_chosen(trio: Path, tmp_path: Path) -> None:
+    program.run(members(trio), tmp_path / "chosen", choose=True)
+    program.run([trio / "a"], tmp_path / "learned", study="learned")
+    for name, study, refused in (("chosen", None, True), ("chosen", "own", True), ("learned", None, False),
+                                 ("learned", "own", True)):  # fmt: skip
+        table = tmp_path / f"{name}.parquet"
+        predict.run(tmp_path / name, [f"{trio / 'store'}:val"], table, raw=True, study=study, device="cpu")
+        judge = functools.partial(
+            evaluate.run, table, trio / "store", tmp_path / "out", bootstraps=0, accept_exposed=True
+        )
+        if refused:
+            with pytest.raises(StageError, match="The choice of members or weights was fitted on"):
+                judge()
+        else:
+            judge()
+        predict.run(tmp_path / name, [f"{trio / 'store'}:test"], table, raw=True, study=study, device="cpu")
+        judge()
 
 
 class StandIn(Network):
