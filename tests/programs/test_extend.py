@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
-from hilum.commands import extend, extend_zero_shot, fit
+from hilum.commands import extend, extend_joint, extend_zero_shot, fit
 from hilum.commands.extend_inputs import Shots, open_base, open_new_examples, settings_of
 from hilum.commands.extend_training import make_ladder
 from hilum.core.config import override
@@ -407,6 +407,17 @@ def test_findings_of_a_head_without_maps_have_none_beside_those_that_have(folder
     result = load(tmp_path / "out", "cpu").predict([store.read(84), store.read(85)])
     assert result.attention["Edema"] is None
     assert [one.sum() for one in result.attention["Rib Fracture"]] == [pytest.approx(1), pytest.approx(1)]
+
+
+def test_a_model_that_learned_on_kept_channels_is_extended_and_joined(folder: Path, tmp_path: Path) -> None:
+    """Its head reads whole tokens; a new one learns on whole tokens too."""
+    config = override(DECODER, ["kept_channels=5", "refit=false", *FAST])
+    fit.run(config, folder / "store", folder / "run", tmp_path / "model", device="cpu")
+    extend.run(tmp_path / "model", folder / "store", NEW, tmp_path / "out", FAST, device="cpu")
+    assert settings(tmp_path / "out")["extensions"][0]["training"]["settings"]["kept_channels"] is None
+    extend_joint.run(tmp_path / "model", folder / "store", NEW, tmp_path / "joint", FAST, accept=True, device="cpu")
+    with pytest.raises(ConfigError, match="kept_channels: `hilum extend` does not obey it"):
+        extend.run(tmp_path / "model", folder / "store", NEW, tmp_path / "no", ["kept_channels=3"], device="cpu")
 
 
 def test_a_refit_may_stop_later_than_the_search(folder: Path, tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from hilum.backbones.weights import save_backbone
 from hilum.commands import fit
 from hilum.commands.fit_inputs import open_examples
 from hilum.core.config import override
-from hilum.core.errors import ConfigError, LeakageError, UnknownNameError
+from hilum.core.errors import ConfigError, LeakageError, PredictionError, UnknownNameError
 from hilum.core.seeding import forked
 from hilum.data.store import Store
 from hilum.deploy import model_files as files
 from hilum.deploy.predictor import load
 from hilum.heads import training
 from hilum.heads.config import FitConfig
+from hilum.heads.features import FeatureSource
 from hilum.heads.sweep import Sweep
 
 DATASETS = ["here" if n % 4 < 2 else "there" for n in range(len(SPLITS))]
@@ -168,6 +169,46 @@ def test_pseudo_labels_fill_what_is_unknown_and_only_from_a_teacher_that_has_not
         assert np.allclose(values[:, :3][fills], teacher.probabilities[images[row], column], atol=1e-6)
         assert (weights[:, :3][(labels == -2) | ((labels == -1) & ~train[:, None])] == 0).all()
         assert (weights[:, 3] == 0).all()  # never trained: nothing to learn from
+
+
+def test_a_teacher_of_test_images_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Another split of the same images: what it teaches of train would carry labels of test."""
+    turned = {"train": "test", "val": "val", "test": "train"}
+    make_store(tmp_path / "turned", [turned[split] for split in SPLITS], datasets=DATASETS)
+    fit.run(override(SMALL, ["refit=false"]), tmp_path / "turned", folder / "run", tmp_path / "teacher")
+    with pytest.raises(LeakageError, match="trained on 8 of 8 test images"):
+        run(folder, tmp_path / "student", SMALL, f"pseudo_labels={tmp_path / 'teacher'}")
+
+
+def test_queries_from_text_and_vectors_come_together(folder: Path, tmp_path: Path) -> None:
+    """Without vectors the decoder would have random queries; other queries would silently become text."""
+    np.savez(tmp_path / "vectors.npz", **{name: np.ones(6) for name in FINDINGS})
+    for changes in (["queries=text"], [f"text_vectors={tmp_path / 'vectors.npz'}"]):
+        with pytest.raises(ConfigError, match="queries=text needs text_vectors=FILE"):
+            run(folder, tmp_path / "model", DECODER, *changes)
+
+
+def test_what_cannot_be_damped_is_said_before_anything_is_learned(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(fit, "search", None)
+    with pytest.raises(PredictionError, match="needs a finding called 'Normal'"):
+        run(folder, tmp_path / "model", SMALL, "normal_damping=power:0.5")
+
+
+def test_training_images_are_not_looked_at_once_more_where_nothing_is_standardised(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """A pass over the backbone costs as much as an epoch."""
+    seen: list[np.ndarray] = []
+    original = FeatureSource.evaluation
+
+    def watched(self, batches):
+        listed = list(batches)
+        seen.extend(listed)
+        return original(self, listed)
+
+    monkeypatch.setattr(FeatureSource, "evaluation", watched)
+    run(folder, tmp_path / "model", SMALL)
+    assert set(np.concatenate(seen).tolist()) == set(range(40, 56))
 
 
 def test_a_source_counts_as_much_as_its_weight_and_may_have_a_bias_of_its_own(folder: Path, tmp_path: Path) -> None:
@@ -488,7 +529,8 @@ def test_kept_channels_are_learned_on_and_the_saved_head_reads_whole_tokens(
 
 
 @pytest.mark.parametrize(
-    "change", ["cat_cls=true", "cls_memory=true", "pyramid=true", "also_blocks=[1]", "head=linear"]
+    "change",
+    ["cat_cls=true", "cls_memory=true", "pyramid=true", "also_blocks=[1]", "head=linear", "views=attention"],
 )
 def test_kept_channels_are_refused_where_a_head_reads_more_than_tokens(change: str) -> None:
     with pytest.raises(ConfigError, match="kept_channels: goes with a decoder that reads patch tokens alone"):

@@ -112,6 +112,7 @@ LEFT_OUT = (
     "findings", "datasets", "target", "pseudo_labels", "source_weights", "source_bias", "also_blocks",
     "also_patch_mean", "prune_after", "classifier_epochs", "consistency", "deferred", "stop_epoch", "refit_init",
     "train_images", "val_images", "hierarchy", "text_vectors", "query_groups", "shared_output", "tune",
+    "kept_channels",
 )  # fmt: skip
 """Settings of a fit that an extension does not take over from the model; of these only `stop_epoch` may be given."""
 
@@ -140,6 +141,7 @@ def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) 
         queries=recorded.queries if own_queries else "learnable",
         resolution=base.network.resolution,
         blocks=base.network.head.blocks,
+        patch_mean=base.network.head.patch_mean,
         learning_rates=recorded.learning_rates if len(recorded.learning_rates) > 1 else plain.learning_rates,
     )
     config = override(kept, overrides)

@@ -39,11 +39,12 @@ from hilum.deploy.network import Network, choose_device, raw_probabilities
 from hilum.deploy.out_of_sample import fit_calibrators
 from hilum.evaluation.calibration import fingerprint
 from hilum.evaluation.definitions import average_precision
+from hilum.heads.batches import in_order
 from hilum.heads.config import FitConfig
 from hilum.heads.features import Features, freeze
 from hilum.heads.protocol import SearchRecord, choose
 from hilum.heads.registry import Head
-from hilum.heads.standardise import measure
+from hilum.heads.standardise import Standardisation, measure
 from hilum.heads.training import Weights, refit, search
 from hilum.pretraining.exposure import join_leaks, uid_numbers
 
@@ -118,9 +119,11 @@ def run(
     embed_dim = backbone.config.embed_dim
     described = config.describe_head(embed_dim, len(examples.findings))
     source = feature_source(config, base, examples, [described], place)
-    batches = [train[start : start + config.batch_size] for start in range(0, len(train), config.batch_size)]
-    scaling = measure(features for _, features in source.evaluation(batches))
-    prepare = scaling.apply if config.standardise else _unchanged
+    scaling: Standardisation | None = None
+    if config.standardise:
+        batches = [batch.images for batch in in_order(train, config.batch_size)]
+        scaling = measure(features for _, features in source.evaluation(batches))
+    prepare = _unchanged if scaling is None else scaling.apply
 
     def score(probabilities: np.ndarray) -> float:
         columns = np.flatnonzero(examples.scored)
@@ -130,7 +133,7 @@ def run(
     def finished(state: Weights) -> Head:
         head = on_meta(described)
         head.load_state_dict(state, assign=True)
-        if config.standardise:
+        if scaling is not None:
             head.absorb(scaling)
         return head
 

@@ -30,6 +30,7 @@ from hilum.data.store import Store
 from hilum.deploy import model_files as files
 from hilum.deploy.network import choose_device
 from hilum.evaluation.definitions import average_precision
+from hilum.heads.batches import in_order
 from hilum.heads.config import FitConfig
 from hilum.heads.features import Features, freeze
 from hilum.heads.open_vocabulary import (
@@ -42,7 +43,7 @@ from hilum.heads.open_vocabulary import (
 )
 from hilum.heads.protocol import choose
 from hilum.heads.registry import Head, HeadConfig
-from hilum.heads.standardise import measure
+from hilum.heads.standardise import Standardisation, measure
 from hilum.heads.text_queries import read_vectors
 from hilum.heads.training import LearningSet, refit, search
 
@@ -153,9 +154,11 @@ def _learn(
     embed_dim, text = backbone.config.embed_dim, torch.from_numpy(known)
     described = config.describe_head(embed_dim, len(seen), text_dim=known.shape[1])
     source = feature_source(config, base, examples, [described], place)
-    batches = [train[start : start + config.batch_size] for start in range(0, len(train), config.batch_size)]
-    scaling = measure(features for _, features in source.evaluation(batches))
-    prepare = scaling.apply if config.standardise else _unchanged
+    scaling: Standardisation | None = None
+    if config.standardise:
+        batches = [batch.images for batch in in_order(train, config.batch_size)]
+        scaling = measure(features for _, features in source.evaluation(batches))
+    prepare = _unchanged if scaling is None else scaling.apply
 
     # Some findings are held out of training: what is reached on them chooses, and is reported.
     tested = held_out_findings(np.flatnonzero(examples.scored).tolist(), HELD_OUT_SHARE, config.seed)
@@ -195,7 +198,7 @@ def _learn(
     )  # fmt: skip
     learned = on_meta(described)
     learned.load_state_dict(state, assign=True)
-    if config.standardise:
+    if scaling is not None:
         learned.absorb(scaling)
     new_config, head = give_vectors(learned, described, new)
     training = {

@@ -29,7 +29,7 @@ from hilum.deploy.out_of_sample import fit_calibrators, fit_composition
 from hilum.evaluation.calibration import fingerprint
 from hilum.evaluation.composition import Composition
 from hilum.evaluation.definitions import average_precision
-from hilum.evaluation.normal_damping import Damping
+from hilum.evaluation.normal_damping import Damping, normal_name
 from hilum.evaluation.study_rules import StudyRule
 from hilum.heads.batches import in_order
 from hilum.heads.candidates import last_blocks_scaling
@@ -83,6 +83,8 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     store, train, val, labels = examples.store, examples.train, examples.val, examples.labels
     opened = open_backbone(backbone, config.resolution, store, config.seed)
     model = freeze(opened.model).to(place)
+    if composition.damping is not None:
+        normal_name(tuple(finding.name for finding in examples.findings if finding.trained))  # there must be one
     learning = open_learning_set(config, examples, place)
     variants = config.variants()
     largest = max(variants, key=lambda one: one.blocks)
@@ -121,7 +123,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
 
     def finished(state: Weights) -> Head:
         head = _load(network.head, state)
-        if config.standardise:
+        if scaling is not None:
             head.absorb(last_blocks_scaling(scaling, network.head.blocks, embed_dim))
         return head
 
@@ -129,7 +131,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     found = Tuned(model, whole(searched.states[chosen.epoch, number]))
     tuning: TuneRecord | None = None
     if config.tune.method != "none":
-        scaled = _prepare(config, last_blocks_scaling(scaling, network.head.blocks, embed_dim))
+        scaled = _prepare(scaling and last_blocks_scaling(scaling, network.head.blocks, embed_dim))
         head = _load(network.head, found.head).to(place)
         found, tuning = tune_on_train(config, model, head, network.head.blocks, learning, source, scaled, score)
 
@@ -257,14 +259,16 @@ def _announce(config: FitConfig, examples: Examples, source: FeatureSource, open
 
 def _prepare_features(
     config: FitConfig, source: FeatureSource, train: np.ndarray
-) -> tuple[Standardisation, Prepare, Reduction | None]:
-    """Statistics of the training features, what heads have done to them, and how tokens are reduced, if they are."""
+) -> tuple[Standardisation | None, Prepare, Reduction | None]:
+    """Statistics of the training features and how tokens are reduced, None where not asked for; what heads do first."""
     batches = [batch.images for batch in in_order(train, config.batch_size)]
+    scaling: Standardisation | None = None
+    if config.standardise:
+        read = source.evaluation(batches) if config.kept_channels is None else source.computed(EVALUATION, batches)
+        scaling = measure(features for _, features in read)
+    prepare = _prepare(scaling)
     if config.kept_channels is None:
-        scaling = measure(features for _, features in source.evaluation(batches))
-        return scaling, _prepare(config, scaling), None
-    scaling = measure(features for _, features in source.computed(EVALUATION, batches))
-    prepare = _prepare(config, scaling)
+        return scaling, prepare, None
     reduction = fit_reduction(
         (prepare(features) for _, features in source.computed(EVALUATION, batches)), config.kept_channels
     )
@@ -280,8 +284,8 @@ def _load(config: HeadConfig, state: Weights) -> Head:
     return head
 
 
-def _prepare(config: FitConfig, scaling: Standardisation) -> Prepare:
-    return scaling.apply if config.standardise else _unchanged
+def _prepare(scaling: Standardisation | None) -> Prepare:
+    return _unchanged if scaling is None else scaling.apply
 
 
 def _unchanged(features: Features) -> Features:

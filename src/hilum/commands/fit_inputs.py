@@ -228,9 +228,15 @@ def open_learning_set(config: FitConfig, examples: Examples, device: torch.devic
     """The examples as heads learn from them: studies, sources, pseudo-labels and text vectors where settings ask.
 
     Raises:
-        ConfigError, UnknownNameError: weights of datasets that are not there, or findings without a text vector.
-        LeakageError: the model that gives pseudo-labels was trained on validation images.
+        ConfigError, UnknownNameError: weights of datasets that are not there, findings without a text vector, or text
+            queries without vectors.
+        LeakageError: the model that gives pseudo-labels was trained on validation or test images.
     """
+    if (config.queries == "text") != (config.text_vectors is not None):
+        raise ConfigError(
+            f"queries={config.queries}, text_vectors={config.text_vectors}: queries=text needs text_vectors=FILE, and "
+            "no other queries read it (docs/how-to/add-findings.md)."
+        )
     soft = None
     if config.pseudo_labels is not None:
         soft = _pseudo_labels(config, examples, device)
@@ -258,12 +264,14 @@ def _pseudo_labels(
     assert config.pseudo_labels is not None
     teacher = load(config.pseudo_labels, str(device))
     store, train = examples.store, examples.train
-    met = teacher.exposure.count(store.uids[examples.val], store.pictures[examples.val])
-    if trained_on := met["train"] + met["val"]:
-        raise LeakageError(
-            f"{config.pseudo_labels} was trained on {trained_on} of {len(examples.val)} validation images; its "
-            "pseudo-labels would carry their labels into training. Fit the teacher on the same splits with refit=false."
-        )
+    for split, images in (("validation", examples.val), ("test", store.indices("test"))):
+        met = teacher.exposure.count(store.uids[images], store.pictures[images])
+        if trained_on := met["train"] + met["val"]:
+            raise LeakageError(
+                f"{config.pseudo_labels} was trained on {trained_on} of {len(images)} {split} images; its "
+                "pseudo-labels would carry their labels into training. Fit the teacher on the same splits with "
+                "refit=false."
+            )
     with progress("pseudo-labels", len(train), "images") as bar:
         predicted = teacher.predict_store(
             store, train, batch_size=config.batch_size, workers=config.workers, done=bar.advance

@@ -182,11 +182,12 @@ class FitConfig:
             raise ConfigError(f"dropout: expected a probability in [0, 1), found {self.dropout}.")
         if self.kept_channels is not None and (
             self.head != "ml_decoder" or self.cat_cls or self.cls_memory or self.pyramid or self.also_blocks
-        ):
+            or self.views == "attention"
+        ):  # fmt: skip
             raise ConfigError(
                 "kept_channels: goes with a decoder that reads patch tokens alone, of one number of blocks; found "
-                f"head {self.head}, cat_cls {self.cat_cls}, cls_memory {self.cls_memory}, pyramid {self.pyramid}, "
-                f"also_blocks {list(self.also_blocks)}."
+                f"head {self.head}, views {self.views}, cat_cls {self.cat_cls}, cls_memory {self.cls_memory}, pyramid "
+                f"{self.pyramid}, also_blocks {list(self.also_blocks)}."
             )
         rates = self.learning_rates
         if not rates or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
