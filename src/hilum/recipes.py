@@ -336,14 +336,14 @@ def slides_linear() -> FitConfig:
 def slides_linear_concat() -> FitConfig:
     """Slides: as `slides_linear`, on [CLS] of an image beside that of another image of its study.
 
-    The released code draws the other image at random in prediction too; here it is the next one of the study.
+    The released code draws the other image at random in prediction too; here the mean of the others stands for it.
     """
     return replace(slides_linear(), views="concat")
 
 
 def slides_linear_50() -> FitConfig:
     """Slides, "linear, epoch 50", read as 50 epochs of the head (the other reading: of pretraining)."""
-    return replace(slides_linear(), search_epochs=50, refit_epochs=50)
+    return replace(slides_linear(), search_epochs=50, refit_epochs=50, stop_epoch=50)
 
 
 def slides_decoder() -> FitConfig:

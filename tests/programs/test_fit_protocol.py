@@ -188,6 +188,14 @@ def test_queries_from_text_and_vectors_come_together(folder: Path, tmp_path: Pat
             run(folder, tmp_path / "model", DECODER, *changes)
 
 
+def test_settings_that_need_more_than_the_store_has_are_refused_or_said(folder: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(ConfigError, match="source_bias: all training images are of here"):
+        run(folder, tmp_path / "model", SMALL, "target=here", "datasets=[here]", "source_bias=true")
+    make_store(tmp_path / "store", studies=[f"s{n}" for n in range(len(SPLITS))])
+    fit.run(override(SMALL, ["views=set"]), tmp_path / "store", folder / "run", tmp_path / "model")
+    assert "no study has two training images" in capsys.readouterr().err
+
+
 def test_what_cannot_be_damped_is_said_before_anything_is_learned(folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(fit, "search", None)
     with pytest.raises(PredictionError, match="needs a finding called 'Normal'"):

@@ -72,6 +72,11 @@ def test_heads_of_the_slides_follow_the_protocol(name: str) -> None:
     assert not config.prior_bias
 
 
+def test_50_epochs_of_the_head_are_all_run() -> None:
+    config = recipes.fit_recipe("slides_linear_50")
+    assert (config.search_epochs, config.refit_epochs, config.stop_epoch) == (50, 50, 50)
+
+
 def test_other_heads_leave_the_epoch_to_validation_and_name_their_loss() -> None:
     for name in recipes.FIT_RECIPES:
         if not name.startswith(("slides_", "chexfound_")):

@@ -77,6 +77,10 @@ def dispatch(
         raise ConfigError("--shots and --val-shots go with the plain extension alone.")
     if options.accept and not options.joint:
         raise ConfigError("--accept goes with --joint; a plain extension changes nothing that would need it.")
+    if options.ladder != Options.ladder and (options.joint or options.zero_shot is not None):
+        raise ConfigError("--ladder goes with the plain extension alone.")
+    if options.tolerance != Options.tolerance and not options.joint:
+        raise ConfigError("--tolerance goes with --joint; a plain extension changes nothing that would need it.")
     if options.zero_shot is not None:
         from hilum.commands import extend_zero_shot  # these are built on what is above
 

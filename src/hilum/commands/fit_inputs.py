@@ -15,7 +15,7 @@ from hilum.backbones.vit import SIZES, VisionTransformer
 from hilum.backbones.weights import load_backbone, read_backbone_config, resolve_weights
 from hilum.core.errors import ConfigError, LeakageError, PreprocessingMismatchError, UnknownNameError
 from hilum.core.seeding import forked, stream
-from hilum.core.tracking import progress, say
+from hilum.core.tracking import progress, say, warn
 from hilum.core.types import POSITIVE, UNKNOWN, view_kind
 from hilum.data.label_maps import apply_hierarchy
 from hilum.data.labels import frequency_groups
@@ -241,6 +241,10 @@ def open_learning_set(config: FitConfig, examples: Examples, device: torch.devic
     if config.pseudo_labels is not None:
         soft = _pseudo_labels(config, examples, device)
     several = bool(config.source_weights) or config.source_bias
+    if config.source_bias and len(examples.sources) < 2:
+        raise ConfigError(f"source_bias: all training images are of {examples.sources[0]}; it needs a second dataset.")
+    if config.needs_studies and len(np.unique(examples.studies[examples.train])) == len(examples.train):
+        warn("no study has two training images: views and consistency have nothing to learn from")
     text = None
     if config.text_vectors is not None:
         text = torch.from_numpy(read_vectors(config.text_vectors, examples.names))

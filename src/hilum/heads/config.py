@@ -236,6 +236,10 @@ class FitConfig:
                 f"tune.method={self.tune.method} goes with none of ema, source_bias and classifier_epochs: tuning "
                 "moves the whole head once more, without them."
             )
+        if self.consistency and self.views in ("attention", "memory"):
+            raise ConfigError(
+                f"consistency: with views={self.views} all images of a study have one answer, and agree. Leave it out."
+            )
         begins = self.deferred * self.search_epochs
         if self.deferred < 1 and self.stop_epoch is not None and self.stop_epoch <= begins:
             raise ConfigError(

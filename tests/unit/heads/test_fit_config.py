@@ -15,6 +15,7 @@ from hilum.heads.config import FitConfig
     (["tune.method=full", "source_bias=true"], "tune.method=full goes with none of ema, source_bias"),
     (["tune.method=full", "classifier_epochs=2"], "goes with none of ema, source_bias and classifier_epochs"),
     (["loss=ldam", "deferred=0.8", "stop_epoch=2"], r"deferred=0.8 begins after epoch 8 of 10, stop_epoch=2"),
+    (["views=memory", "consistency=1"], "consistency: with views=memory all images of a study have one answer"),
     (["weight_decay=nan"], "weight_decay: expected 0 or more, found nan"),
     (["consistency=inf"], "consistency: expected 0 or more, found inf"),
 ])  # fmt: skip
@@ -25,7 +26,7 @@ def test_a_setting_that_would_do_nothing_is_refused(changes: list[str], message:
 
 @pytest.mark.parametrize("changes", [
     ["head=linear", "patch_mean=true", "also_patch_mean=true"], ["cat_cls=true"],
-    ["tune.method=lora", "source_weights=[here=0.5]", "consistency=1"], ["ema=0.9"],
+    ["tune.method=lora", "source_weights=[here=0.5]", "consistency=1", "refit=false"], ["ema=0.9"],
     ["loss=ldam", "deferred=0.5", "stop_epoch=6"],
 ])  # fmt: skip
 def test_what_goes_together_is_not_refused(changes: list[str]) -> None:
