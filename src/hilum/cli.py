@@ -550,7 +550,11 @@ def submit(
 
     if (predictions is None) == (check is None):
         raise typer.BadParameter("Give predictions to write a submission, or --check FILE to validate one.")
+    if check is None and labels is not None:
+        raise typer.BadParameter("--labels score a submission that is checked: say --check FILE, or leave them out.")
     if check is not None:
+        if any(one is not None for one in (study, scale, calibration, fill_untrained, code)) or compress != 1.0:
+            raise typer.BadParameter("--check takes --task, --ids and --labels alone; a submission is read as it is.")
         program.check(check, task, ids, labels=labels)
         return
     assert predictions is not None

@@ -207,6 +207,8 @@ def test_options_that_mean_nothing_are_refused(folder: Path, tmp_path: Path) -> 
     (tmp_path / "model").mkdir()
     with pytest.raises(ConfigError, match="models and prediction files"):
         combine.run([tmp_path / "model", *files], tmp_path / "out.parquet", ensemble="mean")
+    with pytest.raises(PredictionError, match=r"nowhere\.parquet does not exist"):
+        combine.run([tmp_path / "model", tmp_path / "nowhere.parquet"], tmp_path / "out.parquet", ensemble="mean")
     with pytest.raises(ConfigError, match="--weights are those of an ensemble"):
         combine.run(files[:1], tmp_path / "out.parquet", study="mean", weights="1")
 

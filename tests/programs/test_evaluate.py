@@ -262,6 +262,9 @@ def test_combinations_that_make_no_sense(world, tmp_path, files, options, messag
 def test_calibrate_needs_one_of_labels_and_use(world, tmp_path):
     with pytest.raises(ConfigError, match="--use"):
         calibrate.run(world / "both-val.parquet", out=tmp_path / "c.json")
+    for options in ({"method": "platt"}, {"sensitivity": [0.9]}, {"specificity": [0.9]}, {"split": "train"}):
+        with pytest.raises(ConfigError, match="--use applies what was fitted"):
+            calibrate.run(world / "both-val.parquet", use=tmp_path / "c.json", out=tmp_path / "c.csv", **options)
 
 
 def test_evaluation_needs_splits_when_one_is_asked_for(world, tmp_path):

@@ -4,13 +4,22 @@ import csv
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
 from hilum.commands import evaluate
-from hilum.core.errors import ConfigError, HilumError, LeakageError, PredictionError, StageError, UnknownNameError
+from hilum.core.errors import (
+    CheckpointError,
+    ConfigError,
+    HilumError,
+    LeakageError,
+    PredictionError,
+    StageError,
+    UnknownNameError,
+)
 from hilum.core.seeding import stream
 from hilum.data.store import write_arrays
 from hilum.evaluation.calibration import describe_items
@@ -322,13 +331,21 @@ def test_subgroups_are_in_the_file_and_on_the_page(world, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
-    [({"by": ["patient_id"]}, ConfigError, "names people"), ({"min_group": -1}, ConfigError, "--min-group"),
+    [({"explain": Path("dec")}, PredictionError, "read from a store"),
+     ({"by": ["patient_id"]}, ConfigError, "names people"), ({"min_group": -1}, ConfigError, "--min-group"),
      ({"bootstraps": -1}, ConfigError, "--bootstraps"), ({"min_positives": -2}, ConfigError, "--min-positives"),
      ({"by": ["dates"]}, HilumError, "'dates'")],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused(world, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         evaluate.run(world / "strong.parquet", world / "labels.csv", tmp_path / "m", **{"bootstraps": 0, **options})
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_model_that_is_to_explain_is_looked_for_before_anything_is_judged(world, tmp_path):
+    with pytest.raises(CheckpointError, match="expected a model"):
+        evaluate.run(world / "strong.parquet", world / "store", tmp_path / "m", bootstraps=0, explain=world / "store")
+    assert not (tmp_path / "m").exists()
     assert not (tmp_path / "m").exists()
 
 

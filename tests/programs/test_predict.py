@@ -197,6 +197,8 @@ def test_inputs_that_mean_nothing_are_refused(folder: Path, films: Path, tmp_pat
         predict.run(model, [f"{store}:test"], tmp_path / "out.csv", study="max")
     with pytest.raises(ConfigError, match="expected a name that ends in"):
         predict.run(model, [f"{store}:test"], tmp_path / "out.xlsx")
+    with pytest.raises(EmptyStudyError, match="--shard 4/500: this job has nothing to do"):
+        predict.run(model, [f"{store}:test"], tmp_path / "out.csv", shard="4/500")
     with pytest.raises(ConfigError, match="0 <= i < n"):
         predict.run(model, [f"{store}:test"], tmp_path / "out.csv", shard="2/2")
 

@@ -186,6 +186,7 @@ def test_options_that_mean_nothing_are_refused(kit, tmp_path):
     for out, options, message in (
         ("s.csv", {"compress": 0.3}, "--scale f1"),
         ("s.csv", {"scale": "f1", "compress": 2.0}, "at most 1"),
+        ("s.csv", {"calibration": folder / "cal.json"}, "--calibration goes with --scale"),
         ("s.csv", {"code": folder}, "--out submission.zip"),
         ("s.zip", {"code": folder / "ids.csv"}, "--code is a folder"),
         ("s.parquet", {}, "a .csv or a .zip"),
@@ -207,6 +208,9 @@ def test_the_command_line(kit, tmp_path):
     for arguments in (
         ["--task", task, "--ids", ids],
         [str(folder / "test.parquet"), "--check", out, "--task", task, "--ids", ids],
+        [str(folder / "test.parquet"), "--task", task, "--ids", ids, "--labels", str(folder / "labels.csv")],
+        ["--check", out, "--task", task, "--ids", ids, "--scale", "f1"],
+        ["--check", out, "--task", task, "--ids", ids, "--study", "mean"],
     ):
         assert runner.invoke(app, ["submit", *arguments]).exit_code == 2
 

@@ -42,12 +42,16 @@ def run(
         specificity: more operating points: the sensitivity at each of these specificities.
 
     Raises:
-        ConfigError: neither or both of `labels` and `use`.
+        ConfigError: neither or both of `labels` and `use`, or `use` with what belongs to a fit.
         StageError: the test split, a split that the head was trained on, calibrated input, another stage.
     """
     if (labels is None) == (use is None):
         raise ConfigError("Say --labels FILE to fit a calibration, or --use CALIBRATION to apply one.")
     if use is not None:
+        if method != "auto" or split != "val" or sensitivity or specificity:
+            raise ConfigError(
+                "--use applies what was fitted: --split, --method, --sensitivity and --specificity do not go with it."
+            )
         calibrated = read_calibrator(use).apply_to(read_predictions(predictions))
         write_predictions(calibrated, out)
         before = calibrated.metadata["calibrated_from"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hilum.commands.combine_options import Rules, tell, tell_views
-from hilum.core.errors import ConfigError, StageError, UnknownNameError
+from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.core.tracking import next_step, progress, say, warn
 from hilum.core.types import UNITS
 from hilum.evaluation.calibration import describe_items
@@ -61,6 +61,8 @@ def run(
     rules = Rules(study, ensemble, weights, normal_damping)
     if unit not in UNITS:
         raise UnknownNameError("unit", unit, UNITS)
+    if missing := [path for path in files if not path.exists()]:
+        raise PredictionError(f"{missing[0]} does not exist; expected a prediction file, or a model.")
     if folders := [path for path in files if path.is_dir()]:
         raise ConfigError(
             f"{folders[0]} is a folder: models and prediction files do not mix. Give models alone, or predict with "

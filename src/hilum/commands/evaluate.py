@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import hilum
-from hilum.core.errors import ConfigError, LeakageError, PredictionError, StageError, UnknownNameError
+from hilum.core.errors import CheckpointError, ConfigError, LeakageError, PredictionError, StageError, UnknownNameError
 from hilum.core.files import sha256_file, write_json
 from hilum.core.tracking import progress, say, warn
 from hilum.core.types import RESEARCH_NOTICE
@@ -73,6 +73,7 @@ def run(
 
     Raises:
         ConfigError: options that mean nothing.
+        CheckpointError: `explain` is no model.
         UnknownNameError: no such task, or column to group by.
         LeakageError: the model has met predicted images in pretraining or training.
         StageError: a calibrator or threshold was fitted on evaluated items, or at another stage.
@@ -83,6 +84,10 @@ def run(
     for option, value in (("bootstraps", bootstraps), ("min-positives", min_positives), ("min-group", min_group)):
         if value < 0:
             raise ConfigError(f"--{option}: expected 0 or more, found {value}.")
+    if explain is not None and not labels.is_dir():
+        raise PredictionError(f"Example studies are read from a store; {labels} is not one. Leave out --explain.")
+    if explain is not None and not (explain / "config.json").is_file():
+        raise CheckpointError(f"--explain {explain}: expected a model made by hilum fit or hilum combine.")
     by = None if by is None else tuple(name for name in by if name != "none")
     optional = ("view", "dataset") if by else DEFAULT_ATTRIBUTES if by is None else ()
     required = tuple(name for name in by or () if name not in optional)
@@ -164,8 +169,6 @@ def _examples(explain: Path, labels: Path, joined: Joined) -> list[ReportExample
     from hilum.deploy.examples import choose_studies, explain_study
     from hilum.deploy.predictor import load
 
-    if not labels.is_dir():
-        raise PredictionError(f"Example studies are read from a store; {labels} is not one. Leave out --explain.")
     store, model = Store.open(labels), load(explain)
     position = {uid: index for index, uid in enumerate(store.uids.tolist())}
     uids = joined.predictions.image_uid

@@ -76,6 +76,8 @@ def run(
     identity = {name: column[part] for name, column in identity.items()}
     unit = "image" if study is None else "study"
     total = len(part)
+    if total == 0 and shard:
+        raise EmptyStudyError(f"--shard {shard}: this job has nothing to do; there are about as many jobs as studies.")
     with progress("predict", total, "images") as bar:
         if found.store:
             chosen = found.indices[part]

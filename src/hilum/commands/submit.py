@@ -81,6 +81,8 @@ def run(
     check_compression(compress)
     if compress < 1 and scale is None:
         raise ConfigError("--compress goes with --scale f1: around which cut the scores move is a part of the scale.")
+    if calibration is not None and scale is None:
+        raise ConfigError("--calibration goes with --scale f1: its cuts are what the scores are moved by.")
     if code is not None and (out.suffix != ".zip" or not code.is_dir()):
         raise ConfigError(f"--code is a folder for a zip: found {code} for {out}. Say --out submission.zip.")
     table, classes, listed = read_predictions(predictions), TASKS[task], read_ids(ids, ID_COLUMNS[task])

@@ -140,9 +140,11 @@ def inherited(paths: Sequence[Path], apart_from: Collection[str] = ()) -> Compos
         apart_from: "study", "normal_damping": what is not asked, and stays the default.
 
     Raises:
-        ConfigError: they were not made with the same.
+        ConfigError: they were not made with the same, or one is itself an ensemble.
+        PreprocessingMismatchError: they read images by different recipes.
     """
     contents = [files.read_config(path) for path in paths]
+    _check_kinds(paths, contents)
     found = {}
     for key, option in (("study", "--study"), ("normal_damping", "--normal-damping")):
         if key in apart_from:

@@ -87,6 +87,8 @@ def test_what_is_not_two_models_is_refused(fitted: Path, tmp_path: Path) -> None
             combine_models(members, tmp_path / "out")
     with pytest.raises(ConfigError, match="itself an ensemble"):
         combine_models([fitted / "linear", fitted / "ensemble"], tmp_path / "out")
+    with pytest.raises(ConfigError, match="itself an ensemble"):  # and not: say --study
+        program.run([fitted / "linear", fitted / "ensemble"], tmp_path / "out")
     with pytest.raises(ConfigError, match="already holds"):
         combine_models([fitted / "linear", fitted / "decoder"], fitted / "ensemble")
     with pytest.raises(UnknownNameError, match="max"):
