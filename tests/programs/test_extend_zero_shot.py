@@ -141,6 +141,9 @@ def test_without_a_refit_validation_is_not_learned_from_and_studies_may_be_read_
         assert (len(exposure.train), len(exposure.val)) == (90, 0)
     head = settings(tmp_path / "memory")["extensions"][0]["head"]
     assert head["views"] == "memory"
+    student = override(CONFIG, [f"findings=[{UNSEEN[0]}]", f"pseudo_labels={tmp_path / 'out'}"])
+    with pytest.raises(ConfigError, match="was trained on none of Spot 2 2"):  # its scores are no probabilities
+        fit.run(student, folder / "store", folder / "run", tmp_path / "student", device="cpu")
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "memory")]
     assert set(weights[1]) - set(weights[0]) == {"extension.0.view_embed.weight"}
 

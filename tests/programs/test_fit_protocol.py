@@ -137,6 +137,9 @@ def test_without_a_refit_the_model_predicts_validation_as_the_search_head_did(fo
     again = load(tmp_path / "model", "cpu").predict_store(store, store.indices("val"), raw=True)
     assert np.allclose(again.probabilities, predictions.probabilities, atol=1e-7, equal_nan=True)
     assert again.metadata["head_splits"] == ["train"]
+    assert "which had not been trained on them; it is the head in this folder" in " ".join(
+        (tmp_path / "model" / "README.md").read_text().split()
+    )
 
 
 def test_pseudo_labels_fill_what_is_unknown_and_only_from_a_teacher_that_has_not_seen_validation(
@@ -178,6 +181,12 @@ def test_a_teacher_of_test_images_is_refused(folder: Path, tmp_path: Path) -> No
     fit.run(override(SMALL, ["refit=false"]), tmp_path / "turned", folder / "run", tmp_path / "teacher")
     with pytest.raises(LeakageError, match="trained on 8 of 8 test images"):
         run(folder, tmp_path / "student", SMALL, f"pseudo_labels={tmp_path / 'teacher'}")
+
+
+def test_a_teacher_of_other_findings_has_nothing_to_say(folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "teacher", SMALL, "findings=[Edema]", "refit=false")
+    with pytest.raises(ConfigError, match="was trained on none of Hernia, Mass"):
+        run(folder, tmp_path / "student", SMALL, "findings=[Hernia,Mass]", f"pseudo_labels={tmp_path / 'teacher'}")
 
 
 def test_queries_from_text_and_vectors_come_together(folder: Path, tmp_path: Path) -> None:

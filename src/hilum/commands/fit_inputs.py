@@ -228,8 +228,8 @@ def open_learning_set(config: FitConfig, examples: Examples, device: torch.devic
     """The examples as heads learn from them: studies, sources, pseudo-labels and text vectors where settings ask.
 
     Raises:
-        ConfigError, UnknownNameError: weights of datasets that are not there, findings without a text vector, or text
-            queries without vectors.
+        ConfigError, UnknownNameError: weights of datasets that are not there, a bias for a single dataset, findings
+            without a text vector, text queries without vectors, or a teacher of other findings.
         LeakageError: the model that gives pseudo-labels was trained on validation or test images.
     """
     if (config.queries == "text") != (config.text_vectors is not None):
@@ -237,9 +237,6 @@ def open_learning_set(config: FitConfig, examples: Examples, device: torch.devic
             f"queries={config.queries}, text_vectors={config.text_vectors}: queries=text needs text_vectors=FILE, and "
             "no other queries read it (docs/how-to/add-findings.md)."
         )
-    soft = None
-    if config.pseudo_labels is not None:
-        soft = _pseudo_labels(config, examples, device)
     several = bool(config.source_weights) or config.source_bias
     if config.source_bias and len(examples.sources) < 2:
         raise ConfigError(f"source_bias: all training images are of {examples.sources[0]}; it needs a second dataset.")
@@ -248,13 +245,13 @@ def open_learning_set(config: FitConfig, examples: Examples, device: torch.devic
     text = None
     if config.text_vectors is not None:
         text = torch.from_numpy(read_vectors(config.text_vectors, examples.names))
+    weights = parse_source_weights(config.source_weights, examples.sources) if several else None
+    soft = None if config.pseudo_labels is None else _pseudo_labels(config, examples, device)
     return LearningSet(
         examples.train, examples.val, examples.labels, soft,
         studies=examples.studies if config.needs_studies else None,
         views=examples.views if config.needs_studies else None,
-        sources=examples.source_of_image if several else None,
-        source_weights=parse_source_weights(config.source_weights, examples.sources) if several else None,
-        text=text,
+        sources=examples.source_of_image if several else None, source_weights=weights, text=text,
     )  # fmt: skip
 
 
@@ -276,12 +273,21 @@ def _pseudo_labels(
                 "pseudo-labels would carry their labels into training. Fit the teacher on the same splits with "
                 "refit=false."
             )
+    scored_from_text = {
+        name for network in teacher.networks for one in network.config.extensions if one.zero_shot
+        for name in one.findings
+    }  # fmt: skip
+    known = set(teacher.findings) - scored_from_text
+    columns = [column for column, finding in enumerate(examples.findings) if finding.trained and finding.name in known]
+    if not columns:
+        raise ConfigError(
+            f"{config.pseudo_labels} was trained on none of {', '.join(examples.names)}; it has nothing to teach."
+        )
     with progress("pseudo-labels", len(train), "images") as bar:
         predicted = teacher.predict_store(
             store, train, batch_size=config.batch_size, workers=config.workers, done=bar.advance
         )
     place = {name: column for column, name in enumerate(predicted.findings)}
-    columns = [column for column, finding in enumerate(examples.findings) if finding.trained and finding.name in place]
     probabilities = np.full(examples.labels.shape, np.nan)
     found = predicted.probabilities[:, [place[examples.names[column]] for column in columns]]
     probabilities[train[:, None], np.array(columns)] = found

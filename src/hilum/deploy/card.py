@@ -43,7 +43,7 @@ def model_card(content: Mapping[str, Any]) -> str:
         "",
         f"Calibrators and operating points were fitted on {fitted['images']} validation images, predicted by the head "
         f"of the learning-rate search (rate {training['learning_rate']:g}, epoch {fitted['epoch']}), which had not "
-        "been trained on them; the head in this folder inherits them.",
+        f"been trained on them; {'the head in this folder inherits them' if training['refit_epochs'] else _SAME}.",
         *([f"Too few positives for a calibration of their own: {', '.join(flagged)}."] if flagged else []),
         "",
         "## Findings",
@@ -66,6 +66,7 @@ def _method(training: Mapping[str, Any]) -> str:
     return "frozen" if not tuning or not tuning["chosen"] else f"tuned ({tuning['method']})"
 
 
+_SAME = "it is the head in this folder"
 _NAMES = {"linear": "linear head", "ml_decoder": "ML-Decoder head", "csra": "class-specific attention (CSRA) head"}
 _VIEWS = {
     "single": "", "concat": "reading pairs of views, ", "set": "reading all views of a study, ",
