@@ -150,16 +150,11 @@ def _labelled(
     joined = [join(truth, member, split if truth.has_splits else None) for member in members]
     first = joined[0].select(members[0].findings)
     order = first.predictions.image_uid
-    rows = [_in_order(one.predictions, order) for one in joined]
+    rows = [one.predictions.rows(one.predictions.places(order)) for one in joined]
     chosen_on = describe_items(order.tolist())
     p = first.predictions  # the result may have a row per study: its ids are remembered too
     studies = study_uids(p.dataset, p.patient_id, p.study_id, p.image_uid)
     return rows, first.labels, chosen_on | {"digests": describe_items([*order, *studies])["digests"]}
-
-
-def _in_order(p: Predictions, uids: np.ndarray) -> Predictions:
-    order = np.argsort(p.image_uid)
-    return p.rows(order[np.searchsorted(p.image_uid, uids, sorter=order)])
 
 
 def _write(result: Predictions, out: Path, chosen_on: dict[str, object] | None) -> None:

@@ -214,8 +214,7 @@ def _join(
         if set(first.findings) != set(member.findings):
             differing = sorted(set(first.findings) ^ set(member.findings))
             raise PredictionError(f"{paths[0]} and {path} have other findings: {', '.join(differing)} in one alone.")
-        order = np.argsort(member.image_uid)
-        rows = order[np.searchsorted(member.image_uid, first.image_uid, sorter=order)]
+        rows = member.places(first.image_uid)
         columns = column_indices(member.findings, first.findings, str(path))
         if not np.array_equal(other[rows][:, columns], labels):
             raise PredictionError(f"{paths[0]} and {path} have other validation labels for the same images.")

@@ -228,5 +228,4 @@ def joined(other: Predictions, to: Predictions) -> Predictions:
             f"only in the first, {len(theirs - mine)} only in the second"
             f"{f', for example {example[0]!r}' if example else ''}; units {to.unit} and {other.unit}."
         )
-    order = np.argsort(other.image_uid)
-    return other.rows(order[np.searchsorted(other.image_uid, to.image_uid, sorter=order)]).select(to.findings)
+    return other.rows(other.places(to.image_uid)).select(to.findings)

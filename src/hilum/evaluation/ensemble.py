@@ -153,8 +153,7 @@ def _check_member(first: Predictions, member: Predictions, number: int) -> None:
 
 
 def _aligned(first: Predictions, member: Predictions) -> np.ndarray:
-    order = np.argsort(member.image_uid)
-    rows = order[np.searchsorted(member.image_uid, first.image_uid, sorter=order)]
+    rows = member.places(first.image_uid)
     for name in ("patient_id", "study_id", "dataset"):
         differs = getattr(first, name) != getattr(member, name)[rows]
         if differs.any():

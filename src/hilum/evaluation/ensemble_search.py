@@ -180,10 +180,8 @@ class _Found:
 
 def _aligned(first: Predictions, member: Predictions) -> Predictions:
     """A member's rows and columns in the order of the first one's."""
-    order = np.argsort(member.image_uid)
-    rows = order[np.searchsorted(member.image_uid, first.image_uid, sorter=order)]
     columns = column_indices(member.findings, first.findings, "a member of the ensemble")
-    return first.replace(member.probabilities[rows][:, columns])
+    return first.replace(member.probabilities[member.places(first.image_uid)][:, columns])
 
 
 def _search(

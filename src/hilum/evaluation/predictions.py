@@ -79,6 +79,18 @@ class Predictions:
         """(C,) bool: False for a finding never trained."""
         return ~np.isnan(self.probabilities).all(axis=0) if len(self) else np.ones(len(self.findings), dtype=bool)
 
+    def places(self, uids: np.ndarray) -> np.ndarray:
+        """Where the items of these ids are, in their order.
+
+        Raises:
+            PredictionError: an id that is not there.
+        """
+        place = {uid: row for row, uid in enumerate(self.image_uid.tolist())}
+        missing = [uid for uid in uids.tolist() if uid not in place]
+        if missing:
+            raise PredictionError(f"{len(missing)} of {len(uids)} items are not predicted, for example {missing[0]!r}.")
+        return np.array([place[uid] for uid in uids.tolist()], np.int64)
+
     def rows(self, indices: np.ndarray) -> "Predictions":
         """The items at `indices`, in that order."""
         identity = {name: getattr(self, name)[indices] for name in IDENTITY}

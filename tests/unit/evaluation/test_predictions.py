@@ -97,6 +97,15 @@ def test_a_value_that_is_no_probability_is_refused_with_item_and_finding(made_up
         table.replace(values)
 
 
+def test_items_are_found_by_id(made_up):
+    table, _ = made_up(count=5)
+    wanted = table.image_uid[[3, 0, 4]]
+    assert table.places(wanted).tolist() == [3, 0, 4]
+    assert table.rows(np.array([4, 3, 0])).places(wanted).tolist() == [1, 2, 0]
+    with pytest.raises(PredictionError, match="1 of 2 items are not predicted, for example 'nobody'"):
+        table.places(np.array([wanted[0], "nobody"]))
+
+
 def test_duplicate_ids_are_refused(made_up):
     table, _ = made_up()
     uids = table.image_uid.copy()
