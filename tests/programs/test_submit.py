@@ -1,6 +1,7 @@
 """The challenge kits: for every task, raw predictions -> a scaled, checked, scored submission in one command each."""
 
 import csv
+import dataclasses
 import json
 import zipfile
 
@@ -157,12 +158,21 @@ def test_studies_are_aggregated_on_the_way(kit, tmp_path):
 def test_cuts_of_the_submitted_images_are_refused(kit, tmp_path):
     task, folder, _, _ = kit
     calibrate.run(folder / "test.parquet", labels=folder / "test.csv", out=tmp_path / "c.json")
-    with pytest.raises(StageError, match="200 of the 200"):
+    with pytest.raises(StageError, match="150 of the 150"):
         submit.run(
             folder / "test.parquet", task, folder / "ids.csv", tmp_path / "s.csv", scale="f1",
             calibration=tmp_path / "c.json",
         )  # fmt: skip
     assert not (tmp_path / "s.csv").exists()
+    # validation images in the same file, which are not listed, are not submitted
+    parts = [read_predictions(folder / f"{split}.parquet") for split in ("val", "test")]
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*IDENTITY, "probabilities")}
+    write_predictions(dataclasses.replace(parts[0], **columns), tmp_path / "both.parquet")
+    for name, source in (("s", tmp_path / "both.parquet"), ("t", folder / "test.parquet")):
+        submit.run(
+            source, task, folder / "ids.csv", tmp_path / f"{name}.csv", scale="f1", calibration=folder / "cal.json"
+        )
+    assert (tmp_path / "s.csv").read_bytes() == (tmp_path / "t.csv").read_bytes()
 
 
 def test_a_class_without_a_finding_needs_a_constant(kit, tmp_path, capsys):

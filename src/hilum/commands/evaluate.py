@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 import hilum
-from hilum.core.errors import CheckpointError, ConfigError, LeakageError, PredictionError, StageError, UnknownNameError
+from hilum.core.errors import CheckpointError, ConfigError, LeakageError, PredictionError, UnknownNameError
 from hilum.core.files import sha256_file, write_json
 from hilum.core.tracking import progress, say, warn
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.labels import TASKS, frequency_groups, task_findings
 from hilum.evaluation.bootstrap import paired_comparison
-from hilum.evaluation.calibration import check_out_of_sample, read_calibrator
+from hilum.evaluation.calibration import check_out_of_sample
 from hilum.evaluation.curves import curves
 from hilum.evaluation.joining import Joined, join, match_findings
 from hilum.evaluation.leaderboards import NOT_COMPARABLE, Row, is_challenge_test, leaderboard, leaderboard_table
@@ -25,6 +25,7 @@ from hilum.evaluation.ledger import record_opening
 from hilum.evaluation.metrics import evaluate
 from hilum.evaluation.predictions import Predictions, read_predictions
 from hilum.evaluation.report import ReportExample, write_report
+from hilum.evaluation.stored_thresholds import f1_thresholds
 from hilum.evaluation.subgroups import DEFAULT_ATTRIBUTES, MIN_PATIENTS, choose_attributes, levels, subgroups
 from hilum.evaluation.summary import evaluation_notes, evaluation_table
 from hilum.evaluation.truth import Truth, read_truth
@@ -190,29 +191,6 @@ def _refuse_exposed(table: Predictions, name: str, accepted: bool) -> None:
             "nothing of unseen images. Predict images that it has not met (`hilum predict MODEL STORE:test`), or say "
             "--accept-exposed, which is written into the result."
         )
-
-
-def f1_thresholds(table: Predictions, calibration: Path | None) -> dict[str, float] | None:
-    """F1 thresholds at the stage of these predictions, refused where anything was fitted on these items.
-
-    Raises:
-        StageError: a calibrator or its thresholds were fitted on evaluated items, or at another stage.
-    """
-    own = table.metadata.get("calibration") or {}
-    if own.get("fitted_on"):
-        check_out_of_sample(table, own["fitted_on"], "The calibrator of these predictions")
-    if calibration is None:
-        found = table.metadata.get("thresholds") or {}
-        return {name: cuts["f1"] for name, cuts in found.items()} or None
-    calibrator = read_calibrator(calibration)
-    if calibrator.fitted_on:
-        check_out_of_sample(table, calibrator.fitted_on, str(calibration))
-    if table.stage != "calibrated":
-        calibrator.check_stage(table)
-        return {name: cuts["f1"] for name, cuts in calibrator.raw_thresholds.items()}
-    if own.get("fitted_on") != calibrator.fitted_on:
-        raise StageError(f"These predictions were calibrated by something else than {calibration}.")
-    return {name: cuts["f1"] for name, cuts in calibrator.thresholds.items()}
 
 
 def _groups(joined: Joined, truth: Truth) -> tuple[dict[str, str], str]:

@@ -10,15 +10,17 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import hilum
-from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
+from hilum.core.errors import ConfigError, PredictionError, UnknownNameError
 from hilum.core.files import atomic_file, sha256_file, write_json, write_text
 from hilum.core.tracking import next_step, say, warn
 from hilum.data.labels import ID_COLUMNS, TASKS, task_findings
-from hilum.evaluation.calibration import check_out_of_sample, read_calibrator
 from hilum.evaluation.challenge_scaling import SCALED, SCALES, check_compression, move_cut_to_half
 from hilum.evaluation.leaderboards import is_challenge_test, leaderboard, leaderboard_table
-from hilum.evaluation.predictions import Predictions, read_predictions
+from hilum.evaluation.predictions import Predictions, bare_ids, read_predictions
+from hilum.evaluation.stored_thresholds import f1_thresholds
 from hilum.evaluation.studies import aggregate_studies
 from hilum.evaluation.submission import (
     CODE,
@@ -97,7 +99,13 @@ def run(
         constant = [name for column, name in enumerate(classes) if column not in ranked]
         warn(f"{len(constant)} classes are a constant, which ranks nothing: {', '.join(constant)}.")
     if scale == "f1":
-        cuts = f1_cuts(table, calibration)
+        submitted = table.rows(np.flatnonzero(np.isin(bare_ids(table.image_id, table.dataset), listed)))
+        cuts = f1_thresholds(submitted, calibration)
+        if cuts is None:
+            raise PredictionError(
+                "These predictions carry no thresholds. Give --calibration FILE, fitted on validation predictions of "
+                "the same stage."
+            )
         for column, finding in ranked.items():
             if finding not in cuts:
                 raise PredictionError(f"No F1 threshold for {finding!r}; fit one with hilum calibrate on validation.")
@@ -192,35 +200,6 @@ def _describe(out: Path, predictions: Path, table: Predictions, task: str, scale
         "note": "scores for a leaderboard that cuts at 0.5: not probabilities, and not for any other use",
     }
     write_json(beside, content)
-
-
-def f1_cuts(table: Predictions, calibration: Path | None) -> dict[str, float]:
-    """F1-optimal thresholds at the stage of these predictions, from a calibration or from their own metadata.
-
-    Raises:
-        PredictionError: no thresholds.
-        StageError: fitted at another stage, by another calibrator, or on images that are submitted.
-    """
-    own = table.metadata.get("calibration") or {}
-    if own.get("fitted_on"):
-        check_out_of_sample(table, own["fitted_on"], "The calibrator of these predictions")
-    if calibration is None:
-        found = table.metadata.get("thresholds") or {}
-        if not found:
-            raise PredictionError(
-                "These predictions carry no thresholds. Give --calibration FILE, fitted on validation predictions of "
-                "the same stage."
-            )
-        return {name: cuts["f1"] for name, cuts in found.items()}
-    calibrator = read_calibrator(calibration)
-    if calibrator.fitted_on:
-        check_out_of_sample(table, calibrator.fitted_on, str(calibration))
-    if table.stage != "calibrated":
-        calibrator.check_stage(table)
-        return {name: cuts["f1"] for name, cuts in calibrator.raw_thresholds.items()}
-    if own.get("fitted_on") != calibrator.fitted_on:
-        raise StageError(f"These predictions were calibrated by something else than {calibration}.")
-    return {name: cuts["f1"] for name, cuts in calibrator.thresholds.items()}
 
 
 def _constants(

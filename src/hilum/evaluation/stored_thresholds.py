@@ -1,0 +1,34 @@
+"""F1 thresholds for predictions that are judged or submitted: from their own metadata, or from a calibration file.
+
+Taken as they were fixed on validation, and refused where that was on the same items, or at another stage.
+"""
+
+from pathlib import Path
+
+from hilum.core.errors import StageError
+from hilum.evaluation.calibration import check_out_of_sample, read_calibrator
+from hilum.evaluation.predictions import Predictions
+
+
+def f1_thresholds(table: Predictions, calibration: Path | None) -> dict[str, float] | None:
+    """F1 thresholds at the stage of these predictions; None where neither they nor a calibration has any.
+
+    Raises:
+        StageError: a calibrator or its thresholds were fitted on these items, at another stage, or are not the ones
+            that calibrated these predictions.
+    """
+    own = table.metadata.get("calibration") or {}
+    if own.get("fitted_on"):
+        check_out_of_sample(table, own["fitted_on"], "The calibrator of these predictions")
+    if calibration is None:
+        found = table.metadata.get("thresholds") or {}
+        return {name: cuts["f1"] for name, cuts in found.items()} or None
+    calibrator = read_calibrator(calibration)
+    if calibrator.fitted_on:
+        check_out_of_sample(table, calibrator.fitted_on, str(calibration))
+    if table.stage != "calibrated":
+        calibrator.check_stage(table)
+        return {name: cuts["f1"] for name, cuts in calibrator.raw_thresholds.items()}
+    if own.get("fitted_on") != calibrator.fitted_on:
+        raise StageError(f"These predictions were calibrated by something else than {calibration}.")
+    return {name: cuts["f1"] for name, cuts in calibrator.thresholds.items()}
