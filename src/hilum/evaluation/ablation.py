@@ -180,8 +180,9 @@ def compare(
     seeds = [seed for seed in first if seed in second]
     if not seeds:
         raise PredictionError("The two rows have no seed in common; a difference is paired by seed.")
+    compared = list(dict.fromkeys(name for findings in columns.values() for name in findings))
     for seed in seeds:
-        if not _same_items(first[seed], second[seed]):
+        if not _same_items(first[seed], second[seed], compared):
             raise PredictionError(f"Seed {seed}: the two rows were judged on other images, labels or findings.")
     both = [{seed: side[seed] for seed in seeds} for side in (first, second)]
     differences = {}
@@ -196,10 +197,15 @@ def compare(
     return differences
 
 
-def _same_items(one: SeedResult, other: SeedResult) -> bool:
-    return one.findings == other.findings and all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("positives", "negatives")
-    )
+def _same_items(one: SeedResult, other: SeedResult, names: Sequence[str]) -> bool:
+    """As many positives and negatives of each of these findings; a row may have others besides."""
+    if not set(names) <= set(one.findings) & set(other.findings):
+        return False
+    sides = [
+        [(side.positives[place], side.negatives[place]) for place in map(side.findings.index, names)]
+        for side in (one, other)
+    ]
+    return sides[0] == sides[1]
 
 
 def _macro(

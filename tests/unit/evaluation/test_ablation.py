@@ -128,6 +128,16 @@ def test_rows_of_other_images_are_refused() -> None:
         compare(measured, other, {"all": FINDINGS[:3]}, 0)
 
 
+def test_rows_may_have_other_findings_besides_those_that_are_compared() -> None:
+    measured, (table, labels) = results(1), predictions(1)
+    fewer = {0: measure(table.select(("Mass", "Edema")), labels[:, [2, 0]], {"Edema": 0.5, "Mass": 0.5}, 40, 5)}
+    whole = {0: measure(table, labels, {"Edema": 0.5, "Mass": 0.5}, 40, 5)}
+    names = {"all": ("Edema", "Mass")}
+    assert compare(measured, fewer, names, 0) == compare(measured, whole, names, 0)
+    with pytest.raises(PredictionError, match="or findings"):
+        compare(measured, fewer, {"all": ("Edema", "Hernia")}, 0)
+
+
 def test_a_finding_that_was_never_trained_is_undefined_and_files_come_back(tmp_path) -> None:
     measured = results(1)[0]
     assert np.isnan(measured.points["AP"][3])
