@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Int
 
 from hilum.commands.extend_files import SEEN_NOTE, make_cards, memory_has_seen, write_extended
 from hilum.commands.extend_inputs import Base, Shots, check_new, open_base, open_new_examples, settings_of
-from hilum.commands.extend_training import LADDER, Rung, finished, make_ladder, on_meta, refit, search
+from hilum.commands.extend_training import LADDER, Rung, finished, make_ladder, refit, search
 from hilum.commands.fit_inputs import Examples
 from hilum.commands.fit_outputs import exposure_of, predict_validation
 from hilum.core.config import to_dict
@@ -28,9 +26,10 @@ from hilum.deploy import model_files as files
 from hilum.deploy.network import Network, choose_device
 from hilum.deploy.out_of_sample import fit_calibrators
 from hilum.evaluation.composition import Composition
+from hilum.heads.batches import in_order
 from hilum.heads.config import FitConfig
 from hilum.heads.features import Augmentation, FeatureSource, freeze
-from hilum.heads.registry import Head, HeadConfig
+from hilum.heads.registry import Head, HeadConfig, on_meta
 from hilum.heads.standardise import measure
 from hilum.heads.sweep import prior_log_odds
 from hilum.heads.training import LearningSet
@@ -154,7 +153,8 @@ def run(
     learning = learning_set(config, examples)
     scaling = None
     if any(rung.standardise for rung in rungs):
-        scaling = measure(features for _, features in source.evaluation(_cut(train, config.batch_size)))
+        batches = [batch.images for batch in in_order(train, config.batch_size)]
+        scaling = measure(features for _, features in source.evaluation(batches))
 
     # Search on train, chosen on val.
     found = search(config, rungs, learning, source, scaling, place)
@@ -267,7 +267,3 @@ def _require_untouched(rung: Rung, base: Base, head: Head) -> None:
     before, after = base.main.state_dict(), head.state_dict()
     changed = [name for name in rung.shared if not torch.equal(before[name].cpu(), after[name].cpu())]
     assert not changed, f"shared tensors have changed: {changed}"
-
-
-def _cut(images: Int[np.ndarray, " n"], size: int) -> list[np.ndarray]:
-    return [images[start : start + size] for start in range(0, len(images), size)]

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Int, Int64
 
 from hilum.backbones.vit import VisionTransformer
-from hilum.commands.fit_inputs import Examples, open_examples
+from hilum.commands.fit_inputs import Examples, describe_findings, open_examples
 from hilum.core.config import from_dict, override
 from hilum.core.errors import ConfigError, LeakageError, PreprocessingMismatchError
 from hilum.core.seeding import stream
 from hilum.core.tracking import warn
 from hilum.core.types import POSITIVE, UNKNOWN
-from hilum.data.labels import frequency_groups
 from hilum.data.store import Store
 from hilum.deploy import model_files as files
 from hilum.evaluation.predictions import IDENTITY, Predictions
@@ -208,19 +207,9 @@ def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: 
             "them, they are flagged as uncalibrated and have no threshold of their own"
         )
     return replace(
-        examples, train=train, val=val, labels=labels, findings=describe(findings, labels[train]),
+        examples, train=train, val=val, labels=labels, findings=describe_findings(findings, labels[train]),
         scored=(labels[val] == POSITIVE).any(axis=0),
     )  # fmt: skip
-
-
-def describe(names: Sequence[str], train_labels: Int[np.ndarray, "n C"]) -> tuple[files.Finding, ...]:
-    """Findings as training saw them: positives, known labels and group by share of the training images."""
-    positives, known = (train_labels == POSITIVE).sum(axis=0).tolist(), (train_labels >= 0).sum(axis=0).tolist()
-    groups = frequency_groups(dict(zip(names, positives, strict=True)), len(train_labels))
-    return tuple(
-        files.Finding(name, groups[name], positives[column] > 0, positives[column], known[column])
-        for column, name in enumerate(names)
-    )
 
 
 def check_recipe(base: Base, store: Store) -> None:
@@ -296,8 +285,3 @@ def _limit(
         labels[positive[order[budget:]], column] = UNKNOWN
         if len(positive) < budget:
             warn(f"{name}: {len(positive)} positive images in {split}, fewer than the {budget} asked for")
-
-
-def scored_columns(labels: Int[np.ndarray, "M C"]) -> Bool[np.ndarray, " C"]:
-    """Findings with a positive among some images."""
-    return (labels == POSITIVE).any(axis=0)

@@ -16,16 +16,11 @@ import torch
 from jaxtyping import Float32
 
 import hilum
-from hilum.commands.extend import (
-    composition_of,
-    feature_source,
-    learning_set,
-)
+from hilum.commands.extend import composition_of, feature_source, learning_set
 from hilum.commands.extend_files import join_exposures
 from hilum.commands.extend_gate import compare, joint_card, regression_lines
-from hilum.commands.extend_inputs import Base, check_new, check_recipe, check_sides, describe, open_base, settings_of
-from hilum.commands.extend_training import on_meta
-from hilum.commands.fit_inputs import Examples, open_examples
+from hilum.commands.extend_inputs import Base, check_new, check_recipe, check_sides, open_base, settings_of
+from hilum.commands.fit_inputs import Examples, describe_findings, open_examples
 from hilum.commands.fit_outputs import exposure_of, predict_validation
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError, HilumError, LeakageError
@@ -41,10 +36,10 @@ from hilum.evaluation.calibration import fingerprint
 from hilum.evaluation.definitions import average_precision
 from hilum.heads.batches import in_order
 from hilum.heads.config import FitConfig
-from hilum.heads.features import Features, freeze
+from hilum.heads.features import freeze
 from hilum.heads.protocol import SearchRecord, choose
-from hilum.heads.registry import Head
-from hilum.heads.standardise import Standardisation, measure
+from hilum.heads.registry import Head, on_meta
+from hilum.heads.standardise import Standardisation, measure, preparation
 from hilum.heads.training import Weights, refit, search
 from hilum.pretraining.exposure import join_leaks, uid_numbers
 
@@ -123,7 +118,7 @@ def run(
     if config.standardise:
         batches = [batch.images for batch in in_order(train, config.batch_size)]
         scaling = measure(features for _, features in source.evaluation(batches))
-    prepare = _unchanged if scaling is None else scaling.apply
+    prepare = preparation(scaling)
 
     def score(probabilities: np.ndarray) -> float:
         columns = np.flatnonzero(examples.scored)
@@ -235,7 +230,7 @@ def _open_all(base: Base, data: Path, names: tuple[str, ...]) -> Examples:
             if name in place and old[index, column] == UNKNOWN:
                 old[index, column] = base.validation_labels[row, place[name]]
     labels = np.concatenate([old, examples.labels], axis=1)
-    fresh = describe((*base.names, *names), labels[examples.train])
+    fresh = describe_findings((*base.names, *names), labels[examples.train])
     # An old finding was trained already, whether or not this store has a label of it.
     kept = tuple(
         replace(now, trained=True) if now.known and then.trained else now if now.known else then
@@ -278,7 +273,3 @@ def _taught(
         values[images[fill], column] = found[fill, column]
         weights[images[fill], column] = weight
     return values, weights
-
-
-def _unchanged(features: Features) -> Features:
-    return features

@@ -26,7 +26,7 @@ from hilum.heads.features import Features, FeatureSource
 from hilum.heads.frequencies import count_labels
 from hilum.heads.losses import build_loss
 from hilum.heads.protocol import Choice, SearchEpoch, Variant, choose
-from hilum.heads.registry import Head, HeadConfig, build_head
+from hilum.heads.registry import Head, HeadConfig, build_head, on_meta
 from hilum.heads.standardise import Standardisation
 from hilum.heads.sweep import Candidate, Sweep, prior_log_odds
 from hilum.heads.training import LearningSet, Weights
@@ -59,12 +59,6 @@ class Rung:
         """How many numbers are learned."""
         shapes = {name: value.numel() for name, value in on_meta(self.head).named_parameters() if value.requires_grad}
         return sum(count for name, count in shapes.items() if self.trainable is None or name in self.trainable)
-
-
-def on_meta(config: HeadConfig) -> Head:
-    """A head without weights."""
-    with torch.device("meta"):
-        return build_head(config)
 
 
 def make_ladder(

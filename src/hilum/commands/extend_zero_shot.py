@@ -18,7 +18,6 @@ from jaxtyping import Float32
 from hilum.commands.extend import feature_source
 from hilum.commands.extend_files import ZERO_SHOT_GROUP, uncalibrated, write_extended
 from hilum.commands.extend_inputs import Base, check_new, check_recipe, check_sides, open_base, settings_of
-from hilum.commands.extend_training import on_meta
 from hilum.commands.fit_inputs import Examples, open_examples
 from hilum.commands.fit_outputs import exposure_of
 from hilum.core.config import to_dict
@@ -32,7 +31,7 @@ from hilum.deploy.network import choose_device
 from hilum.evaluation.definitions import average_precision
 from hilum.heads.batches import in_order
 from hilum.heads.config import FitConfig
-from hilum.heads.features import Features, freeze
+from hilum.heads.features import freeze
 from hilum.heads.open_vocabulary import (
     VECTORS,
     DroppedClasses,
@@ -42,8 +41,8 @@ from hilum.heads.open_vocabulary import (
     same_encoder,
 )
 from hilum.heads.protocol import choose
-from hilum.heads.registry import Head, HeadConfig
-from hilum.heads.standardise import Standardisation, measure
+from hilum.heads.registry import Head, HeadConfig, on_meta
+from hilum.heads.standardise import Standardisation, measure, preparation
 from hilum.heads.text_queries import read_vectors
 from hilum.heads.training import LearningSet, refit, search
 
@@ -158,7 +157,7 @@ def _learn(
     if config.standardise:
         batches = [batch.images for batch in in_order(train, config.batch_size)]
         scaling = measure(features for _, features in source.evaluation(batches))
-    prepare = _unchanged if scaling is None else scaling.apply
+    prepare = preparation(scaling)
 
     # Some findings are held out of training: what is reached on them chooses, and is reported.
     tested = held_out_findings(np.flatnonzero(examples.scored).tolist(), HELD_OUT_SHARE, config.seed)
@@ -231,7 +230,3 @@ def _nearest(vector: np.ndarray, names: Sequence[str], vectors: np.ndarray) -> d
     cosine = vectors @ vector / np.maximum(np.linalg.norm(vectors, axis=1) * np.linalg.norm(vector), 1e-12)
     best = int(np.argmax(cosine))
     return {"finding": names[best], "cosine": round(float(cosine[best]), 4)}
-
-
-def _unchanged(features: Features) -> Features:
-    return features

@@ -35,10 +35,10 @@ from hilum.heads.batches import in_order
 from hilum.heads.candidates import last_blocks_scaling
 from hilum.heads.compact import Kept, Reduction, fit_reduction
 from hilum.heads.config import FitConfig
-from hilum.heads.features import EVALUATION, Augmentation, Features, FeatureSource, freeze
+from hilum.heads.features import EVALUATION, Augmentation, FeatureSource, freeze
 from hilum.heads.protocol import SearchRecord, choose
-from hilum.heads.registry import Head, HeadConfig, build_head
-from hilum.heads.standardise import Standardisation, measure
+from hilum.heads.registry import Head, HeadConfig, on_meta
+from hilum.heads.standardise import Standardisation, measure, preparation
 from hilum.heads.training import Prepare, Weights, refit, search
 from hilum.pretraining.exposure import join_leaks, uid_numbers
 
@@ -94,7 +94,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     heads = [config.describe_head(embed_dim, len(examples.findings), one, text_dim) for one in variants]
     source = FeatureSource(
         store, examples.both, model, preprocessing(opened.preprocess_id), resolution=model.config.image_size,
-        blocks=largest.blocks, patches=any(_on_meta(head).needs_patches for head in heads),
+        blocks=largest.blocks, patches=any(on_meta(head).needs_patches for head in heads),
         augmentation=Augmentation(config.crop_scale, flip=config.flip), cached_views=config.augmented_views,
         cache_dtype=config.cache_dtype, precision=config.precision, workers=config.workers, seed=config.seed,
         device=place, kept_channels=config.kept_channels,
@@ -131,7 +131,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     found = Tuned(model, whole(searched.states[chosen.epoch, number]))
     tuning: TuneRecord | None = None
     if config.tune.method != "none":
-        scaled = _prepare(scaling and last_blocks_scaling(scaling, network.head.blocks, embed_dim))
+        scaled = preparation(scaling and last_blocks_scaling(scaling, network.head.blocks, embed_dim))
         head = _load(network.head, found.head).to(place)
         found, tuning = tune_on_train(config, model, head, network.head.blocks, learning, source, scaled, score)
 
@@ -223,12 +223,6 @@ def _describe(config: FitConfig, opened: OpenBackbone, examples: Examples, head:
     )
 
 
-def _on_meta(config: HeadConfig) -> Head:
-    """A head without weights."""
-    with torch.device("meta"):
-        return build_head(config)
-
-
 def _announce(config: FitConfig, examples: Examples, source: FeatureSource, opened: OpenBackbone) -> None:
     say(
         f"{len(examples.train)} training and {len(examples.val)} validation images, {len(examples.findings)} findings, "
@@ -266,7 +260,7 @@ def _prepare_features(
     if config.standardise:
         read = source.evaluation(batches) if config.kept_channels is None else source.computed(EVALUATION, batches)
         scaling = measure(features for _, features in read)
-    prepare = _prepare(scaling)
+    prepare = preparation(scaling)
     if config.kept_channels is None:
         return scaling, prepare, None
     reduction = fit_reduction(
@@ -274,19 +268,11 @@ def _prepare_features(
     )
     say(f"Patch tokens: {config.kept_channels} directions kept, {reduction.explained:.1%} of their variance")
     source.compaction = Kept(prepare, reduction.to(source.device))
-    return scaling, _unchanged, reduction
+    return scaling, preparation(None), reduction
 
 
 def _load(config: HeadConfig, state: Weights) -> Head:
     """A head with a copy of these weights: what is trained or folded later is not the original."""
-    head = _on_meta(config)
+    head = on_meta(config)
     head.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     return head
-
-
-def _prepare(scaling: Standardisation | None) -> Prepare:
-    return _unchanged if scaling is None else scaling.apply
-
-
-def _unchanged(features: Features) -> Features:
-    return features

@@ -135,7 +135,7 @@ def open_examples(
     if hierarchy:  # relatives may stand among the findings that are not wanted
         of_both = apply_hierarchy(of_both, store.findings).codes
     labels[both] = of_both[:, [store.findings.index(name) for name in names]]
-    findings = _describe_findings(names, labels[train])
+    findings = describe_findings(names, labels[train])
     trained = np.array([finding.trained for finding in findings])
     labels[:, ~trained] = UNKNOWN  # without a positive there is nothing to learn; their predictions are null
     scored = (labels[val] == POSITIVE).any(axis=0)
@@ -215,7 +215,8 @@ def _choose_findings(store: Store, wanted: tuple[str, ...] | None) -> tuple[str,
     return tuple(names)
 
 
-def _describe_findings(names: tuple[str, ...], train_labels: Int[np.ndarray, "N C"]) -> tuple[Finding, ...]:
+def describe_findings(names: tuple[str, ...], train_labels: Int[np.ndarray, "N C"]) -> tuple[Finding, ...]:
+    """Findings as training saw them: positives, known labels and group by share of the training images."""
     positives, known = (train_labels == POSITIVE).sum(axis=0).tolist(), (train_labels >= 0).sum(axis=0).tolist()
     groups = frequency_groups(dict(zip(names, positives, strict=True)), len(train_labels))
     return tuple(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -150,3 +151,9 @@ def build_head(config: HeadConfig, text: Float[Tensor, "C T"] | None = None) -> 
     if config.views == "attention":
         return ViewAttention(head, config.embed_dim * config.blocks, config.findings)
     return head
+
+
+def on_meta(config: HeadConfig) -> Head:
+    """A head without weights, to be asked for its shapes or to be given some."""
+    with torch.device("meta"):
+        return build_head(config)

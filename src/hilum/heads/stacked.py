@@ -11,7 +11,7 @@ at a time, and gives each head the bits that it gets alone. It is also where a G
 together do not fit.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -228,7 +228,3 @@ def _given(linear: nn.Linear, tokens: Tensor | None, projected: Tensor) -> Itera
 def choose_way(device: torch.device, heads: int) -> Way:
     """How heads are run where nothing else is said."""
     return "together" if device.type == "cuda" and heads > 1 else "in turn"
-
-
-Build = Callable[[Any], nn.Module]
-"""HeadConfig -> module with `draw_masks`, `forward(features, masks)` and `bias`."""

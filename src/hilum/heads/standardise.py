@@ -5,7 +5,7 @@ undo. The statistics come from training images alone. A head begins with a linea
 folds into that map exactly (`absorb` of each head): the head that is saved reads the backbone's own tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,15 @@ class Standardisation(NamedTuple):
         return features._replace(
             cls=self.cls.apply(features.cls), patch_mean=self.patch_mean.apply(features.patch_mean), patches=patches
         )
+
+
+def preparation(scaling: Standardisation | None) -> Callable[[Features], Features]:
+    """What features go through before a head in training: standardised, or as they are."""
+    return _unchanged if scaling is None else scaling.apply
+
+
+def _unchanged(features: Features) -> Features:
+    return features
 
 
 def measure(batches: Iterable[Features]) -> Standardisation:
