@@ -5,8 +5,6 @@ refuses others. It remembers on which items it was fitted, so that nothing is ju
 The maps are in `calibrators.py`, which finding gets which in `map_choice.py`, the operating points in `thresholds.py`.
 """
 
-import base64
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownN
 from hilum.core.files import read_json, write_json
 from hilum.data.labels import findings_hash
 from hilum.evaluation.calibrators import CALIBRATORS
+from hilum.evaluation.fitted_items import check_out_of_sample, describe_items, fingerprint
 from hilum.evaluation.map_choice import (
     FEW_POSITIVES,
     FOLDS,
@@ -40,41 +39,6 @@ __all__ = ["FEW_POSITIVES", "METHODS", "NO_LABELS", "Calibrator", "check_out_of_
            "fingerprint", "read_calibrator", "write_calibrator"]  # fmt: skip
 
 FORMAT = "hilum-calibrator-1"
-DIGEST_BYTES = 6
-
-
-def fingerprint(uids: Iterable[str]) -> str:
-    """Hex SHA-256 of the sorted ids: the same for the same set, whatever the order."""
-    return hashlib.sha256("\n".join(sorted(str(uid) for uid in uids)).encode()).hexdigest()
-
-
-def describe_items(uids: Iterable[str]) -> dict[str, Any]:
-    """What a calibrator keeps of the items it was fitted on: fingerprint, count, and a short digest of each id."""
-    names = sorted({str(uid) for uid in uids})
-    packed = b"".join(sorted(_digest(name) for name in names))
-    return {"fingerprint": fingerprint(names), "items": len(names), "digests": base64.b64encode(packed).decode()}
-
-
-def _digest(uid: str) -> bytes:
-    return hashlib.sha256(uid.encode()).digest()[:DIGEST_BYTES]
-
-
-def check_out_of_sample(predictions: Predictions, fitted_on: Mapping[str, Any], what: str) -> None:
-    """Refuse to judge predictions by something that was fitted on any of their items.
-
-    Raises:
-        StageError: with the number of items in both.
-    """
-    packed = base64.b64decode(fitted_on["digests"])
-    seen = {packed[start : start + DIGEST_BYTES] for start in range(0, len(packed), DIGEST_BYTES)}
-    both = [uid for uid in predictions.image_uid.tolist() if _digest(uid) in seen]
-    if both:
-        raise StageError(
-            f"{what} was fitted on {len(both)} of the {len(predictions)} evaluated items (for example {both[0]!r}); "
-            "nothing is judged on what it was fitted on. Evaluate the uncalibrated file, or items of another split."
-        )
-
-
 STEPS = ("study_aggregation", "ensemble", "normal_damping")
 """What prediction files say of how they came about before calibration."""
 
