@@ -27,7 +27,7 @@ CONFIG = FitConfig(
 )  # fmt: skip
 
 
-def make_store(path: Path, old_in_train: bool = True) -> Store:
+def make_store(path: Path, old_in_train: bool = True, change=lambda labels: None) -> Store:
     """Three halves of the image say three findings; the store may lack labels of the old ones in training."""
     rng = np.random.default_rng(1)
     labels = (rng.random((len(SPLITS), 3)) < 0.4).astype(np.int8)
@@ -40,6 +40,7 @@ def make_store(path: Path, old_in_train: bool = True) -> Store:
         images.append(image)
     if not old_in_train:
         labels[:120, :2] = -1
+    change(labels)
     return write_arrays(
         path, images, labels, (*OLD, *NEW), splits=SPLITS, patients=[f"arrays/p{n}" for n in range(len(SPLITS))]
     )
@@ -123,6 +124,15 @@ def test_impossible_options_are_refused(folder: Path, tmp_path: Path) -> None:
     for options in ({"tolerance": -0.1}, {"distillation": 1.5}):
         with pytest.raises(ConfigError, match="expected 0"):
             joint(folder, tmp_path / "out", **options)
+
+
+def test_a_new_finding_without_training_positives_is_refused(folder: Path, tmp_path: Path) -> None:
+    def forget(labels: np.ndarray) -> None:
+        labels[:120, 2] = 0
+
+    make_store(tmp_path / "store", change=forget)
+    with pytest.raises(ConfigError, match="no positive training image of 'Rib Fracture'"):
+        extend_joint.run(folder / "model", tmp_path / "store", NEW, tmp_path / "out", device="cpu")
 
 
 def test_how_the_backbone_was_tuned_stays_known(folder: Path, tmp_path: Path) -> None:

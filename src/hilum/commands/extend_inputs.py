@@ -190,7 +190,7 @@ def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: 
     """
     store = Store.open(data)
     check_recipe(base, store)
-    _refuse_absent(store, findings)
+    refuse_absent(store, findings)
     examples = open_examples(data, findings)
     check_sides(base, store, examples.train, examples.val)
     labels = examples.labels.copy()
@@ -257,7 +257,12 @@ def check_sides(base: Base, store: Store, train: Int64[np.ndarray, " n"], val: I
         )
 
 
-def _refuse_absent(store: Store, findings: tuple[str, ...]) -> None:
+def refuse_absent(store: Store, findings: tuple[str, ...]) -> None:
+    """Refuse new findings of which nothing can be learned.
+
+    Raises:
+        ConfigError: one without a positive training image.
+    """
     train = store.indices("train")
     for name in findings:
         if name not in store.findings:

@@ -19,7 +19,15 @@ import hilum
 from hilum.commands.extend import composition_of, feature_source, learning_set
 from hilum.commands.extend_files import join_exposures
 from hilum.commands.extend_gate import compare, joint_card, regression_lines
-from hilum.commands.extend_inputs import Base, check_new, check_recipe, check_sides, open_base, settings_of
+from hilum.commands.extend_inputs import (
+    Base,
+    check_new,
+    check_recipe,
+    check_sides,
+    open_base,
+    refuse_absent,
+    settings_of,
+)
 from hilum.commands.fit_inputs import Examples, describe_findings, open_examples
 from hilum.commands.fit_outputs import exposure_of, predict_validation
 from hilum.core.config import to_dict
@@ -215,6 +223,7 @@ def _open_all(base: Base, data: Path, names: tuple[str, ...]) -> Examples:
     """Images and labels of train and val for old and new findings; old ones that the store lacks are unknown."""
     store = Store.open(data)
     check_recipe(base, store)
+    refuse_absent(store, names)
     examples = open_examples(data, names)
     check_sides(base, store, examples.train, examples.val)
     both = examples.both
