@@ -417,7 +417,7 @@ def combine(
     unit: Annotated[str, typer.Option(help="image (each keeps its row) or study (one row each).")] = "image",
     weights: Annotated[str | None, typer.Option(help="Of the members, with commas, as in 2,1. Default: equal.")] = None,
     normal_damping: Annotated[
-        str | None, typer.Option(help="power:0.5 or linear:0.5: hold abnormal findings down by the Normal score.")
+        str | None, typer.Option(help="power:0.5, linear:0.5 or none: hold abnormal findings down by the Normal score.")
     ] = None,
     choose: Annotated[
         bool,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hilum.commands.combine_options import Rules, tell, tell_views
+from hilum.commands.combine_options import NONE, Rules, tell, tell_views
 from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.core.tracking import next_step, progress, say, warn
 from hilum.core.types import UNITS
@@ -47,7 +47,7 @@ def run(
         ensemble: a name in ENSEMBLES, or None; needed for more than one file.
         unit: image (each keeps its row and carries its study's value) or study (one row each).
         weights: one number per file, with commas; None: equal.
-        normal_damping: such as "power:0.5", or None.
+        normal_damping: such as "power:0.5"; None or "none": not at all.
         choose: find members, weights and rules on `labels`; then None and "choose" mean what `Rules.plan` says.
         labels: a store, a manifest or a CSV, for `choose` and `learned`.
         split: of the labels, on which is chosen; never the test split.
@@ -71,7 +71,7 @@ def run(
     if choose:
         _choose(files, out, rules, unit, labels, split)
         return
-    if study is None and ensemble is None and normal_damping is None:
+    if study is None and ensemble is None and normal_damping in (None, NONE):
         raise ConfigError("Nothing to combine: say --study mean, --ensemble mean, --normal-damping, or several.")
     composition = rules.composition(Composition())
     if len(files) > 1 and ensemble is None:

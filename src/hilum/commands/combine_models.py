@@ -34,7 +34,7 @@ def run(
         ensemble: a name in ENSEMBLES; None: "mean". With `choose`, None tries every one.
         unit: "image" only; an ensemble has calibrators for both, and `hilum predict --study` chooses.
         weights: one number per member, with commas; None: equal.
-        normal_damping: such as "power:0.5"; None: the members'. With `choose` also "choose".
+        normal_damping: such as "power:0.5", or "none"; None: the members'. With `choose` also "choose".
         choose: find members, weights and rules on validation.
         labels: None only; models bring their own validation labels.
         split: "val" only, for the same reason.

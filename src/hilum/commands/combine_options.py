@@ -11,6 +11,8 @@ from hilum.evaluation.learned_views import LearnedViews
 from hilum.evaluation.normal_damping import GAMMAS, Damping
 from hilum.evaluation.study_rules import AGGREGATIONS, StudyRule
 
+NONE = "none"
+"""In place of a damping: none, whatever the models were made with."""
 CHOOSE = "choose"
 """In place of a rule: every one is tried on validation."""
 
@@ -26,7 +28,7 @@ class Rules:
     weights: str | None = None
     """One number per member, with commas."""
     normal_damping: str | None = None
-    """Text of a damping, or "choose"."""
+    """Text of a damping, "none" or "choose"."""
 
     def composition(self, default: Composition) -> Composition:
         """Fixed rules; what was not said is as in `default`.
@@ -42,7 +44,7 @@ class Rules:
             StudyRule.parse(self.study) if self.study else default.study,
             self.ensemble or default.ensemble,
             _numbers(self.weights) if self.weights else default.weights,
-            Damping.parse(self.normal_damping) if self.normal_damping else default.damping,
+            _damping(self.normal_damping) if self.normal_damping else default.damping,
         )
 
     def plan(self, default: Composition) -> Plan:
@@ -58,11 +60,15 @@ class Rules:
         if self.normal_damping == CHOOSE:
             dampings = (None, *(Damping("power", gamma) for gamma in GAMMAS if gamma))
         elif self.normal_damping:
-            dampings = (Damping.parse(self.normal_damping),)
+            dampings = (_damping(self.normal_damping),)
         ensembles = tuple(ENSEMBLES)
         if self.ensemble is not None and self.ensemble != CHOOSE:
             ensembles = (Composition(ensemble=self.ensemble).ensemble,)
         return Plan(studies or tuple(StudyRule.parse(name) for name in AGGREGATIONS), ensembles, dampings)
+
+
+def _damping(text: str) -> Damping | None:
+    return None if text == NONE else Damping.parse(text)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

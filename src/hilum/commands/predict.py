@@ -89,7 +89,7 @@ def run(
     labels = str(found.store.path) if found.store else "LABELS"
     next_step(
         f"hilum combine {out} --study mean --out studies.parquet"
-        if raw and unit == "image"
+        if predictions.stage == "raw" and "normal_damping" not in predictions.metadata
         else f"hilum evaluate {out} --labels {labels} --out evaluation"
     )
 

@@ -149,7 +149,7 @@ def inherited(paths: Sequence[Path], apart_from: Collection[str] = ()) -> Compos
     for key, option in (("study", "--study"), ("normal_damping", "--normal-damping")):
         if key in apart_from:
             continue
-        rules = {str(content.get(key) or Composition().describe()[key]) for content in contents}
+        rules = {str(content.get(key) or Composition().describe()[key] or "none") for content in contents}
         if len(rules) > 1:
             raise ConfigError(f"These models were made with {key} {' and '.join(sorted(rules))}: say {option}.")
         found[key] = contents[0].get(key)

@@ -129,7 +129,11 @@ def _check_member(first: Predictions, member: Predictions, number: int) -> None:
             "predictions, all members at once, and calibrated afterwards."
         )
     if "normal_damping" in member.metadata:
-        raise StageError(f"Member {number} of the ensemble is damped by Normal already; that comes after the ensemble.")
+        raise StageError(
+            f"Member {number} of the ensemble is damped by Normal already; that comes after the ensemble. Combine the "
+            "models in place of files, or predict with a model without damping (hilum combine MODEL --normal-damping "
+            "none)."
+        )
     rules = [one.metadata.get("study_aggregation") for one in (first, member)]
     if member.stage != first.stage or rules[0] != rules[1]:
         raise StageError(

@@ -133,7 +133,11 @@ def _check_stage(p: Predictions, rule: StudyRule) -> None:
             f"{p.stage!r}. Start from raw predictions (hilum predict --raw)."
         )
     if "normal_damping" in p.metadata:
-        raise StageError("Studies are aggregated before abnormal findings are damped; these predictions are damped.")
+        raise StageError(
+            "Studies are aggregated before abnormal findings are damped; these predictions are damped. Combine the "
+            "models in place of files, or predict with a model without damping (hilum combine MODEL --normal-damping "
+            "none)."
+        )
     before = p.metadata.get("study_aggregation", str(rule)) if p.stage == "study" else str(rule)
     if before != str(rule):
         raise StageError(

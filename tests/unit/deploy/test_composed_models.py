@@ -11,8 +11,8 @@ import pytest
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
+from hilum.commands import combine, evaluate, fit, predict
 from hilum.commands import combine_models as program
-from hilum.commands import evaluate, fit, predict
 from hilum.core.errors import CheckpointError, ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
@@ -325,6 +325,25 @@ def test_an_ensemble_takes_the_rule_of_its_members_or_asks(trio: Path, tmp_path:
         program.run([*same, tmp_path / "c"], tmp_path / "other")
     program.run([*same, tmp_path / "c"], tmp_path / "other", study="logit_mean")
     assert files.read_config(tmp_path / "other")["study"] == "logit_mean"
+
+
+def test_a_damped_model_can_be_freed_of_its_damping(trio: Path, tmp_path: Path, capsys) -> None:
+    store = f"{trio / 'store'}:test"
+    program.run([trio / "a"], tmp_path / "damped", normal_damping="power:0.5")
+    predict.run(tmp_path / "damped", [store], tmp_path / "damped.csv", raw=True, device="cpu")
+    assert "Next: hilum evaluate" in capsys.readouterr().out  # combine would refuse what is damped
+    with pytest.raises(StageError, match="--normal-damping none"):
+        combine.run([tmp_path / "damped.csv"], tmp_path / "out.csv", study="mean")
+    config = files.read_config(trio / "a") | {"normal_damping": "power:0.5"}
+    shutil.copytree(trio / "a", tmp_path / "made_damped")
+    files.write_config(tmp_path / "made_damped", config)
+    both = [tmp_path / "made_damped", trio / "b"]
+    with pytest.raises(ConfigError, match=r"normal_damping none and power:0\.5: say --normal-damping"):
+        program.run(both, tmp_path / "out")
+    program.run(both, tmp_path / "out", normal_damping="none")
+    assert load(tmp_path / "out", "cpu").composition == Composition()
+    program.run(both, tmp_path / "best", normal_damping="none", choose=True)
+    assert load(tmp_path / "best", "cpu").composition.damping is None
 
 
 def test_options_that_mean_nothing_are_refused(trio: Path, tmp_path: Path) -> None:
