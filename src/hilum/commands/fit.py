@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 
 import hilum
-from hilum.commands.fit_inputs import Examples, OpenBackbone, open_backbone, open_examples, open_learning_set
+from hilum.commands.fit_inputs import Examples, OpenBackbone, open_backbone, open_examples
 from hilum.commands.fit_outputs import exposure_of, predict_validation
+from hilum.commands.fit_targets import open_learning_set
 from hilum.commands.fit_tune import Tuned, TuneRecord, tune_on_both, tune_on_train
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
