@@ -1,7 +1,7 @@
 """Frozen backbone -> features for heads, with or without a cache of augmented views in memory.
 
 Images of a store come in as uint8 squares; features go out in float32. The backbone is in evaluation mode and no
-gradient reaches it. Heads, losses and scores live elsewhere.
+gradient reaches it. Heads, losses and scores live elsewhere. Past 300 lines: what heads read, and where it is kept.
 """
 
 from collections import deque

@@ -2,7 +2,7 @@
 
 Candidates are architectures (blocks, pooling, kind of head) at learning rates. All start from the same seed and see the
 same batches; those of one architecture see the same dropout masks. They share nothing else: training them together
-equals training each alone. This module knows no metric; whoever runs it passes scores to `select`.
+equals training each alone. This module knows no metric; `protocol.best` chooses by scores that others give.
 """
 
 import math
@@ -277,14 +277,3 @@ def _states(template: nn.Module, starts: Sequence[Mapping[str, Tensor] | None]) 
             raise ConfigError(f"Initial weights are of another head: {error}") from error
         states.append(snapshot())
     return states
-
-
-def select(scores: Sequence[float], rates: Sequence[float]) -> float:
-    """The rate with the highest score; of equal ones, the lowest.
-
-    Raises:
-        ConfigError: a score that is not finite, or nothing to choose from.
-    """
-    if len(scores) != len(rates) or not rates or not np.isfinite(scores).all():
-        raise ConfigError(f"Cannot choose among learning rates {list(rates)} by scores {list(scores)}.")
-    return min(zip(scores, rates, strict=True), key=lambda pair: (-pair[0], pair[1]))[1]

@@ -2,7 +2,8 @@
 
 Search: all candidates on one pass over the features, judged on validation after every epoch by a score that the caller
 gives. Refit: one head on train + val. Either may end with a stage in which the classifier alone learns. Which head, how
-long and on what is decided in `protocol.py`; `commands/fit.py` and `commands/extend.py` are built on this.
+long and on what is decided in `protocol.py`; `commands/fit.py` and `commands/extend.py` are built on this. Past 300
+lines: two loops over the same parts.
 """
 
 from collections.abc import Callable, Iterator, Sequence

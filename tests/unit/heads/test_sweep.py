@@ -3,8 +3,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hilum.core.errors import ConfigError, NonFiniteLossError
 from hilum.heads.candidates import grid
@@ -12,7 +10,7 @@ from hilum.heads.frequencies import Frequencies
 from hilum.heads.loss_settings import LossSettings
 from hilum.heads.losses import LOSSES, build_loss
 from hilum.heads.registry import HeadConfig
-from hilum.heads.sweep import SLIDES_RATES, Sweep, cosine, select
+from hilum.heads.sweep import SLIDES_RATES, Sweep, cosine
 
 LINEAR = HeadConfig("linear", embed_dim=6, findings=4, blocks=2, patch_mean=True)
 DECODER = HeadConfig("ml_decoder", 6, 4, 2, decoder_dim=8, decoder_feed_forward=12, decoder_heads=2)
@@ -162,21 +160,6 @@ def test_cosine_goes_from_one_to_zero() -> None:
 
 def test_the_nine_rates_are_those_of_the_slides() -> None:
     assert SLIDES_RATES == (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
-
-
-@given(st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=1, max_size=6), st.randoms())
-def test_selection_takes_the_best_and_of_equals_the_lowest_rate(scores: list[float], random) -> None:
-    rates = [10.0 ** -(place + 1) for place in range(len(scores))]
-    random.shuffle(rates)
-    chosen = select(scores, rates)
-    best = max(scores)
-    assert chosen == min(rate for score, rate in zip(scores, rates, strict=True) if score == best)
-
-
-@pytest.mark.parametrize(("scores", "rates"), [([], []), ([float("nan")], [0.1]), ([0.1], [0.1, 0.2])])
-def test_nothing_to_select_from_is_an_error(scores, rates) -> None:
-    with pytest.raises(ConfigError):
-        select(scores, rates)
 
 
 @pytest.mark.parametrize("rates", [(), (1e-3, 1e-3), (0.0, 1e-3)])
