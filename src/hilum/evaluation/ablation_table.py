@@ -7,7 +7,7 @@ SETS = ("all", "head", "medium", "tail")
 """Sets of findings that are averaged, in order."""
 GROUP_WORDS = "head: over 10 % of training images, medium: 1 to 10 %, tail: under 1 %"
 LEFT_OUT = {
-    "not_in_store": "not in the store",
+    "not_in_store": "not in the store, or not in some row",
     "untrained": "never trained in some row (no positive training image)",
     "few_positives": "too few test positives",
     "no_negatives": "no negative test image",
