@@ -88,7 +88,8 @@ def test_the_table_has_every_row_with_its_interval_beside_the_published_number()
     assert difference.endswith("+0.0389")
     assert "not shown" in next(line for line in lines if line.startswith("decoder, study mean - <decoder>"))
     assert "Small networks stand for large ones." in lines
-    assert "4 of 6 findings, the same for every row; left out, not in the store, or not in some row: 1;" in text_table(results)
+    found = "4 of 6 findings, the same for every row; left out, not in the store, or not in some row: 1;"
+    assert found in text_table(results)
 
 
 def test_markdown_has_groups_seeds_and_the_names_left_out() -> None:
