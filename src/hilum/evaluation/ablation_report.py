@@ -16,6 +16,7 @@ from hilum.evaluation.charts import nice_ticks
 from hilum.evaluation.markup import bracket, count, decimal, finite, interval, signed, text, undefined
 from hilum.evaluation.report import listing, page
 from hilum.evaluation.report_rows import GROUPS, METRIC_NAMES, badge
+from hilum.evaluation.report_tables import difference_axis, symmetric_scale, symmetric_ticks
 from hilum.evaluation.tracks import Position, axis, interval_track
 
 METRICS = ("mAP", "mAUC", "mF1@0.5", "mF1@tuned", "mECE_standard")
@@ -142,7 +143,7 @@ def _left_out(results: Mapping[str, Any], task: str) -> str:
 
 def _differences(results: Mapping[str, Any], task: str) -> str:
     entries = [(one, _of(one, task, "all", "mAP"), one["tasks"][task]["published"]) for one in results["differences"]]
-    scale = _symmetric([value for _, entry, known in entries for value in (*_ends(entry), known)])
+    scale = symmetric_scale([value for _, entry, known in entries for value in (*_ends(entry), known)])
     published = any(known is not None for _, _, known in entries)
     body = []
     for one, entry, known in entries:
@@ -153,7 +154,7 @@ def _differences(results: Mapping[str, Any], task: str) -> str:
             f"{_difference_cells(one['title'], entry, scale, known)}{beside}</tr>"
         )
     known_head = '<th class="number">Published</th>' if published else ""
-    head = f'<tr><th>Comparison</th><th class="wide">mAP{_symmetric_axis(scale)}</th><th></th>{known_head}</tr>'
+    head = f'<tr><th>Comparison</th><th class="wide">mAP{difference_axis(scale)}</th><th></th>{known_head}</tr>'
     return _table("ablation", head, body)
 
 
@@ -162,7 +163,7 @@ def _difference_cells(title: str, entry: Mapping[str, Any] | None, scale: float,
     shown = bool(entry and entry.get("shown"))
     label = f"{title}: {signed(value)} {bracket(_pair(entry))}{'' if shown else ' not shown'}"
     track = interval_track(
-        value, _pair(entry), scale=Position(-scale, scale), ticks=_symmetric_ticks(scale), reference=0.0, label=label,
+        value, _pair(entry), scale=Position(-scale, scale), ticks=symmetric_ticks(scale), reference=0.0, label=label,
         hollow=not shown, beside=known,
     )  # fmt: skip
     if value is None:
@@ -176,7 +177,7 @@ def _difference_cells(title: str, entry: Mapping[str, Any] | None, scale: float,
 
 def _group_table(results: Mapping[str, Any], task: str) -> str:
     present = [name for name in SETS[1:] if results["tasks"][task]["groups"].get(name)]
-    scale = _symmetric(
+    scale = symmetric_scale(
         [end for one in results["differences"] for name in present for end in _ends(_of(one, task, name, "mAP"))]
     )
     body = []
@@ -187,7 +188,7 @@ def _group_table(results: Mapping[str, Any], task: str) -> str:
             value, shown = finite(entry.get("value")) if entry else None, bool(entry and entry.get("shown"))
             label = f"{one['title']}, {name}: {signed(value)} {bracket(_pair(entry))}{'' if shown else ' not shown'}"
             track = interval_track(
-                value, _pair(entry), scale=Position(-scale, scale), ticks=_symmetric_ticks(scale), reference=0.0,
+                value, _pair(entry), scale=Position(-scale, scale), ticks=symmetric_ticks(scale), reference=0.0,
                 mark=GROUPS[name][0], label=label, hollow=not shown,
             )  # fmt: skip
             number = signed(value) if value is not None else undefined(NOT_MEASURED)
@@ -196,7 +197,7 @@ def _group_table(results: Mapping[str, Any], task: str) -> str:
         body.append(f'<tr><th scope="row">{text(first)}<small>minus {text(second)}</small></th>{cells}</tr>')
     heads = "".join(
         f'<th class="third">{badge(name)}{name} <small>{len(results["tasks"][task]["groups"][name])} findings</small>'
-        f"{_symmetric_axis(scale)}</th><th></th>"
+        f"{difference_axis(scale)}</th><th></th>"
         for name in present
     )
     return _table("ablation groups", f"<tr><th>Comparison</th>{heads}</tr>", body)
@@ -297,19 +298,6 @@ def _pair(entry: Mapping[str, Any] | None) -> tuple[float, float] | None:
 
 def _ends(entry: Mapping[str, Any] | None) -> list[float | None]:
     return [] if entry is None else [finite(entry.get(key)) for key in ("value", "low", "high")]
-
-
-def _symmetric(values: Sequence[float | None]) -> float:
-    largest = max((abs(value) for value in values if value is not None), default=0.1)
-    return max(largest * 1.08, 1e-3)
-
-
-def _symmetric_ticks(scale: float) -> list[float]:
-    return [tick for tick in nice_ticks(-scale, scale, 4) if abs(tick) <= scale]
-
-
-def _symmetric_axis(scale: float) -> str:
-    return axis(_symmetric_ticks(scale), Position(-scale, scale), 2 if scale >= 0.02 else 3, plus=True)
 
 
 def _table(kind: str, head: str, body: Sequence[str]) -> str:

@@ -190,15 +190,23 @@ def _best(steps: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 def difference_scale(differences: Sequence[Mapping[str, Any]]) -> float:
     """Half the width of a symmetric axis that holds every interval."""
-    ends = [finite(part.get(key)) for part in differences for key in ("value", "low", "high")]
-    largest = max((abs(end) for end in ends if end is not None), default=0.1)
+    return symmetric_scale([finite(part.get(key)) for part in differences for key in ("value", "low", "high")])
+
+
+def symmetric_scale(values: Sequence[float | None]) -> float:
+    """Half the width of a symmetric axis that holds these."""
+    largest = max((abs(value) for value in values if value is not None), default=0.1)
     return max(largest * 1.08, 1e-3)
+
+
+def symmetric_ticks(scale: float) -> list[float]:
+    """Of such an axis."""
+    return [tick for tick in nice_ticks(-scale, scale, 4) if abs(tick) <= scale]
 
 
 def difference_axis(scale: float) -> str:
     """The numbers above a column of differences."""
-    ticks = [tick for tick in nice_ticks(-scale, scale, 4) if abs(tick) <= scale]
-    return axis(ticks, Position(-scale, scale), 2 if scale >= 0.02 else 3, plus=True)
+    return axis(symmetric_ticks(scale), Position(-scale, scale), 2 if scale >= 0.02 else 3, plus=True)
 
 
 def difference_cells(difference: Mapping[str, Any] | None, scale: float, *, metric: bool = True) -> str:
