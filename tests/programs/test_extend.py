@@ -423,6 +423,23 @@ def test_a_model_that_learned_on_kept_channels_is_extended_and_joined(folder: Pa
         extend.run(tmp_path / "model", folder / "store", NEW, tmp_path / "no", ["kept_channels=3"], device="cpu")
 
 
+def test_new_findings_are_chosen_and_calibrated_for_the_dataset_that_is_predicted_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    datasets = ["here" if n // 4 % 2 else "there" for n in range(len(SPLITS))]
+    make_store(tmp_path / "store", datasets=datasets)
+    fit.run(
+        override(SMALL, ["target=here", "refit=false", *FAST]), tmp_path / "store", folder / "run", tmp_path / "model",
+        device="cpu",
+    )  # fmt: skip
+    extend.run(tmp_path / "model", tmp_path / "store", NEW, tmp_path / "out", FAST, device="cpu")
+    extend_joint.run(tmp_path / "model", tmp_path / "store", NEW, tmp_path / "joint", FAST, accept=True, device="cpu")
+    for name in ("out", "joint"):
+        predictions, _ = files.read_validation(tmp_path / name)  # refuses heads that were validated on other images
+        assert set(predictions.dataset.tolist()) == {"here"}
+        assert len(predictions) == 12
+
+
 def test_a_refit_may_stop_later_than_the_search(folder: Path, tmp_path: Path) -> None:
     extend.run(folder / "linear", folder / "store", NEW, tmp_path / "out", [*FAST, "refit_epochs=4", "stop_epoch=4"])
     training = settings(tmp_path / "out")["extensions"][0]["training"]

@@ -173,7 +173,7 @@ def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: 
     """Images of train and val with labels of the new findings.
 
     Training images of which no new finding is known are left out, except where the head looks at whole studies.
-    Validation stays whole, so that all heads of a model are validated on the same images.
+    Validation stays whole (of the model's `target`), so that all heads of a model are validated on the same images.
 
     Args:
         base: the model.
@@ -191,7 +191,7 @@ def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: 
     store = Store.open(data)
     check_recipe(base, store)
     refuse_absent(store, findings)
-    examples = open_examples(data, findings)
+    examples = open_examples(data, findings, target=target_of(base, store))
     check_sides(base, store, examples.train, examples.val)
     labels = examples.labels.copy()
     for images, budget, split in ((examples.train, shots.train, "train"), (examples.val, shots.val, "val")):
@@ -255,6 +255,12 @@ def check_sides(base: Base, store: Store, train: Int64[np.ndarray, " n"], val: I
         warn(
             f"the model was fitted on {seen} test images of {store.path}; a test score would not be one on unseen ones"
         )
+
+
+def target_of(base: Base, store: Store) -> str | None:
+    """The dataset that the model is for, whose validation images judge what is added; None: all, or it is not here."""
+    target = base.content["training"]["settings"].get("target")
+    return target if target in set(store.datasets.tolist()) else None
 
 
 def refuse_absent(store: Store, findings: tuple[str, ...]) -> None:

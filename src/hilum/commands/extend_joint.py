@@ -27,6 +27,7 @@ from hilum.commands.extend_inputs import (
     open_base,
     refuse_absent,
     settings_of,
+    target_of,
 )
 from hilum.commands.fit_inputs import Examples, describe_findings, open_examples
 from hilum.commands.fit_outputs import exposure_of, predict_validation
@@ -224,7 +225,7 @@ def _open_all(base: Base, data: Path, names: tuple[str, ...]) -> Examples:
     store = Store.open(data)
     check_recipe(base, store)
     refuse_absent(store, names)
-    examples = open_examples(data, names)
+    examples = open_examples(data, names, target=target_of(base, store))
     check_sides(base, store, examples.train, examples.val)
     both = examples.both
     old = np.full((len(store), len(base.names)), UNKNOWN, dtype=np.int8)

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 
 from hilum.commands.extend import feature_source
 from hilum.commands.extend_files import ZERO_SHOT_GROUP, uncalibrated, write_extended
-from hilum.commands.extend_inputs import Base, check_new, check_recipe, check_sides, open_base, settings_of
+from hilum.commands.extend_inputs import Base, check_new, check_recipe, check_sides, open_base, settings_of, target_of
 from hilum.commands.fit_inputs import Examples, open_examples
 from hilum.commands.fit_outputs import exposure_of
 from hilum.core.config import to_dict
@@ -144,7 +144,7 @@ def _learn(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     place = choose_device(device)
-    examples = open_examples(data, seen)
+    examples = open_examples(data, seen, target=target_of(base, store))
     check_sides(base, store, examples.train, examples.val)
     known = read_vectors(vectors, seen)
     train, val, labels = examples.train, examples.val, examples.labels
