@@ -136,8 +136,8 @@ class FitConfig:
     findings: tuple[str, ...] | None = None
     """Which findings of the store, in this order; None: all."""
     datasets: tuple[str, ...] | None = None
-    """Learn from images of these datasets alone; None: all of the store. Findings that a dataset does not annotate are
-    unknown in its images, and train nothing."""
+    """Training images of these datasets alone; None: all of the store. The refit also learns from validation images,
+    which `target` chooses. Findings that a dataset does not annotate are unknown in its images, and train nothing."""
     target: str | None = None
     """The dataset that is predicted for: selection and calibration see its images alone; None: all."""
     source_weights: tuple[str, ...] = ()
