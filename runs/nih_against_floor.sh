@@ -17,6 +17,8 @@ PATH="$PWD/.venv/bin:$PATH"
 hilum pretrain laptop_128 --data "$PHANTOMS" --out "$OUT/phantoms"
 for split in 0 1 2 3 4; do
   part="$OUT/split_$split"
+  [ -e "$part/model.parquet" ] && continue # a run that was stopped goes on with the split it was at
+  rm -rf "$part"/{decoder,linear,model,store}
   hilum manifest "nih=$DATA" --split project --val-fraction 0.15 --test-fraction 0.2 --seed "$split" \
     --out "$part/manifest.parquet"
   hilum audit "$part/manifest.parquet"
@@ -26,7 +28,7 @@ for split in 0 1 2 3 4; do
   hilum fit laptop_decoder --data "$part/store" --backbone "$part/pretraining" --out "$part/decoder"
   hilum fit laptop_linear --data "$part/store" --backbone "$part/pretraining" --out "$part/linear"
   hilum combine "$part/decoder" "$part/linear" --out "$part/model"
-  for name in decoder model; do hilum predict "$part/$name" "$part/store:test" --out "$part/$name.parquet"; done
   python runs/thumbnail_floor.py "$part/store" "$part/floor.parquet"
+  for name in decoder model; do hilum predict "$part/$name" "$part/store:test" --out "$part/$name.parquet"; done
 done
 python runs/judge_splits.py "$OUT" floor decoder model
