@@ -88,13 +88,18 @@ def choose_attributes(
         by: names; None for the default.
 
     Raises:
-        ConfigError: a named attribute of which nothing is recorded.
+        ConfigError: a named attribute of which nothing is recorded, or that makes no groups.
     """
     own = {"view": predictions.view, "dataset": predictions.dataset}
     found: dict[str, np.ndarray] = {}
     for name in DEFAULT_ATTRIBUTES if by is None else by:
         values = next((v for v in (recorded.get(name), own.get(name)) if v is not None and (v != "").any()), None)
-        distinct = set() if values is None else set(levels(name, values).tolist()) - {""}
+        try:
+            distinct = set() if values is None else set(levels(name, values).tolist()) - {""}
+        except ConfigError:
+            if by is not None:
+                raise
+            continue  # nobody asked for it
         if by is not None and not distinct:
             raise ConfigError(f"--by {name}: nothing is recorded for the evaluated items.")
         if values is not None and len(distinct) >= (2 if by is None else 1):

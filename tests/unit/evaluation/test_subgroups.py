@@ -162,3 +162,7 @@ def test_which_attributes_are_judged(made_up):
     assert choose_attributes(table, recorded, ()) == {}
     with pytest.raises(ConfigError, match="--by race: nothing is recorded"):
         choose_attributes(table, recorded | {"race": np.full(60, "")}, ["race"])
+    many = {"sex": np.array([f"code {n}" for n in range(60)])}  # asked for by nobody: no reason to judge nothing
+    assert list(choose_attributes(table, many, None)) == ["view"]
+    with pytest.raises(ConfigError, match="--by sex: found 60"):
+        choose_attributes(table, many, ["sex"])
