@@ -205,6 +205,30 @@ def test_settings_that_need_more_than_the_store_has_are_refused_or_said(folder: 
     assert "no study has two training images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    (["tune.method=blocks", "tune.blocks=4"], "tune.blocks: 4 of a backbone that has 3"),
+    (["kept_channels=25"], "kept_channels: 25 of tokens that have 24"),
+])  # fmt: skip
+def test_what_the_backbone_does_not_have_is_said_before_anything_is_learned(
+    folder: Path, tmp_path: Path, monkeypatch, changes: list[str], message: str
+) -> None:
+    monkeypatch.setattr(fit, "search", None)
+    monkeypatch.setattr(fit, "measure", None)
+    with pytest.raises(ConfigError, match=message):
+        run(folder, tmp_path / "model", DECODER, *changes)
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_learned(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is a file; expected a folder"):
+        run(folder, tmp_path / "file" / "model", SMALL)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # as it is for others than root
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run(folder, tmp_path / "models" / "one", SMALL)
+
+
 def test_what_cannot_be_damped_is_said_before_anything_is_learned(folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(fit, "search", None)
     with pytest.raises(PredictionError, match="needs a finding called 'Normal'"):

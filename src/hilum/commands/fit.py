@@ -86,12 +86,16 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     model = freeze(opened.model).to(place)
     if composition.damping is not None:
         normal_name(tuple(finding.name for finding in examples.findings if finding.trained))  # there must be one
-    learning = open_learning_set(config, examples, place)
-    variants = config.variants()
+    variants, embed_dim = config.variants(), model.config.embed_dim
     largest = max(variants, key=lambda one: one.blocks)
-    embed_dim, text_dim = model.config.embed_dim, 0 if learning.text is None else learning.text.shape[1]
     if largest.blocks > model.config.depth:
         raise ConfigError(f"blocks: {largest.blocks} of a backbone that has {model.config.depth}.")
+    if config.tune.method == "blocks" and config.tune.blocks > model.config.depth:
+        raise ConfigError(f"tune.blocks: {config.tune.blocks} of a backbone that has {model.config.depth}.")
+    if config.kept_channels is not None and config.kept_channels > embed_dim * largest.blocks:
+        raise ConfigError(f"kept_channels: {config.kept_channels} of tokens that have {embed_dim * largest.blocks}.")
+    learning = open_learning_set(config, examples, place)
+    text_dim = 0 if learning.text is None else learning.text.shape[1]
     heads = [config.describe_head(embed_dim, len(examples.findings), one, text_dim) for one in variants]
     source = FeatureSource(
         store, examples.both, model, preprocessing(opened.preprocess_id), resolution=model.config.image_size,

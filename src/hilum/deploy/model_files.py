@@ -4,6 +4,7 @@
 a prediction is `predictor.py`'s business. Past 300 lines: every file of a model, each with its writer and its reader.
 """
 
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -126,10 +127,13 @@ def require_new(path: Path) -> None:
     """Refuse to write over a model, or where no folder can be.
 
     Raises:
-        ConfigError: there is a model already, or a file.
+        ConfigError: there is a model already, a file, or a folder in which nothing may be written.
     """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file; expected a folder for the model.")
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file; expected a folder for the model.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{there} cannot be written. Choose another folder for the model, or ask for the right to.")
     if (path / CONFIG_NAME).exists():
         raise ConfigError(f"{path} already holds {CONFIG_NAME}. Choose another folder, or move this one away.")
 
