@@ -16,7 +16,7 @@ from hilum.core.errors import PredictionError
 from hilum.core.seeding import stream
 from hilum.evaluation.definitions import METRICS, macro_name
 from hilum.evaluation.predictions import Predictions
-from hilum.evaluation.studies import study_uids
+from hilum.evaluation.studies import patient_keys, study_uids
 from hilum.evaluation.weighted import FAST, WeightedFinding
 
 BLOCK = 100
@@ -26,9 +26,7 @@ INTERVAL = (0.025, 0.975)
 
 def patient_clusters(dataset: np.ndarray, patient_id: np.ndarray, study: np.ndarray) -> Int[np.ndarray, " N"]:
     """Number the patients 0, 1, ...; an item without a patient id is clustered by its study (`studies.study_uids`)."""
-    rows = zip(dataset.tolist(), patient_id.tolist(), study.tolist(), strict=True)
-    keys = [f"p\x1f{d}\x1f{p}" if p else f"s\x1f{s}" for d, p, s in rows]
-    return np.unique(keys, return_inverse=True)[1]
+    return np.unique(patient_keys(dataset, patient_id, study), return_inverse=True)[1]
 
 
 def resample_weights(clusters: int, first: int, last: int, seed: int) -> Float[np.ndarray, "P R"]:

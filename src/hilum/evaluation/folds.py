@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from hilum.evaluation.predictions import Predictions
-from hilum.evaluation.studies import study_uids
+from hilum.evaluation.studies import patient_keys, study_uids
 
 FOLDS = 5
 
@@ -17,9 +17,7 @@ def patient_folds(p: Predictions, folds: int = FOLDS, seed: int = 0) -> Int[np.n
     Patients are dealt out in the order of a hash of their ids. An item without a patient id goes with its study.
     """
     studies = study_uids(p.dataset, p.patient_id, p.study_id, p.image_uid)
-    rows = zip(p.dataset.tolist(), p.patient_id.tolist(), studies.tolist(), strict=True)
-    keys = np.array([f"p\x1f{d}\x1f{patient}" if patient else f"s\x1f{study}" for d, patient, study in rows])
-    patients, place = np.unique(keys, return_inverse=True)
+    patients, place = np.unique(patient_keys(p.dataset, p.patient_id, studies), return_inverse=True)
     hashed = [hashlib.sha256(f"{seed}\x1f{key}".encode()).hexdigest() for key in patients.tolist()]
     turn = np.empty(len(patients), np.int64)
     turn[np.argsort(hashed)] = np.arange(len(patients))

@@ -22,6 +22,7 @@ __all__ = [
     "aggregate_studies",
     "group_studies",
     "mean_over_studies",
+    "patient_keys",
     "study_uid",
     "study_uids",
     "view_weights",
@@ -37,6 +38,12 @@ def study_uids(dataset: np.ndarray, patient_id: np.ndarray, study_id: np.ndarray
     """(N,) the study of each image. An image without a study id is a study of its own, under its own uid."""
     rows = zip(dataset.tolist(), patient_id.tolist(), study_id.tolist(), image_uid.tolist(), strict=True)
     return np.array([study_uid(d, p, s) if s else uid for d, p, s, uid in rows], dtype=str)
+
+
+def patient_keys(dataset: np.ndarray, patient_id: np.ndarray, study: np.ndarray) -> list[str]:
+    """Whose each item is, as text; an item without a patient id belongs to its study (`study_uids`)."""
+    rows = zip(dataset.tolist(), patient_id.tolist(), study.tolist(), strict=True)
+    return [f"p\x1f{d}\x1f{p}" if p else f"s\x1f{s}" for d, p, s in rows]
 
 
 def aggregate_studies(p: Predictions, rule: StudyRule | str = MEAN, unit: str = "image") -> Predictions:
