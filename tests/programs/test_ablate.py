@@ -230,6 +230,8 @@ def test_a_store_without_test_images_is_refused(tmp_path: Path) -> None:
     write_arrays(tmp_path / "store", images, np.ones((4, 6), np.int8), FINDINGS, splits=["train", "val"] * 2)
     with pytest.raises(ConfigError, match="no test images"):
         ablate.run(plans.resolve(PLAN), tmp_path / "store", tmp_path / "out", "cpu")
+    with pytest.raises(ConfigError, match="expected auto, cpu or cuda"):
+        ablate.run(plans.resolve(PLAN), tmp_path / "store", tmp_path / "out", "gpu0")
 
 
 def pretrained() -> AblationPlan:

@@ -34,6 +34,7 @@ from hilum.core.errors import ConfigError, HilumError
 from hilum.core.locks import folder_lock
 from hilum.core.tracking import duration, say, warn
 from hilum.core.types import RESEARCH_NOTICE
+from hilum.deploy.network import choose_device
 from hilum.evaluation.ablation_table import text_table
 
 PLAN_NAME = "plan.yaml"
@@ -56,6 +57,7 @@ def run(resolved: ResolvedPlan, data: Path, out: Path, device: str = "auto", wor
     """
     if workers < 1:
         raise ConfigError(f"workers: expected at least 1, found {workers}.")
+    choose_device(device)  # a device that is not there is found out now, not in every unit
     data, out = Path(data), Path(out)
     place = Workplace(resolved, data, out, device)
     refuse_missing_splits(place)

@@ -220,7 +220,7 @@ class Calibrator:
         """Read what `to_dict` made.
 
         Raises:
-            PredictionError: another format, or findings that do not match their hash.
+            PredictionError: another format, findings that do not match their hash, or parts that are not as written.
         """
         if values.get("format") != FORMAT:
             raise PredictionError(f"Expected a calibrator of format {FORMAT!r}, found {values.get('format')!r}.")
@@ -230,11 +230,30 @@ class Calibrator:
             raise PredictionError(f"The calibrator lacks {', '.join(missing)}; fit it again (hilum calibrate).")
         if values["findings_sha256"] != findings_hash(values["findings"]):
             raise PredictionError("The calibrator's findings do not match their hash; the file was edited by hand.")
+        _check_content(values)
         kinds = {one["kind"] for one in values["maps"].values() if one}
         for kind in sorted(kinds - set(CALIBRATORS)):
             raise UnknownNameError("calibrator", kind, CALIBRATORS)
         own = {key: values[key] for key in keys}
         return cls(tuple(values["findings"]), **own, cross_fitted=values.get("cross_fitted"), steps=values.get("steps"))
+
+
+def _check_content(values: Mapping[str, Any]) -> None:
+    """Raise PredictionError unless maps, thresholds and `fitted_on` are of the form that `to_dict` gives them."""
+
+    def each(key: str, *parts: str) -> bool:
+        found = values[key].values() if isinstance(values[key], dict) else [0]
+        return all(one is None or (isinstance(one, dict) and set(parts) <= set(one)) for one in found)
+
+    fitted_on = values["fitted_on"]
+    sound = {key: each(key, "f1") for key in ("thresholds", "raw_thresholds")}
+    sound["maps"] = each("maps", "kind", "parameters", "flag") and set(values["maps"]) == set(values["findings"])
+    sound["fitted_on"] = not fitted_on or (isinstance(fitted_on, dict) and "digests" in fitted_on)
+    if wrong := [key for key, fine in sorted(sound.items()) if not fine]:
+        raise PredictionError(
+            f"The calibrator's {', '.join(wrong)}: not as it was written; the file is damaged or was edited. Fit it "
+            "again (hilum calibrate)."
+        )
 
 
 def _words(steps: Mapping[str, Any]) -> str:

@@ -158,6 +158,10 @@ def test_a_damaged_calibrator_is_refused(tmp_path):
         ({"format": "other"}, "format"),
         ({"findings": list("ABDC")}, "hash"),
         ({"maps": {**values["maps"], "A": {**values["maps"]["A"], "kind": "magic"}}}, "magic"),
+        ({"maps": []}, "maps: not as it was written"),
+        ({"maps": {"A": values["maps"]["A"]}}, "maps: not as it was written"),
+        ({"maps": {**values["maps"], "A": {"kind": "platt"}}}, "maps: not as it was written"),
+        ({"fitted_on": {"items": 3}, "thresholds": {"A": 0.5}}, "fitted_on, thresholds: not as it was written"),
     ):
         with pytest.raises((PredictionError, UnknownNameError), match=message):
             Calibrator.from_dict(json.loads(json.dumps({**values, **change})))
