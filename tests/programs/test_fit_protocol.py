@@ -17,7 +17,7 @@ from hilum.commands.fit_inputs import open_examples
 from hilum.core.config import override
 from hilum.core.errors import ConfigError, LeakageError, PredictionError, UnknownNameError
 from hilum.core.seeding import forked
-from hilum.data.store import Store
+from hilum.data.store import Store, write_arrays
 from hilum.deploy import model_files as files
 from hilum.deploy.predictor import load
 from hilum.heads import training
@@ -537,6 +537,33 @@ def test_a_deferred_loss_begins_in_the_refit_after_as_many_steps_as_in_the_searc
     assert search == [False] * 5 + [True] * 5
     assert stages[11]  # tuning goes on in the second stage
     assert refit == [False] * 4 + [True]  # 5 epochs of 40 images are 4 of 56, rounded
+
+
+def test_a_cosine_ends_with_the_last_step_where_large_studies_are_drawn_more_often(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Counted by images it would end epochs before, and the rest would learn nothing."""
+    sweeps = []
+
+    class Watched(Sweep):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            sweeps.append(self)
+
+    monkeypatch.setattr(training, "Sweep", Watched)
+    splits = ["train"] * 80 + ["val"] * 16
+    store = make_store(tmp_path / "first", splits)
+    labels = np.array(store.labels)
+    labels[:80] = 0
+    labels[:16, 0] = 1  # 4 studies of 4 images have it, 64 of one image have nothing
+    names = [f"s{n // 4 if n < 16 else n}" for n in range(96)]
+    images = [store.read(n) for n in range(96)]
+    write_arrays(tmp_path / "store", images, labels, FINDINGS, splits=splits, studies=names, patients=names)
+    changes = ["views=set", "sampling=class_aware", "sampling_power=1", "search_epochs=4"]
+    fit.run(override(SMALL, changes), tmp_path / "store", folder / "run", tmp_path / "model")
+    assert sweeps[0].steps > 4 * 5  # of 80 images 5 batches
+    assert sweeps[0].steps == sweeps[0].total_steps
+    assert sweeps[1].steps <= sweeps[1].total_steps
 
 
 @pytest.mark.parametrize("more", [[], ["views=memory"], ["refit_init=warm"], ["tune.method=lora", "tune.epochs=1"]])

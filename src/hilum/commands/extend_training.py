@@ -19,7 +19,7 @@ from hilum.core.tracking import progress
 from hilum.core.types import POSITIVE
 from hilum.data.labels import IMPLIES
 from hilum.evaluation.definitions import average_precision
-from hilum.heads.batches import Batch, epoch_batches, in_order
+from hilum.heads.batches import Batch, count_steps, epoch_batches, in_order
 from hilum.heads.config import FitConfig
 from hilum.heads.extension import grown_state, norms_and_biases, per_finding
 from hilum.heads.features import Features, FeatureSource
@@ -153,12 +153,9 @@ def search(
     """
     variants = config.variants()
     steps = -(-len(data.train) // config.batch_size)
-    sweeps = [
-        _sweep(
-            config, rung, [one.learning_rate for one in variants], config.search_epochs * steps, data, "search", device
-        )
-        for rung in rungs
-    ]
+    rates = [one.learning_rate for one in variants]
+    total = _count(config.search_epochs, config, "search", data.train, data)
+    sweeps = [_sweep(config, rung, rates, total, data, "search", device) for rung in rungs]
     drawn = epoch_batches(config, "search", data.train, data.labels[data.train], data.labels[data.train], data.studies)
     held_out = in_order(data.val, config.batch_size, data.studies)
     seen = np.concatenate([batch.images for batch in held_out])
@@ -212,7 +209,8 @@ def refit(
         the weights, and the mean loss of a step in each epoch.
     """
     steps = -(-len(data.both) // config.batch_size)
-    sweep = _sweep(config, rung, [variant.learning_rate], config.refit_epochs * steps, data, "refit", device)
+    total = _count(config.refit_epochs, config, "refit", data.both, data)
+    sweep = _sweep(config, rung, [variant.learning_rate], total, data, "refit", device)
     drawn = epoch_batches(config, "refit", data.both, data.labels[data.both], data.labels[data.train], data.studies)
     course = []
     with progress("refit", epochs * steps, "steps") as bar:
@@ -246,6 +244,10 @@ def _sweep(
         initial=None if rung.initial is None else [rung.initial] * len(rates), ema=config.ema,
         trainable=rung.trainable,
     )  # fmt: skip
+
+
+def _count(epochs: int, config: FitConfig, phase: str, images: np.ndarray, data: LearningSet) -> int:
+    return count_steps(epochs, config, phase, images, data.labels[images], data.labels[data.train], data.studies)
 
 
 def _features(

@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from hilum.backbones.vit import VisionTransformer
 from hilum.core.tracking import progress, say
-from hilum.heads.batches import Batch, epoch_batches, in_order
+from hilum.heads.batches import Batch, count_steps, epoch_batches, in_order
 from hilum.heads.config import FitConfig
 from hilum.heads.features import FeatureSource, extract
 from hilum.heads.registry import Head
@@ -86,8 +86,8 @@ def tune_on_train(
     tuned = unfreeze(backbone, settings, config.seed, "tune")
     steps = -(-len(data.train) // settings.batch_size)
     tuner = Tuner(
-        settings, tuned, head, blocks, source, settings.epochs * steps, precision=config.precision, seed=config.seed,
-        phase="tune",
+        settings, tuned, head, blocks, source, _count(config, "tune", data.train, data), precision=config.precision,
+        seed=config.seed, phase="tune",
     )  # fmt: skip
     loss = training_loss(config, data, source.device, deferred=config.deferred < 1)
     with progress("tuning", settings.epochs * steps, "steps") as bar:
@@ -125,8 +125,8 @@ def tune_on_both(
     tuned = unfreeze(backbone, settings, config.seed, "tune refit")
     steps = -(-len(data.both) // settings.batch_size)
     tuner = Tuner(
-        settings, tuned, head, blocks, source, settings.epochs * steps, precision=config.precision, seed=config.seed,
-        phase="tune refit",
+        settings, tuned, head, blocks, source, _count(config, "tune refit", data.both, data),
+        precision=config.precision, seed=config.seed, phase="tune refit",
     )  # fmt: skip
     loss = training_loss(config, data, source.device, deferred=config.deferred < 1)
     with progress("tuning, train + val", epochs * steps, "steps") as bar:
@@ -148,6 +148,14 @@ def _epochs(
         config, phase, images, data.labels[images], data.labels[data.train], data.studies, config.tune.batch_size
     )
     return enumerate(islice(drawn, epochs), 1)
+
+
+def _count(config: FitConfig, phase: str, images: np.ndarray, data: LearningSet) -> int:
+    """Steps of the whole cosine."""
+    return count_steps(
+        config.tune.epochs, config, phase, images, data.labels[images], data.labels[data.train], data.studies,
+        config.tune.batch_size,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ validation and prediction.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -117,6 +118,26 @@ def epoch_batches(
     merged = np.maximum.reduceat(labels[studies.places], studies.starts, axis=0)
     for order in epoch_orders(config, phase, np.arange(len(studies)), merged, train_labels):
         yield studies.batches(order, size)
+
+
+def count_steps(
+    epochs: int,
+    config: FitConfig,
+    phase: str,
+    images: Int64[np.ndarray, " n"],
+    labels: Int[np.ndarray, "n C"],
+    train_labels: Int[np.ndarray, "m C"],
+    study_of_image: Int64[np.ndarray, " N"] | None = None,
+    size: int | None = None,
+) -> int:
+    """Steps of so many epochs; arguments as `epoch_batches`.
+
+    Studies that are drawn class-aware hold more or fewer images than there are: their batches are counted.
+    """
+    if study_of_image is None or config.sampling == "natural":
+        return epochs * -(-len(images) // (size or config.batch_size))
+    drawn = epoch_batches(config, phase, images, labels, train_labels, study_of_image, size)
+    return sum(len(batches) for batches in islice(drawn, epochs))
 
 
 def in_order(

@@ -17,7 +17,7 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from hilum.core.tracking import progress
-from hilum.heads.batches import Batch, epoch_batches, in_order
+from hilum.heads.batches import Batch, count_steps, epoch_batches, in_order
 from hilum.heads.candidates import Candidate
 from hilum.heads.config import FitConfig
 from hilum.heads.consistency import with_consistency
@@ -130,7 +130,8 @@ def search(
             heads = [_candidate(config, embed_dim, data, variants[place]) for place in alive]
             initial = None if sweep is None else [sweep.state(place) for place in range(len(alive))]
             phase = f"search{_suffix(stage)}"
-            sweep = _sweep(settings, heads, epochs * steps, data, phase, device, initial, stage == "classifier")
+            total = _count(epochs, settings, phase, data.train, data)
+            sweep = _sweep(settings, heads, total, data, phase, device, initial, stage == "classifier")
             drawn = _epochs(settings, phase, data.train, data)
             for number in range(epochs):
                 epoch = len(found.epochs)
@@ -203,7 +204,8 @@ def refit(
             settings = config if stage == "whole" else replace(config, sampling="class_aware")
             phase = f"refit{_suffix(stage)}"
             before = None if state is None else [state]
-            sweep = _sweep(settings, [head], horizon * steps, data, phase, device, before, stage == "classifier")
+            total = _count(horizon, settings, phase, data.both, data)
+            sweep = _sweep(settings, [head], total, data, phase, device, before, stage == "classifier")
             drawn = _epochs(settings, phase, data.both, data)
             for number in range(run):
                 losses = []
@@ -271,6 +273,10 @@ def _deferred_from(config: FitConfig) -> int:
 
 def _epochs(config: FitConfig, phase: str, images: np.ndarray, data: LearningSet) -> Iterator[list[Batch]]:
     return epoch_batches(config, phase, images, data.labels[images], data.labels[data.train], data.studies)
+
+
+def _count(epochs: int, config: FitConfig, phase: str, images: np.ndarray, data: LearningSet) -> int:
+    return count_steps(epochs, config, phase, images, data.labels[images], data.labels[data.train], data.studies)
 
 
 def _features(
