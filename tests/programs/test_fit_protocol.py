@@ -124,6 +124,16 @@ def test_a_budget_of_images_is_kept_by_search_and_refit(folder: Path, tmp_path: 
     assert [len(set(names.tolist())) for names in patients] == [5, 3]  # two images each: whole patients
 
 
+def test_a_budget_cuts_no_study(folder: Path) -> None:
+    store = Store.open(folder / "store")
+    for budget in (3, 7, 8):
+        found = open_examples(folder / "store", None, train_images=budget)
+        assert len(found.train) == budget - budget % 2  # two images to a study
+        assert (np.unique(store.studies[found.train], return_counts=True)[1] == 2).all()
+    with pytest.raises(ConfigError, match="a budget of 1 does not hold the first study, of 2 images"):
+        open_examples(folder / "store", None, train_images=1)
+
+
 def test_examples_of_another_seed_are_other_patients(folder: Path) -> None:
     first, again, other = (open_examples(folder / "store", None, train_images=10, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(first.train, again.train)

@@ -184,7 +184,7 @@ def _choose_datasets(
 
 
 def _budget(store: Store, images: np.ndarray, budget: int | None, seed: int, split: str) -> np.ndarray:
-    """Whole patients, in an order of the seed, as long as they fit the budget; the last one is cut to fill it exactly.
+    """Whole studies, patient by patient in an order of the seed, as long as the next one fits the budget.
 
     RPIDIAL/CheXFound linear_glori.py trains few-shot heads on the few images and then on the whole validation set; here
     each split has a budget of its own, and the refit sees what the search saw.
@@ -194,7 +194,13 @@ def _budget(store: Store, images: np.ndarray, budget: int | None, seed: int, spl
     patients = np.char.add(np.char.add(store.datasets[images], "\x1f"), store.patients[images])
     _, of_image = np.unique(patients, return_inverse=True)
     turn = stream(seed, "image budget", split).permutation(int(of_image.max()) + 1)
-    return np.sort(images[np.argsort(turn[of_image], kind="stable")[:budget]])
+    study = StudyIndex(store).of_image[images]
+    ordered = images[np.lexsort((study, turn[of_image]))]
+    ends = np.flatnonzero(np.diff(StudyIndex(store).of_image[ordered], append=-1)) + 1  # one past each study's last
+    fitting = ends[ends <= budget]
+    if not len(fitting):
+        raise ConfigError(f"{split}_images: a budget of {budget} does not hold the first study, of {ends[0]} images.")
+    return np.sort(ordered[: fitting[-1]])
 
 
 def _choose_findings(store: Store, wanted: tuple[str, ...] | None) -> tuple[str, ...]:

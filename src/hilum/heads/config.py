@@ -152,9 +152,9 @@ class FitConfig:
     pseudo_certainty: float = 0.0
     """Entries count only where the teacher's probability is at least this far from 0.5, of 0.5 at most."""
     train_images: int | None = None
-    """Learn from so many images only, drawn by patient."""
+    """Learn from at most so many images, drawn by patient, in whole studies."""
     val_images: int | None = None
-    """Select, calibrate and refit with so many validation images only."""
+    """Select, calibrate and refit with at most so many validation images."""
     threads: int | None = None
     """CPU threads of torch; None leaves torch's choice. Another number changes results in the last bits."""
     workers: int = 2

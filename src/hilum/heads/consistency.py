@@ -62,17 +62,16 @@ def consistency(
     return total if reduction == "sum" else total / several.sum().clamp(min=1)
 
 
-def with_consistency(
-    loss: Loss, weight: float, kind: Difference = "squared", reduction: Reduction = "mean", known: bool = False
-) -> Loss:
-    """A loss plus `weight` times the consistency of the studies of a batch.
+def with_consistency(loss: Loss, weight: float, kind: Difference = "squared", reduction: Reduction = "mean") -> Loss:
+    """A loss plus `weight` times the consistency of the studies of a batch, over entries that are known.
+
+    Unknown entries are left out, so that here too they have exactly zero gradient.
 
     Args:
         loss: what `build_loss` made.
         weight: 0 or more.
         kind: which difference.
         reduction: as the loss is reduced (`LossSettings.reduced`), so that one weight means the same for both.
-        known: leave out entries that are unknown.
 
     Raises:
         ConfigError: from the returned loss, for targets without studies.
@@ -81,7 +80,7 @@ def with_consistency(
     def both(logits: Float[Tensor, "B C"], targets: Targets) -> Float[Tensor, ""]:
         if targets.study is None:
             raise ConfigError("A consistency term needs to know the study of each image; the batch has no studies.")
-        term = consistency(logits, targets.study, targets.weights if known else None, kind, reduction)
+        term = consistency(logits, targets.study, targets.weights, kind, reduction)
         return loss(logits, targets) + weight * term
 
     return both

@@ -129,10 +129,10 @@ def test_a_loss_with_it_is_the_sum_of_both() -> None:
     loss = build_loss(LossSettings("masked_bce_mean"))
     both = with_consistency(loss, 0.25, "jensen_shannon", "sum")
     targets = known_targets(codes, STUDY)
-    term = consistency(logits(), STUDY, kind="jensen_shannon", reduction="sum")
+    term = consistency(logits(), STUDY, targets.weights, "jensen_shannon", "sum")
     assert torch.allclose(both(logits(), targets), loss(logits(), targets) + 0.25 * term)
     values = logits().requires_grad_()
-    with_consistency(loss, 0.25, known=True)(values, targets).backward()
+    with_consistency(loss, 0.25)(values, targets).backward()
     assert not values.grad[codes < 0].any()
     with pytest.raises(ConfigError, match="no studies"):
         both(logits(), known_targets(codes))
