@@ -126,7 +126,7 @@ def test_a_budget_of_images_is_kept_by_search_and_refit(folder: Path, tmp_path: 
 
 def test_a_budget_cuts_no_study(folder: Path) -> None:
     store = Store.open(folder / "store")
-    for budget in (3, 7, 8):
+    for budget in (21, 27, 30):
         found = open_examples(folder / "store", None, train_images=budget)
         assert len(found.train) == budget - budget % 2  # two images to a study
         assert (np.unique(store.studies[found.train], return_counts=True)[1] == 2).all()
