@@ -42,7 +42,7 @@ from hilum.deploy.card import model_card
 from hilum.deploy.network import Network, choose_device, raw_probabilities
 from hilum.deploy.out_of_sample import fit_calibrators
 from hilum.evaluation.calibration import fingerprint
-from hilum.evaluation.definitions import average_precision
+from hilum.evaluation.definitions import mean_average_precision
 from hilum.heads.batches import in_order
 from hilum.heads.config import FitConfig
 from hilum.heads.features import freeze
@@ -130,9 +130,7 @@ def run(
     prepare = preparation(scaling)
 
     def score(probabilities: np.ndarray) -> float:
-        columns = np.flatnonzero(examples.scored)
-        values = [average_precision(probabilities[:, column], labels[val][:, column]) for column in columns]
-        return float(np.mean([value for value in values if value is not None]))
+        return mean_average_precision(probabilities, labels[val], np.flatnonzero(examples.scored))
 
     def finished(state: Weights) -> Head:
         head = on_meta(described)

@@ -18,7 +18,7 @@ from hilum.core.seeding import forked
 from hilum.core.tracking import progress
 from hilum.core.types import POSITIVE
 from hilum.data.labels import IMPLIES
-from hilum.evaluation.definitions import average_precision
+from hilum.evaluation.definitions import mean_average_precision
 from hilum.heads.batches import Batch, count_steps, epoch_batches, in_order
 from hilum.heads.config import FitConfig
 from hilum.heads.extension import grown_state, norms_and_biases, per_finding
@@ -264,6 +264,4 @@ def _prepared(features: Features, rung: Rung, scaling: Standardisation | None) -
 
 
 def _score(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    columns = np.flatnonzero((labels == POSITIVE).any(axis=0))
-    values = [average_precision(probabilities[:, column], labels[:, column]) for column in columns]
-    return float(np.mean([value for value in values if value is not None]))
+    return mean_average_precision(probabilities, labels, np.flatnonzero((labels == POSITIVE).any(axis=0)))

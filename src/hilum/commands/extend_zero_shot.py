@@ -28,7 +28,7 @@ from hilum.core.types import POSITIVE, UNKNOWN
 from hilum.data.store import Store
 from hilum.deploy import model_files as files
 from hilum.deploy.network import choose_device
-from hilum.evaluation.definitions import average_precision
+from hilum.evaluation.definitions import mean_average_precision
 from hilum.heads.batches import in_order
 from hilum.heads.config import FitConfig
 from hilum.heads.features import freeze
@@ -165,8 +165,7 @@ def _learn(
     masked[:, tested] = UNKNOWN
 
     def score(probabilities: np.ndarray) -> float:
-        values = [average_precision(probabilities[:, column], labels[val][:, column]) for column in tested]
-        return float(np.mean([value for value in values if value is not None]))
+        return mean_average_precision(probabilities, labels[val], np.array(tested))
 
     whole = config.needs_studies
 

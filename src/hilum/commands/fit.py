@@ -29,7 +29,7 @@ from hilum.deploy.network import Network, choose_device
 from hilum.deploy.out_of_sample import fit_calibrators, fit_composition
 from hilum.evaluation.calibration import fingerprint
 from hilum.evaluation.composition import Composition
-from hilum.evaluation.definitions import average_precision
+from hilum.evaluation.definitions import mean_average_precision
 from hilum.evaluation.normal_damping import Damping, normal_name
 from hilum.evaluation.study_rules import StudyRule
 from hilum.heads.batches import in_order
@@ -109,9 +109,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
 
     # Search: every candidate on one pass over the features; scores on validation after every epoch.
     def score(probabilities: Float[np.ndarray, "M C"]) -> float:
-        columns = np.flatnonzero(examples.scored)
-        values = [average_precision(probabilities[:, column], labels[val][:, column]) for column in columns]
-        return float(np.mean([value for value in values if value is not None]))
+        return mean_average_precision(probabilities, labels[val], np.flatnonzero(examples.scored))
 
     searched = search(config, embed_dim, learning, source, prepare, score, place)
     chosen = choose(

@@ -46,6 +46,15 @@ def average_precision(scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, "
     return float((np.diff(true_positives, prepend=0) * (true_positives / (ends + 1))).sum() / y.sum())
 
 
+def mean_average_precision(
+    probabilities: Float[np.ndarray, "N C"], labels: Int[np.ndarray, "N C"], columns: Int[np.ndarray, " K"]
+) -> float:
+    """Mean over some findings of their average precision, as a search judges heads by it; NaN where none is defined."""
+    values = [average_precision(probabilities[:, column], labels[:, column]) for column in columns]
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else float("nan")
+
+
 def roc_auc(scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> float | None:
     """Share of (positive, negative) pairs in the right order, ties counting half; None without both classes."""
     p, y = known(scores, labels)
