@@ -11,8 +11,6 @@ heads are selected, thresholds and calibrators fitted, on validation; every row 
 """
 
 import io
-import os
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -29,6 +27,7 @@ from hilum.commands.ablate_making import perform
 from hilum.commands.ablate_plan import ResolvedPlan
 from hilum.commands.ablate_results import collect, write_results
 from hilum.commands.ablate_units import LOG_NAME, UNIT_NAME, Unit, Workplace, refuse_missing_splits
+from hilum.core.children import end_with_parent
 from hilum.core.config import write_yaml
 from hilum.core.errors import ConfigError, HilumError
 from hilum.core.locks import folder_lock
@@ -38,7 +37,6 @@ from hilum.deploy.network import choose_device
 from hilum.evaluation.ablation_table import text_table
 
 PLAN_NAME = "plan.yaml"
-_SECONDS_BETWEEN_LOOKS = 2.0
 
 
 def run(resolved: ResolvedPlan, data: Path, out: Path, device: str = "auto", workers: int = 1) -> dict[str, Any]:
@@ -150,19 +148,7 @@ def _side_by_side(
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Spawned, not forked: the threads of torch and of the table library do not survive a fork.
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
-
-
-def _end_with_parent() -> None:
-    """A process of the pool waits for work for ever where its parent was killed; this one does not."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent)
 
 
 def _perform(place: Workplace, unit: Unit) -> str | None:

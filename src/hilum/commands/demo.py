@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hilum.commands import audit, build, combine_models, demo_results, fit, manifest, pretrain
+from hilum.core.children import end_with_parent
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
 from hilum.core.files import write_json
@@ -160,7 +161,7 @@ def _fit_side_by_side(store: Path, jobs: Sequence[Job]) -> None:
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
     # Spawned, not forked: the threads of torch and of the table library do not survive a fork.
     with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool,
         progress("heads", len(jobs), "heads") as bar,
     ):
         for done in as_completed([pool.submit(_fit, store, job) for job in jobs]):

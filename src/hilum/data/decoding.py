@@ -7,20 +7,20 @@ number of images. This module imports no table library: the processes it starts 
 import hashlib
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
+from hilum.core.children import end_with_parent
 from hilum.core.errors import ImageError, StoreError
 from hilum.data.checksums import check_content
 from hilum.data.greys import grey_histogram
@@ -150,7 +150,7 @@ def _prepare_process() -> None:
     cv2.setNumThreads(1)
     reuse_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def reuse_memory() -> None:
@@ -160,13 +160,6 @@ def reuse_memory() -> None:
     of up to 32 MiB, moves the threshold there. The block is never touched. Other allocators are not affected.
     """
     np.empty(2**25 - 2**16, np.uint8)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _ready() -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from hilum.core.children import end_with_parent
 from hilum.core.errors import ConfigError, HilumError, UnknownNameError
 from hilum.core.files import read_json, write_json, write_text
 from hilum.core.tracking import progress
@@ -135,7 +136,7 @@ def _render_all(folder: Path, jobs: list[StudyJob], workers: int) -> list[MaskRo
                 masks += render_job(folder, job)
                 bar.advance(len(job.images))
             return masks
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), _one_thread)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _prepare_process)
         with pool:
             done = pool.map(render_job, [folder] * len(jobs), jobs, chunksize=8)
             for job, rows in zip(jobs, done, strict=True):
@@ -144,8 +145,9 @@ def _render_all(folder: Path, jobs: list[StudyJob], workers: int) -> list[MaskRo
     return masks
 
 
-def _one_thread() -> None:
+def _prepare_process() -> None:
     cv2.setNumThreads(1)
+    end_with_parent()
 
 
 def render_job(folder: Path, job: StudyJob) -> list[MaskRow]:
