@@ -75,6 +75,12 @@ def test_ties_go_to_the_lower_rate_then_to_the_smaller_head() -> None:
     assert best([0.3, 0.3, 0.3, 0.3, 0.4], tried) == 4
 
 
+def test_scores_of_zero_still_choose() -> None:
+    """Defect C11: the released search begins at 0 with ">" and an empty name, and chooses nothing here."""
+    assert best([0.0, 0.0, 0.0], VARIANTS) == 0
+    assert decide(np.zeros((2, 3))).variant == VARIANTS[0]
+
+
 def test_the_better_half_goes_on_and_what_was_pruned_is_never_chosen() -> None:
     five = [Variant(rate, 4) for rate in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)]
     assert survivors([0.1, 0.5, 0.2, 0.5, 0.4], five) == [1, 3, 4]
