@@ -217,7 +217,8 @@ def table_row(row: dict[str, Any]) -> str:
     middle, low, high = row["faster"]
     area = ""
     if row["auroc"] is not None:
-        pairs = zip(row["auroc"], row["peer_auroc"], strict=False)
+        theirs_of = row["peer_auroc"][: len(row["auroc"])]  # kept tokens have no figure of the same course
+        pairs = zip(row["auroc"], theirs_of, strict=True)
         area = "; ".join(f"{own:.4f} ({own - theirs:+.4f})" for own, theirs in pairs)
     return (
         f"| {row['case']} | {row['side']} | {row['seconds']:.4f} | {row['images_per_second']:.1f} | "

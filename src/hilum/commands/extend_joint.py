@@ -242,7 +242,7 @@ def _open_all(base: Base, data: Path, names: tuple[str, ...]) -> Examples:
     # An old finding was trained already, whether or not this store has a label of it.
     kept = tuple(
         replace(now, trained=True) if now.known and then.trained else now if now.known else then
-        for now, then in zip(fresh, base.network.findings, strict=False)
+        for now, then in zip(fresh[: len(base.names)], base.network.findings, strict=True)
     )
     return replace(
         examples, labels=labels, findings=kept + fresh[len(base.names) :],

@@ -9,18 +9,11 @@ from typing import Any
 from hilum.core.files import write_text
 from hilum.core.seeding import derive
 from hilum.data.label_maps import load_map
+from hilum.data.labels import CXRLT_2026_TASK1
 from hilum.data.phantoms.cohort import PatientPlan
 from hilum.data.phantoms.layouts.jobs import ImageJob, Layout, MaskRow, StudyJob, csv_text, image_shape
 from hilum.data.phantoms.layouts.padchest import names_of
 
-TRAINED = (
-    "Normal", "aortic elongation", "cardiomegaly", "pleural effusion", "Nodule", "atelectasis", "pleural thickening",
-    "aortic atheromatosis", "Support Devices", "alveolar pattern", "fracture", "Hernia", "Emphysema", "azygos lobe",
-    "Hydropneumothorax", "Kyphosis", "Mass", "Pneumothorax", "Subcutaneous Emphysema", "pneumoperitoneo",
-    "vascular hilar enlargement", "vertebral degenerative changes", "hyperinflated lung", "interstitial pattern",
-    "central venous catheter", "hypoexpansion", "bronchiectasis", "hemidiaphragm elevation", "sternotomy",
-    "calcified densities",
-)  # fmt: skip
 TABLE, TEST, REMOVED = "CXRLT_2026_training.csv", "CXRLT_2026_TEST_ALL_TASK1.csv", "Removal.csv"
 
 
@@ -44,7 +37,7 @@ def _jobs(cohort: list[PatientPlan], seed: int, size: int) -> list[StudyJob]:
 
 
 def _tables(folder: Path, jobs: list[StudyJob], masks: list[MaskRow]) -> None:
-    rows: list[list[Any]] = [["ImageID", "StudyDate_DICOM", "PatientID", *TRAINED]]
+    rows: list[list[Any]] = [["ImageID", "StudyDate_DICOM", "PatientID", *CXRLT_2026_TASK1]]
     test: list[list[Any]] = [["ImageID"]]
     for number, job in enumerate(jobs):
         if job.patient.split == "test":
@@ -52,7 +45,7 @@ def _tables(folder: Path, jobs: list[StudyJob], masks: list[MaskRow]) -> None:
             continue
         present = set(names_of(job.study.findings, load_map("cxrlt2026"), number))
         rounded = f"{1 + job.patient.number % 9}.{job.patient.number % 100:02d}E+37"
-        cells = [int(label in present) for label in TRAINED]
+        cells = [int(label in present) for label in CXRLT_2026_TASK1]
         rows += [[image.image_id, 20140101 + job.study.number, rounded, *cells] for image in job.images]
     write_text(folder / TABLE, csv_text(rows))
     write_text(folder / REMOVED, csv_text([["ImageID"], *(row[:1] for row in rows[1:2])]))
