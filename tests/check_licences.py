@@ -1,6 +1,7 @@
 """Fails when a package that Hilum needs at run time is under the GPL, AGPL or a non-commercial licence.
 
-Walks the requirements of the installed `hilum` distribution (no extras) through the installed tree.
+Walks the requirements of the installed `hilum` distribution, with the extras that people install to use a model,
+through the installed tree.
 """
 
 import re
@@ -9,6 +10,8 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 
 from packaging.requirements import Requirement
 
+EXTRAS = ("", "export", "fast", "hub", "openvino", "pacs", "serve", "tensorboard")
+"""Of hilum itself; "" is what everybody has. Those of other packages are not followed."""
 FORBIDDEN = re.compile(r"(?<!L)(?<!Lesser )\b(A?GPL|GNU (Affero )?General Public)|non-?commercial", re.IGNORECASE)
 
 
@@ -35,7 +38,8 @@ def runtime_tree(name: str) -> dict[str, Distribution]:
         found[current] = package
         for text in package.requires or []:
             requirement = Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            extras = EXTRAS if current == name else ("",)
+            if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
                 waiting.append(requirement.name)
     return found
 
