@@ -1,12 +1,15 @@
-"""One backbone with one head: decoded pixels -> square -> raw probabilities, and attention. The only forward pass of
-prediction; `fit` takes its validation predictions from here too. Studies, ensembles and calibration: `predictor.py`.
+"""One backbone with one head: decoded pixels -> square -> raw probabilities, attention and embeddings. The only forward
+pass of prediction; `fit` takes its validation predictions from here too. Studies, ensembles and calibration:
+`predictor.py`; the same network as an exported graph: `engines.py`. Past 300 lines: what an engine is, the one made of
+torch modules, and the loop over images that serves all of them.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from scipy.special import expit
 from torch import Tensor
 
@@ -24,6 +27,60 @@ from hilum.heads.features import Features, extract, freeze, read_ahead, to_batch
 from hilum.heads.registry import Head
 
 Read = Callable[[int], np.ndarray | None]
+
+
+class Reading(NamedTuple):
+    """What a network says of a batch of squares."""
+
+    probabilities: Float64[np.ndarray, "B C"]
+    """Raw: sigmoid, then the mean with the mirror image where the model says so. Findings never trained are NaN."""
+    attention: Float[np.ndarray, "B C h w"] | None
+    """On the patch grid, each map summing to 1 (over a study, where the head looks at studies); None where the head has
+    none, or where it was not asked for. Findings of an extension without maps are NaN."""
+    cls: Float32[np.ndarray, "B D"]
+    """[CLS] of the last block."""
+    patch_mean: Float32[np.ndarray, "B D"]
+    """Mean patch token of the last block."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What runs a network: torch modules (`Network`), or an exported graph (`engines.py`)."""
+
+    config: NetworkConfig
+    """How the network was built and how images reach it."""
+    trained: np.ndarray
+    """(C,) bool: findings that were trained."""
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+
+    @property
+    def needs_studies(self) -> bool:
+        """Whether the images of a study must come together."""
+
+    def crop(self, pixels: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "S S"]:
+        """The square that the network sees of a decoded image."""
+
+    def read(
+        self,
+        squares: UInt8[Tensor, "B 1 S S"],
+        study: Int64[np.ndarray, " B"] | None = None,
+        view: Int64[np.ndarray, " B"] | None = None,
+        attention: bool = False,
+    ) -> Reading:
+        """Everything that the network says of squares."""
+
+
+Observe = Callable[[Int64[np.ndarray, " B"], list[Reading]], None]
+"""Told the positions of a batch, and a reading of each network."""
+
+
+def square_of(pixels: UInt8[np.ndarray, "H W"], config: NetworkConfig) -> UInt8[np.ndarray, "S S"]:
+    """The square that a network sees of a decoded image, by way of the size that its training store had."""
+    small = shrink(pixels, config.short_side) if config.short_side else pixels
+    return evaluation_crop(small, config.resolution)
 
 
 def choose_device(name: str) -> torch.device:
@@ -76,8 +133,36 @@ class Network:
 
     def crop(self, pixels: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "S S"]:
         """The square that the network sees of a decoded image, by way of the size that its training store had."""
-        small = shrink(pixels, self.config.short_side) if self.config.short_side else pixels
-        return evaluation_crop(small, self.config.resolution)
+        return square_of(pixels, self.config)
+
+    @property
+    def needs_studies(self) -> bool:
+        """Whether the head looks at all images of a study at once."""
+        return self.head.needs_studies
+
+    def read(
+        self,
+        squares: UInt8[Tensor, "B 1 S S"],
+        study: Int64[np.ndarray, " B"] | None = None,
+        view: Int64[np.ndarray, " B"] | None = None,
+        attention: bool = False,
+    ) -> Reading:
+        """Everything that the network says of squares, from one pass of the backbone (two with the mirror image).
+
+        Args:
+            squares: as `crop` makes them.
+            study: as `features`.
+            view: as `features`.
+            attention: also maps; they cost a second pass of the head.
+        """
+        features = self.features(squares, study, view)
+        width = self.config.backbone.embed_dim
+        return Reading(
+            probabilities=self.probabilities(squares, features),
+            attention=self.attention(features) if attention else None,
+            cls=features.cls[:, -width:].cpu().numpy(),
+            patch_mean=features.patch_mean.cpu().numpy(),
+        )
 
     def features(
         self,
@@ -156,7 +241,7 @@ def store_identity(store: Store, indices: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def raw_probabilities(
-    networks: Sequence[Network],
+    networks: Sequence[Engine],
     indices: Indices,
     read: Read,
     batch_size: int = 32,
@@ -164,6 +249,7 @@ def raw_probabilities(
     done: Callable[[int], None] = lambda count: None,
     studies: np.ndarray | None = None,
     views: np.ndarray | None = None,
+    observe: Observe | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Raw probabilities of many images from several networks; each image is decoded once.
 
@@ -180,12 +266,13 @@ def raw_probabilities(
         studies: (N,) study of each index: numbers, or text such as `evaluation.studies.study_uids` makes, in which ""
             is a study of its own. None: every image is one.
         views: (N,) view of each: names (`core.types.VIEWS`), or positions in `VIEW_KINDS`. None: not known.
+        observe: told the positions (B,) in `indices` of every batch and what each network says of it, without maps.
 
     Returns:
         for each network (N, C) float64, and the positions in `indices` that were read (N,), ascending.
     """
     chosen = np.asarray(list(indices), dtype=np.int64)
-    together = any(network.head.needs_studies for network in networks)
+    together = any(network.needs_studies for network in networks)
     study = _number(studies, len(chosen)) if together else None
     kinds = _kinds(views, len(chosen)) if together else None
     batches = in_order(np.arange(len(chosen)), batch_size, study)
@@ -198,10 +285,14 @@ def raw_probabilities(
             seen = positions[good]
             whole = None if study is None else np.unique(study[seen], return_inverse=True)[1].reshape(-1)
             view = None if kinds is None else kinds[seen]
+            readings = []
             for number, network in enumerate(networks):
                 images = to_batch([crops[number] for crops in squares if crops is not None])
-                outputs[number].append(network.probabilities(images, study=whole, view=view))
+                readings.append(network.read(images, whole, view))
+                outputs[number].append(readings[-1].probabilities)
             kept.append(seen)
+            if observe is not None:
+                observe(seen, readings)
         done(len(positions))
     read_positions = np.concatenate([np.zeros(0, np.int64), *kept])
     order = np.argsort(read_positions, kind="stable")
@@ -231,7 +322,7 @@ def _kinds(views: np.ndarray | None, count: int) -> Int64[np.ndarray, " N"]:
     return np.array([view_kind(str(name)) for name in names], dtype=np.int64)[of_image.reshape(-1)]
 
 
-def _squares(networks: Sequence[Network], chosen: np.ndarray, read: Read) -> Callable[[int], list[np.ndarray] | None]:
+def _squares(networks: Sequence[Engine], chosen: np.ndarray, read: Read) -> Callable[[int], list[np.ndarray] | None]:
     def squares(position: int) -> list[np.ndarray] | None:
         pixels = read(int(chosen[position]))
         return None if pixels is None else [network.crop(pixels) for network in networks]

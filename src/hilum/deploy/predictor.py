@@ -18,7 +18,7 @@ from hilum.core.types import RESEARCH_NOTICE, view_kind
 from hilum.data.store import Indices, Store
 from hilum.deploy import model_files as files
 from hilum.deploy.ensemble_model import read_composition
-from hilum.deploy.network import Network, Read, choose_device, raw_probabilities, store_identity
+from hilum.deploy.network import Engine, Network, Read, choose_device, raw_probabilities, store_identity
 from hilum.deploy.out_of_sample import PLAIN
 from hilum.deploy.study_images import (
     Box,
@@ -87,7 +87,7 @@ class Model:
 
     def __init__(
         self,
-        networks: Sequence[Network],
+        networks: Sequence[Engine],
         calibrators: files.Calibrators,
         digest: str,
         exposure: files.Exposure,
@@ -143,12 +143,12 @@ class Model:
         members, maps, shares = [], [], []
         for network, share in zip(self.networks, self.composition.weights or [1.0] * len(self.networks), strict=True):
             squares = to_batch([network.crop(pixels) for pixels, _ in decoded])
-            features = network.features(squares, np.zeros(len(names), np.int64), kinds)
-            values = network.probabilities(squares, features)
+            reading = network.read(squares, np.zeros(len(names), np.int64), kinds, attention and bool(share))
+            values = reading.probabilities
             members.append(as_study(values, [pixels for pixels, _ in decoded], names, network.findings))
-            found = network.attention(features) if attention and share else None
-            if found is not None:
-                maps.append(found[:, column_indices(network.findings, self.findings, "a member of the ensemble")])
+            if reading.attention is not None:
+                columns = column_indices(network.findings, self.findings, "a member of the ensemble")
+                maps.append(reading.attention[:, columns])
                 shares.append(share)
         image, study = self._finish(members, raw), self._finish(members, raw, unit="study")
         trained = {name: bool(known) for name, known in zip(self.findings, study.trained, strict=True)}

@@ -18,7 +18,7 @@ from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
 from hilum.deploy import model_files as files
 from hilum.deploy.ensemble_model import combine_models, inherited
-from hilum.deploy.network import Network
+from hilum.deploy.network import Reading
 from hilum.deploy.predictor import Model, load
 from hilum.evaluation.calibration import Calibrator
 from hilum.evaluation.composition import Composition
@@ -400,29 +400,26 @@ def test_raw_predictions_say_on_what_their_members_were_chosen(trio: Path, tmp_p
         judge()
 
 
-class StandIn(Network):
-    """A network that says and shows the same of every image."""
+class StandIn:
+    """An engine that says and shows the same of every image."""
 
-    findings: tuple[str, ...] = ()
+    needs_studies = False
 
     def __init__(self, findings: tuple[str, ...], values: list[float], maps: np.ndarray | None) -> None:
         self.findings, self.values, self.maps = findings, np.array([values]), maps
         self.config = SimpleNamespace(preprocess_id="hilum-grey-1", short_side=None)
+        self.trained = np.ones(2, dtype=bool)
 
     def crop(self, pixels):
         return pixels
 
-    def features(self, squares, studies, kinds):
-        return squares
-
-    def probabilities(self, squares, features):
-        return self.values
-
-    def attention(self, features):
-        return None if self.maps is None else self.maps[None]
+    def read(self, squares, study=None, view=None, attention=False):
+        maps = self.maps[None] if attention and self.maps is not None else None
+        nothing = np.zeros((len(squares), 4), np.float32)
+        return Reading(self.values, maps, nothing, nothing)
 
 
-def shown(networks: list[Network], **composition):
+def shown(networks: list[StandIn], **composition):
     model = Model(networks, {}, "", files.Exposure(), {}, composition=Composition(**composition))
     calibrator = Calibrator.fit(
         np.array([[0.2, 0.4], [0.6, 0.8]]), np.array([[0, 1], [1, 0]]), ("Edema", "Normal"), stage="ensemble"
