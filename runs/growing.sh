@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Adding findings to a trained model: 26 -> 35 -> 40, against a joint fit of all 40, and from few labels. Phantoms.
+# Adding findings to a trained model: 26 -> 40 -> 45, against a joint fit of all 45, and from few labels. Phantoms.
 #
 #   runs/growing.sh [OUT]      OUT defaults to outputs/growing
 set -euo pipefail
@@ -9,7 +9,7 @@ PATIENTS=${PATIENTS:-2000}
 make --quiet setup
 PATH="$PWD/.venv/bin:$PATH"
 
-hilum phantom "$OUT/phantoms" --layout cxrlt --patients "$PATIENTS" --size 192
+hilum phantom "$OUT/phantoms" --layout cxrlt45 --patients "$PATIENTS" --size 192
 hilum manifest "cxrlt=$OUT/phantoms" --out "$OUT/manifest.parquet"
 hilum audit "$OUT/manifest.parquet"
 hilum build "$OUT/manifest.parquet" --size 160 --encoding raw --out "$OUT/store"

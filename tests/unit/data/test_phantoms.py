@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from hilum.core.errors import UnknownNameError
-from hilum.data.labels import CXRLT_2024_TASK1
+from hilum.data.labels import CXRLT_2024_TASK1, CXRLT_2024_TASK3
 from hilum.data.phantoms import prevalence
 from hilum.data.phantoms.canvas import Canvas, View
 from hilum.data.phantoms.cohort import (
     FINDINGS,
+    MORE,
     add_finding,
     assign_splits,
     plan_cohort,
@@ -21,7 +22,7 @@ SIZE = 160
 # Findings whose sign is the shape of the whole chest: what lies outside the mask moves too.
 WHOLE_CHEST = {"Emphysema", "Kyphosis", "Fibrosis"}
 # Findings that a lateral view does not show, by their nature.
-FRONTAL_ONLY = {"Azygos Lobe", "Clavicle Fracture"}
+FRONTAL_ONLY = {"Azygos Lobe", "Clavicle Fracture", "Scoliosis"}
 
 
 def pictures(finding, patient=4, positions=("PA", "LATERAL"), severity=0.85, size=SIZE, seed=11):
@@ -29,7 +30,8 @@ def pictures(finding, patient=4, positions=("PA", "LATERAL"), severity=0.85, siz
 
 
 def test_every_finding_has_a_sign_a_prevalence_and_loadings():
-    assert set(SIGNS) == set(CXRLT_2024_TASK1) - {"Normal"}
+    assert set(SIGNS) == {*CXRLT_2024_TASK1, *CXRLT_2024_TASK3} - {"Normal"}
+    assert set(MORE) == set(CXRLT_2024_TASK3) <= set(prevalence.LASTING)
     assert set(prevalence.TRAIN_POSITIVES) == set(CXRLT_2024_TASK1)
     assert set(prevalence.LOADINGS) == set(FINDINGS)
     assert all(sum(value**2 for value in row.values()) < 1 for row in prevalence.LOADINGS.values())
@@ -208,6 +210,25 @@ def test_a_patient_does_not_depend_on_the_number_of_patients():
     for one, other in zip(few, many[: len(few)], strict=True):
         assert [s.findings for s in one.studies] == [s.findings for s in other.studies]
         assert [s.images for s in one.studies] == [s.images for s in other.studies]
+
+
+def test_more_findings_leave_the_others_as_they_were():
+    plain, more = (plan_cohort(400, 5, 8, more=more) for more in (False, True))
+    studies = [
+        (a, b) for one, two in zip(plain, more, strict=True) for a, b in zip(one.studies, two.studies, strict=True)
+    ]
+    for without, having in studies:
+        added = having.findings.keys() - without.findings.keys()
+        assert added <= set(MORE)
+        assert {name: having.findings[name] for name in without.findings} == without.findings
+        assert not (added and "Normal" in without.findings)
+        assert [image.position for image in having.images] == [image.position for image in without.images]
+    for name, share in prevalence.MORE_SHARES.items():
+        found = np.mean([name in having.findings for _, having in studies])
+        assert share / 3 < found < 3 * share
+    assert all(
+        {name in patient.findings() for patient in more if patient.split == "test"} == {False, True} for name in MORE
+    )
 
 
 def test_top_up_adds_the_parents_and_removes_normal():

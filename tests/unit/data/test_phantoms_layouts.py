@@ -11,8 +11,10 @@ import pytest
 
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.data.label_maps import load_map
-from hilum.data.labels import CXRLT_2023, CXRLT_2024_TASK1, CXRLT_2024_TASK2
+from hilum.data.labels import CXRLT_2023, CXRLT_2024_TASK1, CXRLT_2024_TASK2, CXRLT_2024_TASK3
 from hilum.data.phantoms.writing import mask_name, write_phantoms
+from hilum.data.rows import SourceOptions
+from hilum.data.sources import cxrlt as cxrlt_source
 
 PATIENTS, SEED, SIZE = 20, 3, 64
 
@@ -160,6 +162,28 @@ def test_cxrlt2023_layout(tmp_path):
     write_phantoms(out, "cxrlt2023", 4, SEED, SIZE, 0, workers=1)
     for name in ("train.csv", "development.csv", "test.csv"):
         assert table(out / "cxr-lt-2023" / name)[0] == [*IDS[:5], "path", *CXRLT_2023]
+
+
+def test_cxrlt45_layout(tmp_path, cxrlt):
+    out = tmp_path / "out"
+    write_phantoms(out, "cxrlt45", PATIENTS, SEED, SIZE, 2, workers=1)
+    header, *rows = table(out / "cxr-lt-2024" / "labels.csv")
+    position = {name: header.index(name) for name in (*CXRLT_2024_TASK1, *CXRLT_2024_TASK3)}
+    assert header == [*IDS, *sorted(position), "split"]
+    assert header.index("Bulla") == header.index("Azygos Lobe") + 1
+    assert header.index("Osteopenia") == header.index("Normal") + 1
+    read = cxrlt_source.read(SourceOptions("cxrlt", out))
+    assert set(read.findings) == set(position)
+    assert read.frame.height == len(rows)
+    plain = [row for name in ("train_labeled", "development_labeled_task1", "test_labeled_task1")
+             for row in table(cxrlt / "cxr-lt-2024" / f"{name}.csv")[1:]]  # fmt: skip
+    before = {row[0]: row[6:] for row in plain}
+    assert {row[0]: [row[position[name]] for name in CXRLT_2024_TASK1] for row in rows} == before
+    pictures = [content(folder / "files") for folder in (cxrlt, out)]
+    same = {Path(name).stem for name, data in pictures[1].items() if pictures[0][name] == data}
+    unchanged = {row[0] for row in rows if all(row[position[name]] == "0" for name in CXRLT_2024_TASK3)}
+    assert 0 < len(unchanged) < len(rows)
+    assert same == unchanged
 
 
 def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path):

@@ -61,6 +61,10 @@ class Anatomy:
     aorta_unfolding: float = 0.0
     spine_curve: float = 1.6
     spine_lean: float = 0.0
+    spine_sway: float = 0.0
+    """How far the thoracic spine bows sideways, to the patient's left where positive (scoliosis)."""
+    bone_density: float = 1.0
+    """Of the healthy."""
     lung_density: float = 0.26
     vessel_gain: float = 1.0
     vessel_seed: int = 0
@@ -97,6 +101,10 @@ class Anatomy:
     def spine(self, y: Heights) -> Heights:
         """Depth z of the centre of the vertebral bodies."""
         return 4.6 + self.spine_curve * (1 - ((y - 10.5) / 13.0) ** 2)
+
+    def spine_side(self, y: Heights) -> Heights:
+        """Distance x of the centre of the vertebral bodies from the midline: a bow, and a smaller one against it."""
+        return self.spine_lean * (y - 10) + self.spine_sway * np.sin((y - 1.5) / 17.0 * np.pi)
 
     def lung_front(self, y: Heights) -> Heights:
         """Depth z of the front of the lungs."""

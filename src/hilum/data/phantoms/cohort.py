@@ -27,6 +27,7 @@ from hilum.data.phantoms.prevalence import (
     LL_SHARE,
     LOADINGS,
     MINIMUM_PATIENTS,
+    MORE_SHARES,
     SEVERITY,
     SEVERITY_DRIFT,
     SPLIT_SHARES,
@@ -38,6 +39,8 @@ from hilum.data.phantoms.prevalence import (
 from hilum.data.phantoms.signs import CHILDREN
 
 FINDINGS: tuple[str, ...] = tuple(name for name in CXRLT_2024_TASK1 if name != "Normal")
+MORE: tuple[str, ...] = tuple(MORE_SHARES)
+"""Findings of task 3, for cohorts that ask for more."""
 _SIMULATED = 20_000
 
 
@@ -61,11 +64,11 @@ class StudyPlan:
     findings: dict[str, float]
     images: list[ImagePlan]
     margins: np.ndarray = field(repr=False, default_factory=lambda: np.zeros(0))
-    """Liability minus threshold for each of FINDINGS: how near each finding was."""
+    """Liability minus threshold for each of FINDINGS, and of MORE where asked for: how near each finding was."""
 
-    def labels(self) -> dict[str, int]:
-        """0 or 1 for each of the 40 findings."""
-        return {name: int(name in self.findings) for name in CXRLT_2024_TASK1}
+    def labels(self, names: Sequence[str] = CXRLT_2024_TASK1) -> dict[str, int]:
+        """0 or 1 for each of the findings."""
+        return {name: int(name in self.findings) for name in names}
 
 
 @dataclass
@@ -81,7 +84,9 @@ class PatientPlan:
         return set().union(*(study.findings for study in self.studies))
 
 
-def plan_cohort(patients: int, seed: int, minimum_patients: int = MINIMUM_PATIENTS) -> list[PatientPlan]:
+def plan_cohort(
+    patients: int, seed: int, minimum_patients: int = MINIMUM_PATIENTS, more: bool = False
+) -> list[PatientPlan]:
     """Draw a cohort.
 
     Args:
@@ -89,9 +94,14 @@ def plan_cohort(patients: int, seed: int, minimum_patients: int = MINIMUM_PATIEN
         seed: same seed, same cohort.
         minimum_patients: each finding is given to at least so many patients (never more than a tenth of them), to those
             who were nearest to having it; 0 leaves the published prevalence as it is.
+        more: also the findings of task 3, `MORE`; apart from the splits, all else is as without them.
     """
     cohort = [plan_patient(seed, number) for number in range(patients)]
     top_up(cohort, seed, min(minimum_patients, patients // 10))
+    if more:
+        for patient in cohort:
+            _add_more(seed, patient)
+        top_up(cohort, seed, min(minimum_patients, patients // 10), MORE)
     assign_splits(cohort, seed)
     return cohort
 
@@ -110,6 +120,21 @@ def plan_patient(seed: int, number: int) -> PatientPlan:
     for planned in plan.studies:
         planned.findings = {name: severity(seed, number, planned.number, name) for name in planned.findings}
     return plan
+
+
+def _add_more(seed: int, patient: PatientPlan) -> None:
+    """Draw the findings of task 3 for a patient whose others are drawn; who is normal stays so."""
+    rng = stream(seed, "phantom", "more", patient.number)
+    lasting = np.array([LASTING[name] for name in MORE])
+    thresholds = np.array([NormalDist().inv_cdf(1 - share) for share in MORE_SHARES.values()])
+    own = rng.standard_normal(len(MORE))
+    for study in patient.studies:
+        liability = np.sqrt(lasting) * own + np.sqrt(1 - lasting) * rng.standard_normal(len(MORE))
+        study.margins = np.concatenate([study.margins, liability - thresholds])
+        if "Normal" not in study.findings:
+            for name, value, threshold in zip(MORE, liability, thresholds, strict=True):
+                if value > threshold:
+                    add_finding(seed, patient.number, study, name)
 
 
 def severity(seed: int, patient: int, study: int, finding: str) -> float:
@@ -214,11 +239,11 @@ def _plan_images(rng: np.random.Generator, bedside: float) -> list[ImagePlan]:
     return plans
 
 
-def top_up(cohort: Sequence[PatientPlan], seed: int, minimum: int) -> None:
+def top_up(cohort: Sequence[PatientPlan], seed: int, minimum: int, findings: Sequence[str] = FINDINGS) -> None:
     """Give each finding to the patients nearest to it until `minimum` have it; children before their parents."""
-    order = [name for name in FINDINGS if name not in CHILDREN] + list(CHILDREN)
+    order = [name for name in findings if name not in CHILDREN] + [name for name in CHILDREN if name in findings]
     for name in order:
-        column = FINDINGS.index(name)
+        column = (*FINDINGS, *MORE).index(name)
         lacking = minimum - sum(name in patient.findings() for patient in cohort)
         if lacking <= 0:
             continue
@@ -247,7 +272,8 @@ def assign_splits(cohort: Sequence[PatientPlan], seed: int) -> None:
     size = dict.fromkeys(SPLIT_SHARES, 0.0)
     for split, share in SPLIT_SHARES.items():
         size[split] = share * len(cohort)
-    holders = {name: [p for p in left.values() if name in p.findings()] for name in CXRLT_2024_TASK1}
+    names = (*CXRLT_2024_TASK1, *MORE)
+    holders = {name: [p for p in left.values() if name in p.findings()] for name in names}
     wanted = {n: {split: share * len(holders[n]) for split, share in SPLIT_SHARES.items()} for n in holders}
 
     def place(patient: PatientPlan, split: str) -> None:

@@ -33,13 +33,18 @@ class Sign:
 
 SIGNS: dict[str, Sign] = {
     "Emphysema": Sign(lung.emphysema, lung.shape_emphysema, lung.emphysema_region),
+    "Bulla": Sign(focal.bulla),
+    "Osteopenia": Sign(None, chest.shape_osteopenia, chest.bones_region),
+    "Scoliosis": Sign(None, chest.shape_scoliosis, chest.bowed_spine_region),
     "Kyphosis": Sign(None, chest.shape_kyphosis, chest.spine_region),
     "Cardiomegaly": Sign(None, chest.shape_cardiomegaly, chest.heart_region),
+    "Cardiomyopathy": Sign(None, chest.shape_cardiomyopathy, chest.heart_region),
     "Enlarged Cardiomediastinum": Sign(None, chest.shape_enlarged_cardiomediastinum, chest.mediastinum_region),
     "Tortuous Aorta": Sign(None, chest.shape_tortuous_aorta, chest.aorta_region),
     "Calcification of the Aorta": Sign(chest.calcification_of_the_aorta),
     "Pulmonary Hypertension": Sign(chest.pulmonary_hypertension, chest.shape_pulmonary_hypertension),
     "Pulmonary Embolism": Sign(chest.pulmonary_embolism),
+    "Hilum": Sign(chest.enlarged_hilum),
     "Adenopathy": Sign(chest.adenopathy),
     "Hernia": Sign(chest.hernia),
     "Clavicle Fracture": Sign(None, chest.shape_clavicle_fracture, chest.clavicle_fracture_region),

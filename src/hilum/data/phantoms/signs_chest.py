@@ -10,7 +10,7 @@ from hilum.data.phantoms.anatomy import LEFT, RIGHT, SIDES, VERTEBRA_SPACING, An
 from hilum.data.phantoms.canvas import Canvas
 from hilum.data.phantoms.signs_focal import wedge
 from hilum.data.phantoms.signs_lung import Generator, between, pick_side
-from hilum.data.phantoms.skeleton import displaced_clavicle, displaced_ribs, scapula
+from hilum.data.phantoms.skeleton import displaced_clavicle, displaced_ribs, rib_pieces, scapula
 
 
 def shape_cardiomegaly(anatomy: Anatomy, rng: Generator, severity: float) -> None:
@@ -18,6 +18,13 @@ def shape_cardiomegaly(anatomy: Anatomy, rng: Generator, severity: float) -> Non
     anatomy.heart_length *= between(1.07, 1.38, severity)
     anatomy.heart_breadth *= between(1.04, 1.25, severity)
     anatomy.heart_depth *= between(1.05, 1.25, severity)
+
+
+def shape_cardiomyopathy(anatomy: Anatomy, rng: Generator, severity: float) -> None:
+    """All chambers are wide: the heart is round rather than long."""
+    anatomy.heart_length *= between(1.0, 1.15, severity)
+    anatomy.heart_breadth *= between(1.15, 1.5, severity)
+    anatomy.heart_depth *= between(1.1, 1.4, severity)
 
 
 def heart_region(canvas: Canvas) -> Array:
@@ -132,6 +139,17 @@ def adenopathy(canvas: Canvas, rng: Generator, severity: float) -> None:
         canvas.ellipsoid(centre, size * np.array([0.9, 1.3, 1.2]), between(0.6, 1.0, severity), 0.55)
 
 
+def enlarged_hilum(canvas: Canvas, rng: Generator, severity: float) -> None:
+    """One hilum, now and then both, is large, dense and smooth; the mediastinum stays as it is."""
+    first = pick_side(rng, 0.5)
+    both = rng.random() < 0.25
+    for side in (first, -first):
+        x, y, z = canvas.anatomy.hilum(side)
+        radii = between(1.3, 2.3, severity) * np.array([0.9, 1.35, 1.1]) * rng.uniform(0.9, 1.1, 3)
+        if side == first or both:
+            canvas.ellipsoid(np.array([x + side * 0.7, y + 0.2, z]), radii, between(0.45, 0.75, severity), 0.6)
+
+
 def hernia(canvas: Canvas, rng: Generator, severity: float) -> None:
     """A round mass behind the heart with air over a level of fluid."""
     radius = between(1.7, 3.6, severity)
@@ -164,6 +182,36 @@ def spine_region(canvas: Canvas) -> Array:
     return (np.abs(canvas.across - canvas.anatomy.spine(canvas.y)) < 2.3) & (canvas.y > -1) & (canvas.y < 22)
 
 
+def shape_scoliosis(anatomy: Anatomy, rng: Generator, severity: float) -> None:
+    """The thoracic spine bows sideways, more often to the right."""
+    anatomy.spine_sway += pick_side(rng, 0.8) * between(0.7, 3.0, severity)
+
+
+def bowed_spine_region(canvas: Canvas) -> Array:
+    """The thoracic spine in the frontal view; the lateral view does not show the bow."""
+    if canvas.view.lateral:
+        return np.zeros(canvas.shape, bool)
+    return (np.abs(canvas.across - canvas.anatomy.spine_side(canvas.y)) < 2.0) & (canvas.y > -1) & (canvas.y < 22)
+
+
+def shape_osteopenia(anatomy: Anatomy, rng: Generator, severity: float) -> None:
+    """All bones are pale."""
+    anatomy.bone_density *= between(0.75, 0.35, severity)
+
+
+def bones_region(canvas: Canvas) -> Array:
+    """Ribs, clavicles and spine."""
+    anatomy = canvas.anatomy
+    layer = np.zeros(canvas.shape, np.uint8)
+    for side in SIDES:
+        canvas.draw_many(layer, displaced_ribs(anatomy, side, rib_pieces(anatomy, side)), 1.2, 255)
+        if not canvas.view.lateral:
+            canvas.draw(layer, anatomy.clavicle(side), 1.6)
+    centre = anatomy.spine(canvas.y) if canvas.view.lateral else anatomy.spine_side(canvas.y)
+    spine = (np.abs(canvas.across - centre) < 1.7) & (canvas.y > -1) & (canvas.y < 22)
+    return (layer > 127) | spine
+
+
 def shape_fracture(anatomy: Anatomy, rng: Generator, severity: float) -> None:
     """A fracture elsewhere than in ribs and clavicles: a wedged vertebra, or the blade of a scapula."""
     number = int(rng.integers(8, 14))
@@ -182,7 +230,7 @@ def fracture_region(canvas: Canvas) -> Array:
         middle = (number - 3) * VERTEBRA_SPACING - 0.6 + VERTEBRA_SPACING / 2
         half = 1.3
         near = np.abs(canvas.y - middle) < half
-        centre = float(anatomy.spine(np.array(middle))) if canvas.view.lateral else 0.0
+        centre = float(anatomy.spine(np.array(middle)) if canvas.view.lateral else anatomy.spine_side(np.array(middle)))
         mask |= near & (np.abs(canvas.across - centre) < 2.0)
     layer = np.zeros(canvas.shape, np.uint8)
     for fracture in anatomy.breaks:

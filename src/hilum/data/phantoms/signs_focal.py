@@ -50,6 +50,16 @@ def lung_lesion(canvas: Canvas, rng: Generator, severity: float) -> None:
         canvas.band(line, 0.14, between(0.4, 0.8, severity), mark=0.8)
 
 
+def bulla(canvas: Canvas, rng: Generator, severity: float) -> None:
+    """One or two large air spaces with a hair-thin wall, at the top or the edge of a lung that is otherwise sound."""
+    for _ in range(int(rng.choice([1, 1, 2]))):
+        side = pick_side(rng, 0.5)
+        centre = canvas.anatomy.spot(rng, side, (0.12, 0.5), (0.45, 0.85))
+        radius = between(1.6, 3.6, severity) * rng.uniform(0.9, 1.1)
+        canvas.ellipsoid(centre, np.full(3, radius), -between(0.14, 0.2, severity), 0.5)
+        canvas.band(circle(centre, radius, canvas.view.lateral), 0.13, between(0.45, 0.9, severity))
+
+
 def granuloma(canvas: Canvas, rng: Generator, severity: float) -> None:
     """One to three small, dense, calcified spots."""
     for _ in range(int(rng.choice([1, 1, 2, 3]))):

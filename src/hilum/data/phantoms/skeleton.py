@@ -39,7 +39,7 @@ def _ribs(canvas: Canvas) -> None:
             canvas.draw_many(layer, points, width, 255)
             if width * scale > 5:
                 canvas.draw_many(layer, points, width * 0.55, 165)
-            canvas.extra += layer * np.float32(amount * weight / 255)
+            canvas.extra += layer * np.float32(amount * weight * anatomy.bone_density / 255)
 
 
 def rib_pieces(anatomy: Anatomy, side: int) -> list[tuple[int, float, float]]:
@@ -94,7 +94,7 @@ def _frontal_bones(canvas: Canvas) -> None:
     for number, top in enumerate(VERTEBRAE):
         height = (VERTEBRA_SPACING - 0.4) * (1 - 0.75 * anatomy.wedge.get(number, 0.0))
         z = float(anatomy.spine(np.array(top)))
-        lean = anatomy.spine_lean * (top - 10)
+        lean = anatomy.spine_side(top)
         bodies.append([[lean + x, y, z] for x, y in _box(1.45 + 0.03 * max(top, 0), top, height)])
         pedicles += [[[lean + side, top + 0.3, z], [lean + side, top + 1.1, z]] for side in SIDES]
         processes.append([[lean, top + 0.9, z + 4], [lean, top + 2.0, z + 4.6]])
@@ -105,14 +105,15 @@ def _frontal_bones(canvas: Canvas) -> None:
     for number, lost in anatomy.wedge.items():  # what is pressed together is denser
         centre = np.array([0.0, VERTEBRAE[number] + 0.8, float(anatomy.spine(VERTEBRAE[number]))])
         canvas.ellipsoid(centre, np.array([1.6, 0.65, 1.5]), 0.4 + 0.7 * lost, 0.7)
-    canvas.extra += layer * np.float32(1.15 / 255) + small * np.float32(0.5 / 255)
+    density = anatomy.bone_density
+    canvas.extra += layer * np.float32(1.15 * density / 255) + small * np.float32(0.5 * density / 255)
     bones = np.zeros(canvas.shape, np.uint8)
     for side in SIDES:
         for points, width in displaced_clavicle(anatomy, side):
             canvas.draw(bones, points, width, 255)
             if canvas.view.scale > 4.5:
                 canvas.draw(bones, points, width * 0.5, 180)
-    canvas.extra += bones * np.float32(1.5 / 255)
+    canvas.extra += bones * np.float32(1.5 * density / 255)
     _shoulders(canvas)
 
 
@@ -165,7 +166,8 @@ def _shoulders(canvas: Canvas) -> None:
             canvas.draw(flesh, arm, width + a.fat, value)
         covered = np.where(canvas.outline, np.float32(0.25), np.float32(1))
         canvas.extra += covered * canvas.soften(flesh, 0.5) * np.float32(7.0 / 255)
-    canvas.extra += blade_layer * np.float32(0.55 / 255) + layer * np.float32(1.5 / 255)
+    density = a.bone_density
+    canvas.extra += blade_layer * np.float32(0.55 * density / 255) + layer * np.float32(1.5 * density / 255)
 
 
 def _lateral_bones(canvas: Canvas) -> None:
@@ -188,7 +190,8 @@ def _lateral_bones(canvas: Canvas) -> None:
     canvas.fill_many(layer, outlines, 185)
     canvas.draw_many(layer, np.array(plates), 0.2, 255)
     canvas.draw_many(small, np.array(processes), 0.9, 200)
-    canvas.extra += layer * np.float32(2.1 / 255) + small * np.float32(1.2 / 255)
+    density = a.bone_density
+    canvas.extra += layer * np.float32(2.1 * density / 255) + small * np.float32(1.2 * density / 255)
     y = np.linspace(3.6, 18.5, 20)
     sternum = np.stack([0 * y, y, a.lung_front(y) - 0.9], 1)
     bones = np.zeros(canvas.shape, np.uint8)
@@ -202,7 +205,7 @@ def _lateral_bones(canvas: Canvas) -> None:
         flesh = np.zeros(canvas.shape, np.uint8)
         canvas.draw(flesh, np.array([[side * 15, 3.2, 2.0], [side * 15, 0.0, 0.0], [side * 15, -9, -5]]), 8.5 + a.fat)
         canvas.extra += canvas.soften(flesh * np.float32(2.6 / 255), 0.5)
-    canvas.extra += bones * np.float32(1.5 / 255)
+    canvas.extra += bones * np.float32(1.5 * density / 255)
 
 
 def _airways(canvas: Canvas) -> None:

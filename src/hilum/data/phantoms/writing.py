@@ -22,8 +22,7 @@ from hilum.core.children import end_with_parent
 from hilum.core.errors import ConfigError, HilumError, UnknownNameError
 from hilum.core.files import read_json, write_json, write_text
 from hilum.core.tracking import progress
-from hilum.data.labels import CXRLT_2024_TASK1
-from hilum.data.phantoms.cohort import plan_cohort
+from hilum.data.phantoms.cohort import MORE, plan_cohort
 from hilum.data.phantoms.encoding import encode
 from hilum.data.phantoms.faults import FILE, plant
 from hilum.data.phantoms.layouts import LAYOUTS
@@ -50,7 +49,8 @@ def write_phantoms(
 
     Args:
         out: a folder that is empty, absent, or holds an earlier run of this function (which is replaced).
-        layout: one of `layouts.LAYOUTS`: "cxrlt" (CXR-LT 2024 on MIMIC-CXR-JPG), "nih" (ChestX-ray14), ...
+        layout: one of `layouts.LAYOUTS`: "cxrlt" (CXR-LT 2024 on MIMIC-CXR-JPG), "cxrlt45" (with the five findings of
+            its task 3), "nih" (ChestX-ray14), ...
         patients: how many.
         seed: same seed and arguments, same bytes, whatever the number of workers.
         size: short side of the images in pixels.
@@ -74,7 +74,8 @@ def write_phantoms(
         )
     out = Path(out)
     _refuse_foreign(out)
-    cohort = plan_cohort(patients, seed, minimum_patients)
+    findings = LAYOUTS[layout].findings
+    cohort = plan_cohort(patients, seed, minimum_patients, more=set(MORE) <= set(findings))
     jobs = LAYOUTS[layout].jobs(cohort, seed, size)
     with _workplace(out) as folder:
         masks = _render_all(folder, jobs, workers or min(os.cpu_count() or 1, 8))
@@ -189,7 +190,7 @@ def _summary(
     layout: str, patients: int, seed: int, size: int, minimum_patients: int, jobs: list[StudyJob], masks: list[MaskRow]
 ) -> dict[str, Any]:
     counts = {}
-    for name in CXRLT_2024_TASK1:
+    for name in LAYOUTS[layout].findings:
         having = [job for job in jobs if name in job.study.findings]
         counts[name] = {
             "patients": len({job.patient.number for job in having}),

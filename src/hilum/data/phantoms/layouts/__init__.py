@@ -5,7 +5,7 @@ A layout names every image of a cohort (`jobs`) and writes the tables once they 
 
 from hilum.data.phantoms.layouts.brax import BRAX
 from hilum.data.phantoms.layouts.chexpert import CHEXPERT, CHEXPERT_PLUS, CHEXPERT_SMALL
-from hilum.data.phantoms.layouts.cxrlt import CXRLT, CXRLT_OF_2023
+from hilum.data.phantoms.layouts.cxrlt import CXRLT, CXRLT_OF_2023, CXRLT_WHOLE
 from hilum.data.phantoms.layouts.cxrlt2026 import CXRLT_OF_2026
 from hilum.data.phantoms.layouts.films import MONTGOMERY, SHENZHEN
 from hilum.data.phantoms.layouts.jobs import Layout
@@ -27,6 +27,7 @@ LAYOUTS: dict[str, Layout] = {
     "cxrlt": CXRLT,
     "cxrlt2023": CXRLT_OF_2023,
     "cxrlt2026": CXRLT_OF_2026,
+    "cxrlt45": CXRLT_WHOLE,
     "jsrt": JSRT,
     "mimic": MIMIC,
     "mimic-dicom": MIMIC_DICOM,

@@ -10,6 +10,7 @@ from typing import Any
 from hilum.core.errors import ConfigError
 from hilum.core.seeding import derive
 from hilum.data.label_maps import LabelMap
+from hilum.data.labels import CXRLT_2024_TASK1
 from hilum.data.phantoms.cohort import ImagePlan, PatientPlan, StudyPlan
 
 
@@ -60,12 +61,14 @@ class Layout:
         tables: writes the tables into a folder.
         source: the source that reads it (`hilum manifest SOURCE=OUT`).
         own: names that it leaves in OUT besides masks, masks.csv and phantom.json.
+        findings: that its cohorts have: those of CXR-LT 2024 task 1, or all 45.
     """
 
     jobs: Callable[[list[PatientPlan], int, int], list[StudyJob]]
     tables: Callable[[Path, list[StudyJob], list[MaskRow]], None]
     source: str
     own: tuple[str, ...]
+    findings: tuple[str, ...] = CXRLT_2024_TASK1
 
 
 def scattered_number(seed: int, kind: str, index: int, first: int) -> int:
