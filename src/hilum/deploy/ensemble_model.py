@@ -18,11 +18,11 @@ from hilum.core.files import atomic_file, sha256_file, write_text
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy import model_files as files
 from hilum.deploy.out_of_sample import PLAIN, fit_calibrators, fit_composition, refuse_in_sample
+from hilum.deploy.validation import join_members
 from hilum.evaluation.calibration import fingerprint
 from hilum.evaluation.composition import Composition
 from hilum.evaluation.ensemble_search import Choice, Plan, choose_ensemble
 from hilum.evaluation.learned_views import LearnedViews
-from hilum.evaluation.predictions import Predictions, column_indices
 from hilum.evaluation.ranks import Ranks
 
 RANKS_NAME = "ranks.npz"
@@ -81,7 +81,7 @@ def combine_models(
         raise ConfigError(f"An ensemble needs two or more different models, found {', '.join(map(str, paths))}.")
     files.require_new(out)
 
-    members, labels = _join([files.read_validation(path) for path in paths], paths)
+    members, labels = join_members([files.read_validation(path) for path in paths], paths)
     trained_on = [
         files.read_exposure(path, content).train for path, content in zip(paths, contents, strict=True)
     ]  # the search head saw the training split alone; this is the rule that `fit` recorded
@@ -196,30 +196,6 @@ def _read_ranks(path: Path, described: Mapping[str, Any], count: int) -> dict[st
             )
             for unit in UNITS
         }
-
-
-def _join(
-    validations: Sequence[tuple[Predictions, np.ndarray]], paths: Sequence[Path]
-) -> tuple[list[Predictions], np.ndarray]:
-    """Members' predictions on the same images, and the one set of labels, rows and columns as the first member's."""
-    first, labels = validations[0]
-    joined = [first]
-    for path, (member, other) in zip(paths[1:], validations[1:], strict=True):
-        mine, theirs = set(first.image_uid.tolist()), set(member.image_uid.tolist())
-        if mine != theirs:
-            raise PredictionError(
-                f"{paths[0]} and {path} were not validated on the same images: {len(mine & theirs)} in both, "
-                f"{len(mine - theirs)} and {len(theirs - mine)} in one alone. Fit them on the same splits."
-            )
-        if set(first.findings) != set(member.findings):
-            differing = sorted(set(first.findings) ^ set(member.findings))
-            raise PredictionError(f"{paths[0]} and {path} have other findings: {', '.join(differing)} in one alone.")
-        rows = member.places(first.image_uid)
-        columns = column_indices(member.findings, first.findings, str(path))
-        if not np.array_equal(other[rows][:, columns], labels):
-            raise PredictionError(f"{paths[0]} and {path} have other validation labels for the same images.")
-        joined.append(first.replace(member.probabilities[rows][:, columns], **member.metadata))
-    return joined, labels
 
 
 def _relative(path: Path, out: Path) -> str:

@@ -105,6 +105,7 @@ class Model:
             )
         self.networks, self.calibrators, self.digest = tuple(networks), calibrators, digest
         self.exposure, self.groups = exposure, dict(groups)
+        self.folder: Path | None = None  # where it was loaded from
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -140,7 +141,8 @@ class Model:
         names = view_names_of(views, view_names)
         decoded = [decode(view, number, self.short_side, self.preprocess_id) for number, view in enumerate(views, 1)]
         kinds = np.array([view_kind(name) for name in names], dtype=np.int64)
-        members, maps, shares = [], [], []
+        members, values_of, maps_of, maps = [], [], [], []
+        shares = list(self.composition.weights or [1.0] * len(self.networks))
         for network, share in zip(self.networks, self.composition.weights or [1.0] * len(self.networks), strict=True):
             squares = to_batch([network.crop(pixels) for pixels, _ in decoded])
             reading = network.read(squares, np.zeros(len(names), np.int64), kinds, attention and bool(share))
@@ -309,10 +311,12 @@ def load(path: Path | str, device: str = "auto") -> Model:
         uses = (*files.EXPOSURES, "pictures")
         merged = (np.unique(np.concatenate([getattr(one, use) for one in exposures])) for use in uses)
         exposures = [files.Exposure(*merged)]
-    return Model(
+    model = Model(
         networks, files.read_calibrators(path, content), files.digest_of(path), exposures[0], groups,
         join_leaks(*leaks), read_composition(path, content), _chosen_units(content),
     )  # fmt: skip
+    model.folder = path
+    return model
 
 
 def member_folders(path: Path, content: Mapping[str, Any]) -> list[Path]:

@@ -30,14 +30,24 @@ def _digest(uid: str) -> bytes:
     return hashlib.sha256(uid.encode()).digest()[:DIGEST_BYTES]
 
 
+def are_among(uids: Iterable[str], fitted_on: Mapping[str, Any]) -> bool:
+    """Whether something was fitted on each of these items (and perhaps on more)."""
+    seen = _digests(fitted_on)
+    return all(_digest(str(uid)) in seen for uid in uids)
+
+
+def _digests(fitted_on: Mapping[str, Any]) -> set[bytes]:
+    packed = base64.b64decode(fitted_on["digests"])
+    return {packed[start : start + DIGEST_BYTES] for start in range(0, len(packed), DIGEST_BYTES)}
+
+
 def check_out_of_sample(predictions: Predictions, fitted_on: Mapping[str, Any], what: str) -> None:
     """Refuse to judge predictions by something that was fitted on any of their items.
 
     Raises:
         StageError: with the number of items in both.
     """
-    packed = base64.b64decode(fitted_on["digests"])
-    seen = {packed[start : start + DIGEST_BYTES] for start in range(0, len(packed), DIGEST_BYTES)}
+    seen = _digests(fitted_on)
     both = [uid for uid in predictions.image_uid.tolist() if _digest(uid) in seen]
     if both:
         raise StageError(

@@ -1,0 +1,177 @@
+"""One study as a document (`hilum-study-1`): what the server answers, what `hilum predict --reports` writes, what every
+other format is made from. Plain JSON values, no NaN, nothing of a patient.
+
+Its schema is packaged beside this module (docs/reference/study-report.md).
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import hilum
+from hilum.core.errors import HilumError
+from hilum.core.types import RESEARCH_NOTICE
+from hilum.deploy import model_files as files
+from hilum.deploy.predictor import Model, StudyResult
+from hilum.deploy.validation import read_bands
+from hilum.evaluation.score_bands import ScoreBands
+
+FORMAT = "hilum-study-1"
+NOT_A_CHEST_XRAY = "not_a_chest_xray"
+_bands: WeakKeyDictionary[Model, dict[bool, ScoreBands]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the caller knows of an image and the result does not. Never a name: names come from files."""
+
+    rows: int
+    """Height of the whole image as it is displayed, pixels."""
+    columns: int
+    """Width."""
+
+
+def study_document(result: StudyResult, model: Model, *, study_id: str, images: Sequence[ImageFacts]) -> dict[str, Any]:
+    """A study as plain JSON values, as `study_schema` says.
+
+    Args:
+        result: what the model said.
+        model: the model; the intervals come from validation predictions in its folder, where it has one.
+        study_id: a name of ours for the study; it is shown, so it must not come from a file.
+        images: facts of each image, in the order in which they were predicted.
+
+    Raises:
+        ValueError: facts of another number of images than the result has.
+    """
+    if len(images) != len(result.boxes):
+        raise ValueError(f"facts of {len(images)} images for a result of {len(result.boxes)}")
+    scored = _scored(result)
+    calibrated = result.calibrated
+    described = [_image(result, number, facts, scored[number]) for number, facts in enumerate(images)]
+    return {
+        "format": FORMAT,
+        "notice": RESEARCH_NOTICE,
+        "model": {
+            "digest": result.model, "hilum": hilum.__version__, "calibrated": calibrated, "unit": "study",
+            "accepted_leak": model.leak,
+        },
+        "study": {"id": study_id, "images": described},
+        "status": "scored" if any(scored) else "withheld",
+        "flags": _study_flags(result, scored),
+        "findings": [_finding(result, model, name, scored, bands_of(model, calibrated)) for name in result.findings],
+    }  # fmt: skip
+
+
+@cache
+def schema_text() -> str:
+    """The published schema (JSON Schema 2020-12), as it is packaged."""
+    return resources.files("hilum.deploy").joinpath("study.schema.json").read_text(encoding="utf-8")
+
+
+def study_schema() -> dict[str, Any]:
+    """The published schema of a study document."""
+    return json.loads(schema_text())
+
+
+def bands_of(model: Model, calibrated: bool = True) -> ScoreBands:
+    """What study scores of this model meant on validation; read once from its folder, and empty where it has none."""
+    known = _bands.setdefault(model, {})
+    if calibrated not in known:
+        known[calibrated] = _read_bands(model, calibrated)
+    return known[calibrated]
+
+
+def _read_bands(model: Model, calibrated: bool) -> ScoreBands:
+    if model.folder is None:
+        return ScoreBands()
+    try:
+        content = files.read_config(model.folder)
+    except HilumError:
+        return ScoreBands()  # moved away since it was loaded
+    return read_bands(model.folder, content, model.composition, model.calibrators["study"], calibrated)
+
+
+def _scored(result: StudyResult) -> list[bool]:
+    return [bool(one) for one in getattr(result, "scored", [True] * len(result.boxes))]
+
+
+def _of(result: StudyResult, field: str, place: int, otherwise: Any) -> Any:
+    values = getattr(result, field, None)
+    return otherwise if values is None else values[place]
+
+
+def _image(result: StudyResult, place: int, facts: ImageFacts, scored: bool) -> dict[str, Any]:
+    given = [{"code": flag.code, "message": flag.message} for flag in _of(result, "image_flags", place, ())]
+    codes = {flag["code"] for flag in given}
+    quality = [
+        {"code": code, "message": f"The decoder says: {code.replace('_', ' ')}."}
+        for code in result.quality[place]
+        if code not in codes
+    ]
+    return {
+        "number": place + 1,
+        "view": _of(result, "views", place, "UNKNOWN"),
+        "view_source": _of(result, "view_sources", place, "unknown"),
+        "rows": facts.rows,
+        "columns": facts.columns,
+        "box": [float(side) for side in result.boxes[place]],
+        "weight": float(result.view_weights[place]) if scored else 0.0,
+        "flags": given + quality,
+        "scored": scored,
+    }
+
+
+def _study_flags(result: StudyResult, scored: Sequence[bool]) -> list[dict[str, str]]:
+    flags = []
+    if not any(scored):
+        flags.append(("withheld", "No image looks like a chest X-ray that this model can read; nothing was scored."))
+    elif not all(scored):
+        left_out = ", ".join(str(number) for number, one in enumerate(scored, 1) if not one)
+        flags.append(("images_left_out", f"Image {left_out} took no part in the study's probabilities."))
+    if not result.calibrated:
+        flags.append(("uncalibrated", "These scores are not calibrated; they order studies, and are no probabilities."))
+    return [{"code": code, "message": message} for code, message in flags]
+
+
+def _finding(result: StudyResult, model: Model, name: str, scored: Sequence[bool], bands: ScoreBands) -> dict[str, Any]:
+    known = any(scored)
+    probability = _number(result.probabilities[name]) if known else None
+    trained = probability is not None if known else _is_trained(model, name)
+    points = result.thresholds.get(name) or None
+    band = bands.band(name, probability)
+    shares = getattr(result, "contributions", {}).get(name) if probability is not None else None
+    images = [
+        {
+            "number": place + 1,
+            "probability": _number(result.image_probabilities[place].get(name)) if one and trained else None,
+            "contribution": _number(shares[place]) if shares is not None else None,
+        }
+        for place, one in enumerate(scored)
+    ]
+    return {
+        "name": name,
+        "group": model.groups.get(name) if model.groups.get(name) in ("head", "medium", "tail") else None,
+        "trained": trained,
+        "probability": probability,
+        "interval": [band.low, band.high] if band else None,
+        "thresholds": {key: float(value) for key, value in points.items()} if points and trained else None,
+        "above": {key: probability > value for key, value in points.items()}
+        if points and probability is not None
+        else None,
+        "calibration_flag": result.flags.get(name) or None,
+        "has_map": probability is not None and result.attention.get(name) is not None,
+        "images": images,
+    }
+
+
+def _is_trained(model: Model, name: str) -> bool:
+    return all(network.trained[network.findings.index(name)] for network in model.networks)
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
