@@ -18,10 +18,11 @@ from hilum.core.errors import ConfigError
 from hilum.core.types import view_kind
 from hilum.data.images import shrink
 from hilum.data.store import Indices, Store
-from hilum.data.transforms import evaluation_crop, preprocessing
+from hilum.data.transforms import evaluation_crop, normalise, preprocessing
 from hilum.deploy.model_files import NetworkConfig
 from hilum.evaluation.predictions import IDENTITY
 from hilum.heads.batches import in_order
+from hilum.heads.evidence import maps_of
 from hilum.heads.extension import ExtendedHead
 from hilum.heads.features import Features, extract, freeze, read_ahead, to_batch
 from hilum.heads.registry import Head
@@ -35,8 +36,8 @@ class Reading(NamedTuple):
     probabilities: Float64[np.ndarray, "B C"]
     """Raw: sigmoid, then the mean with the mirror image where the model says so. Findings never trained are NaN."""
     attention: Float[np.ndarray, "B C h w"] | None
-    """On the patch grid, each map summing to 1 (over a study, where the head looks at studies); None where the head has
-    none, or where it was not asked for. Findings of an extension without maps are NaN."""
+    """On the patch grid, each map 0 or more and summing to 1 (over a study, where the head looks at studies); None
+    where it was not asked for, or where an exported graph has none."""
     cls: Float32[np.ndarray, "B D"]
     """[CLS] of the last block."""
     patch_mean: Float32[np.ndarray, "B D"]
@@ -159,7 +160,7 @@ class Network:
         width = self.config.backbone.embed_dim
         return Reading(
             probabilities=self.probabilities(squares, features),
-            attention=self.attention(features) if attention else None,
+            attention=self.attention(features, squares) if attention else None,
             cls=features.cls[:, -width:].cpu().numpy(),
             patch_mean=features.patch_mean.cpu().numpy(),
         )
@@ -214,16 +215,17 @@ class Network:
         values[:, ~self.trained] = np.nan
         return values
 
-    def attention(self, features: Features) -> Float[np.ndarray, "B C h w"] | None:
-        """Attention maps on the patch grid, or None for a head that has none.
+    def attention(self, features: Features, squares: UInt8[Tensor, "B 1 S S"]) -> Float[np.ndarray, "B C h w"]:
+        """Where the answer came from, on the patch grid: attention, or evidence (`heads/evidence.py`).
 
-        Each sums to 1; over the images of a study, where the head looks at studies. Findings of an extension without
-        maps are NaN.
+        Each map is 0 or more and sums to 1; over the images of a study, where the head looks at studies.
+
+        Args:
+            features: of `squares`.
+            squares: heads that read [CLS] run the backbone over them once more.
         """
-        attend = getattr(self.head, "attention", None)
-        with torch.no_grad():
-            maps = None if attend is None else attend(features)
-        return None if maps is None else maps.double().cpu().numpy()
+        images = normalise(squares.to(self.device), self.recipe)
+        return maps_of(self.head, features, self.backbone, images).double().cpu().numpy()
 
     def _put(self, values: np.ndarray) -> Int64[Tensor, " B"]:
         return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)

@@ -23,9 +23,11 @@ from hilum.deploy.out_of_sample import PLAIN
 from hilum.deploy.study_images import (
     Box,
     Image,
+    Part,
     as_study,
     box,
     by_name,
+    contributions,
     decode,
     has_maps,
     mean_of_maps,
@@ -51,8 +53,13 @@ class StudyResult:
     view_weights: list[float]
     """What each view contributes to `probabilities` by the model's study rule; they add up to 1. Equal ones say nothing
     where the head itself weighs views."""
+    contributions: dict[str, list[float] | None]
+    """The part of each view in a finding's probability, adding up to 1 (`study_images.contributions`); None for a
+    finding that was never trained, and for heads that look at whole studies where maps were not asked for."""
     attention: dict[str, list[Float[np.ndarray, "h w"]] | None]
-    """One map per view on the patch grid, each summing to 1; None where the head has none. Maps cover `boxes`."""
+    """Where the answer came from (docs/explanation/where-it-looked.md): one map per view on the patch grid, 0 or more,
+    each summing to 1; together, where a head looks at whole studies. None where untrained, or not asked for. Maps cover
+    `boxes`."""
     boxes: list[Box]
     """Per view, the part of the image that was looked at: top, left, height, width as shares of its sides."""
     thresholds: dict[str, dict[str, float] | None]
@@ -141,27 +148,27 @@ class Model:
         names = view_names_of(views, view_names)
         decoded = [decode(view, number, self.short_side, self.preprocess_id) for number, view in enumerate(views, 1)]
         kinds = np.array([view_kind(name) for name in names], dtype=np.int64)
-        members, values_of, maps_of, maps = [], [], [], []
-        shares = list(self.composition.weights or [1.0] * len(self.networks))
+        members, parts = [], []
         for network, share in zip(self.networks, self.composition.weights or [1.0] * len(self.networks), strict=True):
             squares = to_batch([network.crop(pixels) for pixels, _ in decoded])
             reading = network.read(squares, np.zeros(len(names), np.int64), kinds, attention and bool(share))
             values = reading.probabilities
             members.append(as_study(values, [pixels for pixels, _ in decoded], names, network.findings))
-            if reading.attention is not None:
-                columns = column_indices(network.findings, self.findings, "a member of the ensemble")
-                maps.append(reading.attention[:, columns])
-                shares.append(share)
+            columns = column_indices(network.findings, self.findings, "a member of the ensemble")
+            maps = None if reading.attention is None else reading.attention[:, columns]
+            parts.append(Part(values[:, columns], maps, share, network.needs_studies))
         image, study = self._finish(members, raw), self._finish(members, raw, unit="study")
         trained = {name: bool(known) for name, known in zip(self.findings, study.trained, strict=True)}
-        joined = mean_of_maps(maps, shares, len(decoded))
+        weights = view_weights(members[0], self.composition.study)
+        joined = mean_of_maps(parts, weights)
         calibrator = self.calibrators["study"]
         points = calibrator.raw_thresholds if raw else calibrator.thresholds
         return StudyResult(
             findings=self.findings,
             probabilities=by_name(self.findings, study.probabilities[0]),
             image_probabilities=[by_name(self.findings, row) for row in image.probabilities],
-            view_weights=view_weights(members[0], self.composition.study).tolist(),
+            view_weights=weights.tolist(),
+            contributions=contributions(self.findings, parts, weights),
             attention={
                 name: [view[column] for view in joined] if trained[name] and has_maps(joined, column) else None
                 for column, name in enumerate(self.findings)

@@ -5,6 +5,7 @@ table, the part that was looked at, maps. Decides nothing about findings.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -101,23 +102,89 @@ def box(pixels: UInt8[np.ndarray, "H W"]) -> Box:
 
 
 def has_maps(views: Sequence[np.ndarray], column: int) -> bool:
-    """Whether there are maps of a finding; those of an extension without maps are NaN."""
+    """Whether there are maps of a finding; those that no network was trained for are NaN."""
     return bool(views) and all(np.isfinite(view[column]).all() for view in views)
 
 
-def mean_of_maps(
-    maps: Sequence[Float[np.ndarray, "B C _ _"]], shares: Sequence[float], views: int
-) -> list[Float[np.ndarray, "C h w"]]:
-    """Weighted mean of the attention of several networks, on the finest grid among them."""
-    if not maps:
+class Part(NamedTuple):
+    """What one network of a model says of the images of one study, findings in the order of the model."""
+
+    values: Float[np.ndarray, "V C"]
+    """Raw probabilities; NaN where it was never trained."""
+    maps: Float[np.ndarray, "V C _ _"] | None
+    """Where they came from, if asked for."""
+    share: float
+    """Its weight in the model."""
+    together: bool
+    """Whether it looks at whole studies; its maps then sum to 1 over the study, otherwise over each image."""
+
+
+def mean_of_maps(parts: Sequence[Part], weights: Float[np.ndarray, " V"]) -> list[Float[np.ndarray, "C h w"]]:
+    """Weighted mean of the maps of several networks, on the finest grid among them; one for each view.
+
+    Each sums to 1 over its view; over the study, if any network looks at whole studies: then the maps of the others
+    take the weight of their view in the study. A finding that no network was trained for is NaN.
+
+    Args:
+        parts: of each network; those without maps, or without a share, are left out.
+        weights: of the views by the model's study rule; they add up to 1.
+    """
+    shown = [(part, part.maps) for part in parts if part.maps is not None and part.share]
+    if not shown:
         return []
-    rows, columns = max(one.shape[2:] for one in maps)
-    joined = []
-    for view in range(views):
-        resized = [
-            np.stack([cv2.resize(plane, (columns, rows), interpolation=cv2.INTER_LINEAR) for plane in one[view]])
-            for one in maps
-        ]
-        whole = [planes / planes.sum(axis=(1, 2), keepdims=True) for planes in resized]
-        joined.append(np.average(whole, axis=0, weights=shares))
-    return joined
+    size = max(maps.shape[2:] for _, maps in shown)
+    over_study = any(part.together for part, _ in shown)
+    total, mass = np.zeros(()), np.zeros(())
+    for part, maps in shown:
+        grown = _regrid(maps, size)
+        if over_study and not part.together:
+            grown = grown * weights[:, None, None, None]
+        share = part.share * ~np.isnan(part.values).all(axis=0)[:, None, None]
+        total, mass = total + share * grown, mass + share
+    joined = np.divide(total, mass, out=np.full(total.shape, np.nan), where=np.broadcast_to(mass > 0, total.shape))
+    return list(joined)
+
+
+def _regrid(maps: Float[np.ndarray, "V C _ _"], size: tuple[int, int]) -> Float[np.ndarray, "V C h w"]:
+    """Maps on another grid; each keeps its sum."""
+    if maps.shape[2:] == size:
+        return maps
+    planes = maps.reshape(-1, *maps.shape[2:])
+    grown = np.stack([cv2.resize(plane, size[::-1], interpolation=cv2.INTER_LINEAR) for plane in planes])
+    sums, now = planes.sum(axis=(1, 2)), grown.sum(axis=(1, 2))
+    grown *= np.divide(sums, now, out=np.zeros_like(sums), where=now != 0)[:, None, None]
+    return grown.reshape(*maps.shape[:2], *size)
+
+
+def contributions(
+    findings: tuple[str, ...], parts: Sequence[Part], weights: Float[np.ndarray, " V"]
+) -> dict[str, list[float] | None]:
+    """The part of each view in a study's probability; over the views they add up to 1.
+
+    Of a network that reads images alone: weight_v p_v over their sum, with the weights of the study rule. Of one that
+    looks at whole studies: the view's share of its maps. Of several networks: their weighted mean.
+
+    Args:
+        findings: C names.
+        parts: of each network; one that looks at whole studies and has no maps here is left out.
+        weights: of the views by the study rule; they add up to 1.
+
+    Returns:
+        None for a finding that was never trained, and where no network says it.
+    """
+    total, mass = np.zeros((len(weights), len(findings))), np.zeros(len(findings))
+    for part in parts:
+        if part.together and part.maps is None:
+            continue
+        views = (
+            part.maps.sum(axis=(2, 3)) if part.together and part.maps is not None else weights[:, None] * part.values
+        )
+        sums = views.sum(axis=0)
+        even = np.repeat(weights[:, None], len(findings), axis=1)
+        share = part.share * ~np.isnan(part.values).all(axis=0)
+        total += share * np.nan_to_num(np.divide(views, sums, out=even, where=sums > 0))
+        mass += share
+    return {
+        name: (total[:, column] / mass[column]).tolist() if mass[column] > 0 else None
+        for column, name in enumerate(findings)
+    }

@@ -79,13 +79,27 @@ class CSRAHead(nn.Module):
 
     def attention(self, features: Features) -> Float[Tensor, "B C h w"]:
         """Residual attention of each finding, mean over heads, on the patch grid; sums to 1."""
-        maps = [
+        return torch.stack(self._attended(features)).mean(dim=0).unflatten(-1, features.grid)
+
+    def evidence(self, features: Features) -> Float[Tensor, "B C N"]:
+        """What each patch adds to a finding's logit, in log-odds, signed: s_p (1 / N + lambda a_p), over all heads.
+
+        Exact: it sums to the logit without its bias.
+        """
+        total = torch.zeros(())
+        attended = self._attended(features)
+        for weights, scores in zip(attended, self._scores(features), strict=True):
+            total = total + scores.transpose(1, 2) * (1 / scores.shape[1] + self.weight * weights)
+        return total
+
+    def _attended(self, features: Features) -> list[Float[Tensor, "B C N"]]:
+        """Residual attention of each head."""
+        return [
             nn.functional.one_hot(scores.argmax(dim=1), scores.shape[1]).float()  # B C N
             if temperature >= LARGEST
             else (scores * temperature).softmax(dim=1).transpose(1, 2)
             for temperature, scores in zip(self.temperatures, self._scores(features), strict=True)
         ]
-        return torch.stack(maps).mean(dim=0).unflatten(-1, features.grid)
 
     @property
     def _linears(self) -> list[nn.Linear]:

@@ -96,3 +96,23 @@ class LinearHead(nn.Module):
             others, found = mean_where(same & ~torch.eye(len(own), dtype=torch.bool, device=own.device), own)
             return torch.cat([own, torch.where(found, others, own)], dim=1)
         return torch.cat([own, own[partners]], dim=1)
+
+    def directions(self) -> Float[Tensor, "R C I"]:
+        """Weights of each part that is read: the image's own tokens first, then those of its study (`views`)."""
+        return torch.stack(self.linear.weight.detach().float().chunk(self.parts, dim=1))
+
+    def share_of_image(self, features: Features) -> Float[Tensor, "B R"]:
+        """How much of each part one image is, in the mean of the logits over its study's images.
+
+        With x the image's own tokens, sum_r share_r (directions_r . x), summed over the images of a study, and the bias
+        (and what stands for absent views), is the mean of the study's logits.
+        """
+        if self.views == "single":
+            return torch.ones(len(features.cls), 1, device=features.cls.device)
+        same = same_study(features)
+        of_study = 1 / same.sum(dim=1, dtype=torch.float32)
+        if self.views == "concat":
+            return of_study[:, None].expand(-1, 2)
+        group = in_group(features)  # 3 B
+        counts = (same & group[:, None]).sum(dim=2, dtype=torch.float32).clamp(min=1)
+        return torch.cat([of_study[None], group / counts]).T

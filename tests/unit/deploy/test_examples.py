@@ -75,10 +75,9 @@ def test_a_report_of_data_without_outlines_says_so_once(fitted: Path, tmp_path: 
     assert 'id="outline"' not in page
 
 
-def test_a_head_without_attention_is_not_said_to_show_where_it_read(fitted: Path, tmp_path: Path) -> None:
+def test_a_linear_head_shows_where_its_evidence_is(fitted: Path, tmp_path: Path) -> None:
     predict.run(fitted / "linear", [f"{fitted / 'store'}:test"], tmp_path / "test.parquet", device="cpu")
     evaluate.run(tmp_path / "test.parquet", fitted / "store", tmp_path / "out", bootstraps=0, explain=fitted / "linear")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "This model has no attention to show." in page
-    assert "where the model read" not in page
-    assert 'id="heat"' not in page
+    assert "where the model read" in page
+    assert 'id="heat"' in page

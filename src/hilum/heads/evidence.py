@@ -1,0 +1,108 @@
+"""Where a head's answer came from, on the patch grid: one kind of map for every head, so that heads can be compared.
+
+A decoder says it by its attention. A head whose logit is a sum over tokens says it by the terms of that sum (its
+evidence): exactly, for mean patch tokens and for CSRA (class activation maps, Zhou et al. 2016); for [CLS], by what
+each patch added to it directly through attention (`backbones/contributions.py`). Every map is 0 or more and sums to 1:
+over an image, or over a study where the head looks at whole studies. docs/explanation/where-it-looked.md says what
+these maps are and what they are not.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hilum.backbones.contributions import cls_contributions
+from hilum.backbones.vit import VisionTransformer
+from hilum.heads.csra import CSRAHead
+from hilum.heads.extension import ExtendedHead
+from hilum.heads.features import Features
+from hilum.heads.linear import LinearHead
+from hilum.heads.ml_decoder import MLDecoder
+from hilum.heads.registry import Head
+from hilum.heads.study_sets import same_study
+from hilum.heads.view_attention import ViewAttention
+
+MapKind = Literal["attention", "evidence"]
+
+
+def kind_of_maps(head: Head | ExtendedHead) -> MapKind:
+    """What the maps of a head are; of an extended one, those of its first head."""
+    inner = head.main if isinstance(head, ExtendedHead) else head
+    inner = inner.inner if isinstance(inner, ViewAttention) else inner
+    return "attention" if isinstance(inner, MLDecoder) else "evidence"
+
+
+@torch.no_grad()
+def maps_of(
+    head: Head | ExtendedHead,
+    features: Features,
+    backbone: VisionTransformer,
+    images: Float[Tensor, "B _ H W"],
+) -> Float[Tensor, "B C h w"]:
+    """Maps of every finding, float32, 0 or more; each sums to 1, over a study where the head looks at whole studies.
+
+    Args:
+        head: with its weights, in evaluation mode.
+        features: of the images, as the head reads them.
+        backbone: for heads that read [CLS]: it is run once more.
+        images: normalised.
+    """
+    if isinstance(head, ExtendedHead):
+        parts = [maps_of(one, features, backbone, images) for one in head.heads]
+        if head.needs_studies:  # one convention for all: over the study
+            alone = torch.ones(len(features.cls), device=features.cls.device)
+            weight = alone / same_study(features).sum(dim=1)
+            pairs = zip(head.heads, parts, strict=True)
+            parts = [part if one.needs_studies else part * weight[:, None, None, None] for one, part in pairs]
+        return torch.cat(parts, dim=1)
+    if isinstance(head, MLDecoder):
+        return head.attention(features).float()
+    if isinstance(head, ViewAttention):
+        alone = maps_of(head.inner, features, backbone, images)
+        return alone * head.view_weights(features)[:, :, None, None]
+    if isinstance(head, CSRAHead):
+        return as_maps(head.evidence(features)).unflatten(-1, features.grid)
+    same = same_study(features) if head.needs_studies else None
+    return as_maps(linear_evidence(head, features, backbone, images), same).unflatten(-1, features.grid)
+
+
+@torch.no_grad()
+def linear_evidence(
+    head: LinearHead, features: Features, backbone: VisionTransformer, images: Float[Tensor, "B _ H W"]
+) -> Float[Tensor, "B C N"]:
+    """What each patch of an image adds to the logits of its study (their mean over its images), in log-odds; signed.
+
+    Of the mean patch token all of it, exactly; of [CLS] what came directly from the patch by attention.
+    """
+    directions, weights = head.directions(), head.share_of_image(features)  # R C I, B R
+    parts, findings, _ = directions.shape
+    blocks = features.cls.shape[1] // backbone.config.embed_dim
+    of_cls, of_mean = directions.split([features.cls.shape[1], directions.shape[2] - features.cls.shape[1]], dim=2)
+    found = cls_contributions(backbone, images, of_cls.flatten(0, 1), blocks)
+    count = features.grid[0] * features.grid[1]
+    values = found.values[:, :, -count:].unflatten(1, (parts, findings))  # B R C N
+    if head.patch_mean:
+        values = values + torch.einsum("bnd,rcd->brcn", found.tokens.patches.float(), of_mean) / count
+    return torch.einsum("brcn,br->bcn", values, weights)
+
+
+def as_maps(evidence: Float[Tensor, "B C N"], same: Bool[Tensor, "B B"] | None = None) -> Float[Tensor, "B C N"]:
+    """Signed evidence as maps: what lies above the mean of its image, scaled to sum to 1.
+
+    The mean goes because a constant added to every patch of an image cannot be told from a bias: a logit says nothing
+    of it. Where nothing stands out the map is even.
+
+    Args:
+        evidence: log-odds that each patch adds.
+        same: which images are one study, to share 1 among its images; None: each image has 1.
+    """
+    raised = (evidence - evidence.mean(dim=2, keepdim=True)).clamp(min=0)
+    whole, count = raised.sum(dim=2), torch.full(evidence.shape[:2], float(evidence.shape[2]), device=evidence.device)
+    if same is not None:
+        together = same.to(raised.dtype)
+        whole, count = together @ whole, together @ count
+    flat = whole <= torch.finfo(raised.dtype).tiny
+    maps = raised / torch.where(flat, 1.0, whole)[..., None]
+    return torch.where(flat[..., None], 1 / count[..., None], maps)
