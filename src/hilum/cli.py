@@ -572,6 +572,31 @@ def submit(
     )
 
 
+@app.command(epilog=example("hilum serve model --port 8000"))
+def serve(
+    model: Annotated[Path, typer.Argument(help="A MODEL or ensemble directory.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen at; others than this machine's need a token.")] = (
+        "127.0.0.1"
+    ),
+    index: Annotated[Path | None, typer.Option(help="Similar cases, made by hilum index.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="A file whose first line every request must show.")] = None,
+    expose: Annotated[bool, typer.Option("--expose", help="With --host: yes, other machines shall reach it.")] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A further name by which the server may be called; may be repeated.")
+    ] = None,
+    queue: Annotated[int | None, typer.Option(help="Studies that wait before others are refused (8).")] = None,
+    device: Device = "auto",
+) -> None:
+    """A page to look at studies with, and the same as an HTTP API. For this machine alone, unless told otherwise."""
+    from hilum.commands import serve as program
+
+    try:
+        program.run(model, host, port, index, token_file, expose, allow_host or [], queue, device)
+    except program.ExposedError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.command(epilog=example("hilum bench crops"))
 def bench(
     name: Annotated[str, typer.Argument(help="build, crops, pretrain-step, startup, or all.")] = "all",

@@ -1,0 +1,200 @@
+"""A model, what may be asked of it, and the studies that it remembers: everything behind the routes."""
+
+import dataclasses
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+import hilum
+from hilum.core.errors import HilumError
+from hilum.core.types import RESEARCH_NOTICE
+from hilum.deploy.predictor import Model, StudyResult
+from hilum.deploy.server.decoding import Decoder, Picture
+from hilum.deploy.server.errors import RefusedError, standard
+from hilum.deploy.server.results import Results, Study, new_name
+from hilum.deploy.server.settings import Limits
+from hilum.deploy.server.uploads import Held
+from hilum.deploy.server.work import Job, Line
+from hilum.deploy.study_report import ImageFacts, study_document
+
+THRESHOLDS = ("f1", "youden", "sens_at_spec95")
+"""Operating points by name, as models have them."""
+_NO_NUMBER = (
+    "The model gave no number for a finding that it knows, so nothing is reported: its weights may be damaged, or the "
+    "image is one that it cannot read."
+)
+
+
+class Service:
+    """What the routes answer from.
+
+    Args:
+        model: loaded; it stays the one model of this server.
+        limits: sizes, times, places.
+        index: of similar cases, made with the same backbone; None: there is none.
+
+    Raises:
+        CheckpointError: the index was made with another backbone.
+        HilumError: the process that decodes does not start.
+    """
+
+    def __init__(self, model: Model, limits: Limits, index: Any = None) -> None:
+        self.model, self.limits, self.index = model, limits, index
+        if index is not None:
+            index.matches(model)
+        self.results, self.held = Results(limits), Held(limits.held_bytes)
+        self.key = secrets.token_bytes(16)
+        """Of the digests by which the same upload is known again; it ends with the process, as they do."""
+        decoder = Decoder(model.short_side, model.preprocess_id, limits)
+        decoder.start()
+        self.line = Line(decoder, self.judge, limits.queue)
+
+    def close(self) -> None:
+        """End its threads and its process, and forget every study."""
+        self.line.close()
+        self.results = Results(self.limits)
+
+    def health(self) -> dict[str, Any]:
+        """How full the line is."""
+        return {"status": "ok", "queue": len(self.line.jobs), "limit": self.limits.queue}
+
+    def metadata(self) -> dict[str, Any]:
+        """What a page needs to know before it has a study."""
+        model, limits = self.model, self.limits
+        return {
+            "hilum": hilum.__version__,
+            "notice": RESEARCH_NOTICE,
+            "model": {"digest": model.digest, "calibrated": True, "unit": "study", "accepted_leak": model.leak},
+            "findings": [
+                {"name": name, "group": model.groups.get(name) or None, "trained": trained}
+                for name, trained in zip(model.findings, _trained(model), strict=True)
+            ],
+            "thresholds": list(THRESHOLDS),
+            "limits": {
+                "files": limits.files, "file_bytes": limits.file_bytes, "study_bytes": limits.study_bytes,
+                "pixels": limits.pixels,
+            },
+            "similar": self.index is not None,
+            "maps": any(_has_maps(network) for network in model.networks),
+        }  # fmt: skip
+
+    def judge(self, pictures: list[Picture], job: Job) -> Study:
+        """Findings of decoded images; runs in the model's thread.
+
+        Raises:
+            RefusedError: 413 more pixels than fit, 422 the model refuses the images, 500 it gives no numbers.
+        """
+        if sum(picture.pixels.nbytes for picture in pictures) > self.limits.study_bytes:
+            raise RefusedError(413, "study_too_large", "The images of this study are larger than fit, once decoded.")
+        views = [given or picture.view for given, picture in zip(job.views, pictures, strict=True)]
+        pixels = [picture.pixels for picture in pictures]
+        try:
+            result = self.model.predict(pixels, view_names=views)
+        except HilumError as error:
+            raise RefusedError(422, "not_possible", "The model cannot read these images as one study.") from error
+        self._check_numbers(result)
+        result = _with_what_files_say(result, pictures, job.views)
+        name = new_name()
+        document = study_document(result, self.model, study_id=name, images=[_facts(one) for one in pictures])
+        _add_flags(document, pictures)
+        json.dumps(document, allow_nan=False)  # before anybody is answered
+        return Study(
+            name=name,
+            document=document,
+            pictures=tuple(png(picture.display) for picture in pictures),
+            shapes=tuple((picture.display.shape[0], picture.display.shape[1]) for picture in pictures),
+            maps=result.attention,
+            boxes=tuple(result.boxes),
+            embedding=getattr(result, "embedding", None),
+            model_views=tuple(zip(pixels, views, strict=True)) if self.index is not None else (),
+            digest=job.digest,
+        )
+
+    def _check_numbers(self, result: StudyResult) -> None:
+        withheld = not any(getattr(result, "scored", [True]))
+        for name, trained in zip(self.model.findings, _trained(self.model), strict=True):
+            value = result.probabilities[name]
+            missing = value is None and trained and not withheld
+            if missing or (value is not None and not (np.isfinite(value) and 0 <= value <= 1)):
+                raise RefusedError(500, "not_a_number", _NO_NUMBER)
+
+    def heat(self, study: Study, finding: int, number: int) -> bytes:
+        """PNG of what one finding looked at in one image, over the whole image, transparent where nothing is.
+
+        Raises:
+            RefusedError: 404; there is no such finding, image or map.
+        """
+        from hilum.deploy.overlays import heat_png
+
+        if not 0 <= finding < len(self.model.findings) or not 1 <= number <= len(study.pictures):
+            raise no_such()
+        maps = study.maps.get(self.model.findings[finding])
+        if maps is None:
+            raise RefusedError(404, "no_map", "There is no map of that finding.")
+        rows, columns = study.shapes[number - 1]
+        return heat_png(maps[number - 1], study.boxes[number - 1], rows, columns)
+
+
+def png(pixels: UInt8[np.ndarray, "H W"]) -> bytes:
+    """A grey PNG."""
+    done, content = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 3])
+    assert done, "a grey image can always be encoded"
+    return content.tobytes()
+
+
+def no_such() -> RefusedError:
+    """404."""
+    return standard(404)
+
+
+def open_index(path: Path) -> Any:
+    """The index of similar cases at a path."""
+    from hilum.deploy.similar import Index
+
+    return Index.open(path)
+
+
+def _trained(model: Model) -> list[bool]:
+    return [
+        all(bool(network.trained[network.findings.index(name)]) for network in model.networks)
+        for name in model.findings
+    ]
+
+
+def _has_maps(network: Any) -> bool:
+    return getattr(getattr(network, "head", None), "attention", None) is not None
+
+
+def _facts(picture: Picture) -> ImageFacts:
+    height, width = picture.display.shape
+    upright = (picture.rows > picture.columns) == (height > width)
+    return ImageFacts(*((picture.rows, picture.columns) if upright else (picture.columns, picture.rows)))
+
+
+def _with_what_files_say(result: StudyResult, pictures: list[Picture], given: Sequence[str]) -> StudyResult:
+    """With the quality of the files, which the model, given pixels, did not see, and where views came from."""
+    quality = [tuple(dict.fromkeys((*one.quality, *said))) for one, said in zip(pictures, result.quality, strict=True)]
+    changed: dict[str, Any] = {"quality": quality}
+    sources = getattr(result, "view_sources", None)
+    if sources is not None:
+        changed["view_sources"] = [
+            "header" if not view and picture.view else source
+            for view, picture, source in zip(given, pictures, sources, strict=True)
+        ]
+    return dataclasses.replace(result, **changed)
+
+
+def _add_flags(document: dict[str, Any], pictures: list[Picture]) -> None:
+    """What the files together say: images of several people, and text that may be burnt into pixels."""
+    subjects = {picture.subject for picture in pictures if picture.subject}
+    if len(subjects) > 1:
+        document["flags"].append({
+            "code": "several_studies",
+            "message": "The files name different patients or studies; they were read as one study all the same.",
+        })  # fmt: skip
