@@ -17,6 +17,7 @@ from hilum.core.types import POSITIVE
 from hilum.data.labels import IMPLIES
 from hilum.deploy import model_files as files
 from hilum.deploy.card import model_card
+from hilum.deploy.screening import SCREENING_NAME
 from hilum.evaluation.calibration import Calibrator, describe_items
 from hilum.evaluation.calibrators import IDENTITY
 from hilum.evaluation.predictions import Predictions
@@ -92,6 +93,8 @@ def copy_kept(base: Base, out: Path) -> None:
             source = base.path / files.validation_name(name, number)
             if source.is_file():
                 write_bytes(out / source.name, source.read_bytes())
+    if "screening" in base.content:
+        write_bytes(out / SCREENING_NAME, (base.path / SCREENING_NAME).read_bytes())
 
 
 def join_exposures(one: files.Exposure, other: files.Exposure) -> files.Exposure:

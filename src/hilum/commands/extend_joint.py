@@ -30,7 +30,7 @@ from hilum.commands.extend_inputs import (
     target_of,
 )
 from hilum.commands.fit_inputs import Examples, describe_findings, open_examples
-from hilum.commands.fit_outputs import exposure_of, predict_validation
+from hilum.commands.fit_outputs import exposure_of, predict_validation, screen_inputs
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError, HilumError, LeakageError
 from hilum.core.files import write_json, write_text
@@ -196,6 +196,7 @@ def run(
             "store_fingerprint": store.fingerprint(val), "file": files.LOGITS_NAME,
         },
         "exposure": files.write_exposure(out, join_exposures(base.exposure, exposure_of(examples, config.refit))),
+        **screen_inputs(out, examples, config),
         "accepted_leak": leak,
         "extended_from": files.digest_of(base.path),
         "joint": {

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 import hilum
 from hilum.commands.fit_inputs import Examples, OpenBackbone, open_backbone, open_examples
-from hilum.commands.fit_outputs import exposure_of, predict_validation
+from hilum.commands.fit_outputs import exposure_of, predict_validation, screen_inputs
 from hilum.commands.fit_targets import open_learning_set
 from hilum.commands.fit_tune import Tuned, TuneRecord, tune_on_both, tune_on_train
 from hilum.core.config import to_dict
@@ -195,6 +195,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
             "file": files.LOGITS_NAME,
         },
         "exposure": files.write_exposure(out, exposure),
+        **screen_inputs(out, examples, config),
         "accepted_leak": leak,
         "training": {
             "settings": to_dict(config),

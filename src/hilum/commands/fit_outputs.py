@@ -1,15 +1,22 @@
-"""What `fit` and `extend` write of what a head has seen: its validation predictions, and the images it has met."""
+"""What `fit` and `extend` write of what a head has seen: its validation predictions, the images it has met, and what
+they look like, so that a picture of another kind is told from them.
+"""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hilum.commands.fit_inputs import Examples
+from hilum.core.seeding import stream
 from hilum.core.tracking import progress
 from hilum.deploy import model_files as files
+from hilum.deploy.gradients import gradient_map
 from hilum.deploy.network import Network, raw_probabilities, store_identity
+from hilum.deploy.screening import LEAST_IMAGES, fit_screening, write_screening
 from hilum.evaluation.predictions import Predictions
 from hilum.heads.config import FitConfig
+from hilum.heads.features import read_ahead
 from hilum.pretraining.exposure import Seen, uid_numbers
 
 
@@ -38,3 +45,28 @@ def exposure_of(examples: Examples, refit: bool, seen: Seen | None = None) -> fi
         np.zeros(0, np.uint64) if seen is None else seen.uids, uid_numbers(store.uids[examples.train]),
         uid_numbers(store.uids[val]), pictures if seen is None else np.union1d(seen.pictures, pictures),
     )  # fmt: skip
+
+
+SCREENED_IMAGES = {"train": 2000, "val": 1000}
+"""At most so many are looked at to tell pictures of another kind from them."""
+
+
+def screen_inputs(out: Path, examples: Examples, config: FitConfig) -> dict[str, Any]:
+    """Fit screening and the view classifier on training images, try them on validation, and write both.
+
+    Returns:
+        what `config.json` says of them; nothing where there are too few training images.
+    """
+    store, looked_at = examples.store, {}
+    for split, images in (("train", examples.train), ("val", examples.val)):
+        if len(examples.train) < LEAST_IMAGES:
+            return {}
+        order = stream(config.seed, "screening", split).permutation(len(images))[: SCREENED_IMAGES[split]]
+        chosen = images[np.sort(order)]
+        read = read_ahead([chosen], lambda index: gradient_map(store.read(index)), config.workers)
+        looked_at[split] = chosen, np.stack([one for _, batch in read for one in batch])
+    (train, maps), (val, validation) = looked_at["train"], looked_at["val"]
+    fitted = fit_screening(
+        maps, store.views[train].tolist(), store.patients[train].tolist(), validation, store.views[val].tolist()
+    )
+    return {} if fitted is None else {"screening": write_screening(out, fitted)}
