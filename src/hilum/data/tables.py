@@ -58,7 +58,7 @@ def read_csv(
     """Read a comma-separated UTF-8 file (with or without BOM; LF or CRLF; `.gz` too) into text columns.
 
     A trailing unnamed column without values (NIH 2017) is dropped; other unnamed columns are dropped too, since
-    nothing can ask for them.
+    nothing can ask for them. Where the header ends in unnamed columns, rows may do without them (the boxes of NIH).
 
     Args:
         path: the file.
@@ -79,6 +79,7 @@ def read_csv(
     header, body = _split_header(_as_utf8(content, path), path)
     del content
     require(header, required, path)
+    header = _without_absent(header, body)
     rows = _check_fields(body, len(header), path)
     names = [name or f"\x1f{position}" for position, name in enumerate(header)]
     kept = [name for name in names if not name.startswith("\x1f") and (only is None or name in only)]
@@ -228,6 +229,13 @@ def _split_header(content: bytes, path: Path) -> tuple[list[str], bytes]:
         shown = ", ".join(map(repr, repeated))
         raise ManifestError(f"{path}: the header repeats {shown}. Each column needs its own name.")
     return header, body.rstrip(b"\r\n")
+
+
+def _without_absent(header: list[str], body: bytes) -> list[str]:
+    """The header without unnamed columns at its end that the first row does not have; every row must then do alike."""
+    named = max((place + 1 for place, name in enumerate(header) if name), default=0)
+    fields = body.partition(b"\n")[0].count(b",") + 1
+    return header[:named] if named == fields < len(header) else header
 
 
 def _check_fields(body: bytes, expected: int, path: Path) -> int:

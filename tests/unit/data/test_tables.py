@@ -42,6 +42,15 @@ def test_trailing_unnamed_column_is_dropped(write):
     assert read_csv(write("a,b,\n1,2,\n3,4,\n")).columns == ["a", "b"]
 
 
+def test_rows_may_do_without_unnamed_columns_at_the_end(write):
+    """The published boxes of NIH have nine names in the header, three of them empty, and six fields in every row."""
+    assert read_csv(write("a,b [x,y],,,\n1,2,3\n4,5,6\n")).frame.rows() == [("1", "2", "3"), ("4", "5", "6")]
+    assert read_csv(write("a,b,,\n1,2,,\n")).columns == ["a", "b"]
+    for ragged in ("a,b,,\n1,2\n1,2,,\n", "a,b,,\n1,2,\n1,2,\n", "a,b,\n1\n"):
+        with pytest.raises(ManifestError, match="fields, the header has"):
+            read_csv(write(ragged))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
