@@ -216,15 +216,41 @@ def convert(
 
 @app.command(epilog=example("hilum import-weights microsoft/rad-dino --out rad-dino --patch-size 16"))
 def import_weights(
-    source: Annotated[str, typer.Argument(help="A weights file, a folder with one, or owner/name on the Hub.")],
+    source: Annotated[
+        str, typer.Argument(help="A weights file, a folder with one, or owner/name on the Hub.", show_default=False)
+    ] = "",
     out: Out = Path("backbone"),
     patch_size: Annotated[int | None, typer.Option(help="Resample the patch kernel to patches of this side.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Lay positions out for squares of this side, pixels.")] = None,
+    backbone: Annotated[str, typer.Option(help="The same as SOURCE, as --head reads better with it.")] = "",
+    head: Annotated[
+        Path | None, typer.Option(help="Its published head (CheXFound's glori.pth): write a model, not a backbone.")
+    ] = None,
+    head_name: Annotated[
+        str | None, typer.Option(help="Which head of several: its name, a part of it such as lr=0_0001, or best.")
+    ] = None,
+    findings: Annotated[
+        Path | None, typer.Option(help="Text file naming the head's outputs in order; default: CXR-LT 2024's 40.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="For --head-name best: the results file; default: beside the head.")
+    ] = None,
 ) -> None:
-    """Convert a public backbone (DINOv2, RAD-DINO, CheXFound, timm, ...), strictly, and say what became of it."""
-    from hilum.commands import import_weights as program
+    """Convert a public backbone (DINOv2, RAD-DINO, CheXFound, ...), or with --head a whole model, strictly."""
+    if bool(source) == bool(backbone):
+        raise typer.BadParameter("Name the weights once: as SOURCE, or with --backbone.")
+    if head is None:
+        if head_name is not None or findings is not None or results is not None:
+            raise typer.BadParameter("--head-name, --findings and --results belong to --head FILE.")
+        from hilum.commands import import_weights as program
 
-    program.run(source, out, patch_size, image_size)
+        program.run(source or backbone, out, patch_size, image_size)
+        return
+    if patch_size is not None:
+        raise typer.BadParameter("--patch-size: a published head has been trained on the patches of its backbone.")
+    from hilum.commands import import_head
+
+    import_head.run(source or backbone, head, out, head_name, findings, results, image_size)
 
 
 @app.command(epilog=example("hilum pretrain laptop_128 --data store --out runs/ssl batch_size=32"))

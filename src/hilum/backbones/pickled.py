@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".pth", ".pt", ".bin")
+LARGEST_BYTES = 16 * 2**30
+"""Of a file that is opened at all: a ViT-g in float32 with its optimiser is 14 GB."""
 NOT_TENSORS = "hilum_not_tensors"
 """Entry of the header that `convert_in_child` writes: what else was in the pickle."""
 _ZIP = b"PK\x03\x04"
 _REFUSED_STATUS = 3
+_SHARED = 4
 _NEW_NETWORK, _NEW_USER = 0x40000000, 0x10000000  # CLONE_NEWNET, CLONE_NEWUSER of Linux
 _CHILD = "import sys; from hilum.backbones.pickled import child; child(*sys.argv[1:])"
 
@@ -39,12 +42,16 @@ def read_pickled(file: Path) -> tuple[dict[str, "Tensor"], list[str]]:
         The tensors, and what else is in the file, named as "path (type)".
 
     Raises:
-        CheckpointError: the file needs more than tensors and plain containers, is damaged, or holds no tensor.
+        CheckpointError: the file needs more than tensors and plain containers, is damaged, too large, larger inside
+            than outside, or holds no tensor.
     """
     import torch
 
     tensors: dict[str, Tensor] = {}
     others: list[str] = []
+    size = file.stat().st_size
+    if size > LARGEST_BYTES:
+        raise CheckpointError(f"{file} is refused: {size} bytes; at most {LARGEST_BYTES} are read.")
     with file.open("rb") as opened:
         zipped = opened.read(len(_ZIP)) == _ZIP  # by which torch itself tells them apart
     try:
@@ -53,6 +60,7 @@ def read_pickled(file: Path) -> tuple[dict[str, "Tensor"], list[str]]:
         # Explicit, so that no environment variable can turn it off.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
         _flatten(content, "", tensors, others)
+        _refuse_swollen(file, size, tensors)
     except CheckpointError:
         raise
     except Exception as error:  # a hostile file can make the unpickler raise anything; all of it is refusal
@@ -69,6 +77,19 @@ def _refuse_compressed(file: Path) -> None:
             raise CheckpointError(
                 f"{file} is refused: {packed[0]} in it is compressed, which no checkpoint of torch is."
             )
+
+
+def _refuse_swollen(file: Path, size: int, tensors: Mapping[str, "Tensor"]) -> None:
+    """A tensor may say that one stored number is a million rows; copied out, it would fill any memory."""
+    for name, value in tensors.items():
+        if value.numel() * value.element_size() > size:
+            raise CheckpointError(
+                f"{file} is refused: {name} says it has shape {tuple(value.shape)}, more than the whole file of {size} "
+                "bytes holds."
+            )
+    # Shared by a few names each at most, as tied weights and a teacher beside its student are.
+    if sum(value.numel() * value.element_size() for value in tensors.values()) > _SHARED * size:
+        raise CheckpointError(f"{file} is refused: its tensors are more than {_SHARED} times the size of the file.")
 
 
 def _refusal(file: Path, zipped: bool, error: Exception) -> str:

@@ -216,6 +216,8 @@ def _context(joined: Joined, groups_from: str, task: str | None, split: str | No
         "calibration": _without_digests(metadata.get("calibration")),
         "exposed_images": metadata.get("exposed_images"),  # None: not known
         "accepted_leak": metadata.get("accepted_leak") or None,
+        "uncalibrated": metadata.get("uncalibrated"),
+        "exposure_not_recorded": metadata.get("exposure_not_recorded"),
         "scale": metadata.get("scale"),
         "items_without_label": int((joined.labels < 0).all(axis=1).sum()),
         "items_of_head_training": sum(name in fitted for name in joined.splits.tolist()),

@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,21 @@ def run(source: str, out: Path, patch_size: int | None = None, image_size: int |
     """
     if taken := [name for name in (WEIGHTS_NAME, CONFIG_NAME) if (out / name).exists()]:
         raise ConfigError(f"{out} holds {', '.join(taken)} already; choose a new folder.")
+    with readable(source) as (file, tensors):
+        _convert(file, tensors, out, patch_size, image_size)
+
+
+@contextmanager
+def readable(source: str) -> Iterator[tuple[Path, Path]]:
+    """The file that a source names, and what this process may read in its place: a pickle is converted in a child.
+
+    Raises:
+        CheckpointError: nothing there, refused, or damaged.
+    """
     path = resolve_weights(source)
     file = find_weights(path)
     if file.suffix not in SUFFIXES:
-        _convert(file, path, out, patch_size, image_size)
+        yield file, path
         return
     with tempfile.TemporaryDirectory(prefix="hilum-import-") as temporary:
         tensors = Path(temporary) / "model.safetensors"
@@ -45,7 +58,7 @@ def run(source: str, out: Path, patch_size: int | None = None, image_size: int |
         for name in (CONFIG_NAME, PROCESSOR_NAME):
             if (file.parent / name).is_file():
                 shutil.copyfile(file.parent / name, Path(temporary) / name)
-        _convert(file, tensors, out, patch_size, image_size)
+        yield file, tensors
 
 
 def _convert(file: Path, readable: Path, out: Path, patch_size: int | None, image_size: int | None) -> None:

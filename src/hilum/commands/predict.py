@@ -160,6 +160,9 @@ def _report(predictions: Predictions, found: Inputs, out: Path, total: int) -> N
     exposed = predictions.metadata.get("exposed_images", 0)
     if exposed:
         warn(f"the model has met {exposed} of {total} images in pretraining or training")
+    for name, words in (("uncalibrated", "not calibrated"), ("exposure_not_recorded", "exposure")):
+        if told := predictions.metadata.get(name):
+            warn(f"{words}: {told}")
     say(
         f"{out}: {len(predictions)} {predictions.unit} rows, {int(predictions.trained.sum())} of "
         f"{len(predictions.findings)} findings, stage {predictions.stage}"

@@ -151,7 +151,11 @@ def equalise(grey: Float[np.ndarray, " n"], counts: Integer[np.ndarray, " n"]) -
 
 Equalise = Callable[[np.ndarray, np.ndarray, bool], np.ndarray]
 
-EQUALISED: dict[str, Equalise] = {"mimic-cxr-jpg-1": mimic_cxr_jpg, "chexpert-1": chexpert}
+EQUALISED: dict[str, Equalise] = {
+    "mimic-cxr-jpg-1": mimic_cxr_jpg,
+    "chexpert-1": chexpert,
+    "chexfound-1": mimic_cxr_jpg,  # its heads were trained on MIMIC-CXR-JPG; how squares are normalised is its own
+}
 """Recipe -> its curve."""
 RECIPES: tuple[str, ...] = (PREPROCESS_ID, *EQUALISED)
 

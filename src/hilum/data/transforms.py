@@ -32,9 +32,14 @@ class Preprocessing:
     """Subtracted from pixels in [0, 1]."""
     std: float
     """Divides what is left."""
+    own_range: bool = False
+    """Each square is stretched from its own lowest and highest value to [0, 1] first. Never in Hilum's own training:
+    for heads that were trained so (RPIDIAL/CheXFound, data/transforms.py)."""
 
 
-PREPROCESSING: dict[str, Preprocessing] = {name: Preprocessing(name, mean=0.5, std=0.25) for name in RECIPES}
+PREPROCESSING: dict[str, Preprocessing] = {
+    name: Preprocessing(name, mean=0.5, std=0.25, own_range=name == "chexfound-1") for name in RECIPES
+}
 """One normalisation, whatever recipe of intensity.py made the pixels: the id says both."""
 
 
@@ -54,7 +59,14 @@ def preprocessing(id: str) -> Preprocessing:  # noqa: A002
 
 
 def normalise(batch: 'UInt8[Tensor, "B 1 H W"]', recipe: Preprocessing) -> 'Float[Tensor, "B 1 H W"]':
-    """(pixel / 255 - mean) / std in float32, on the batch's device: one fixed recipe, never a crop's own range."""
+    """(pixel / 255 - mean) / std in float32, on the batch's device: one fixed recipe, never a crop's own range.
+
+    The exception is an imported recipe with `own_range`; a square of one grey is black there (the code that it comes
+    from divides zero by zero).
+    """
+    if recipe.own_range:
+        low, high = batch.amin(dim=(-2, -1), keepdim=True).float(), batch.amax(dim=(-2, -1), keepdim=True).float()
+        return (batch.float() - low) / ((high - low).clamp(min=1) * recipe.std) - recipe.mean / recipe.std
     return batch.float() * (1 / (255 * recipe.std)) - recipe.mean / recipe.std
 
 

@@ -123,6 +123,32 @@ Calibrators = dict[str, Calibrator]
 """By unit: image, study."""
 
 
+@dataclass(frozen=True)
+class Reservations:
+    """What a model says against itself: imported weights are not calibrated, and nothing lists what they have seen."""
+
+    uncalibrated: str = ""
+    """Why its values are not calibrated; predictions are raw then, whatever is asked for. Empty: they are."""
+    not_recorded: str = ""
+    """That it is not recorded image by image what it has seen, and what is known of it. Empty: it is recorded."""
+    datasets: tuple[str, ...] = ()
+    """Datasets whose images all count as met."""
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "Reservations":
+        """From `config.json` of a model."""
+        exposure = content.get("exposure") or {}
+        return cls(
+            str(content.get("uncalibrated") or ""), str(exposure.get("not_recorded") or ""),
+            tuple(exposure.get("datasets") or ()),
+        )  # fmt: skip
+
+    def join(self, other: "Reservations") -> "Reservations":
+        """Of two networks together; whether an ensemble is calibrated, it says itself."""
+        datasets = tuple(sorted({*self.datasets, *other.datasets}))
+        return replace(self, not_recorded=self.not_recorded or other.not_recorded, datasets=datasets)
+
+
 def require_new(path: Path) -> None:
     """Refuse to write over a model, or where no folder can be.
 

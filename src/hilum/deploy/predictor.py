@@ -87,6 +87,7 @@ class Model:
         leak: leaks by design that its pretraining or training accepted, in words.
         composition: how images become studies and networks one model; the calibrators were fitted with the same.
         chosen: units for whose predictions members, weights or rules were chosen where the calibrators were fitted.
+        reservations: what the model says against itself.
 
     Raises:
         PreprocessingMismatchError: the networks were trained with different recipes.
@@ -102,7 +103,9 @@ class Model:
         leak: str = "",
         composition: Composition = PLAIN,
         chosen: Sequence[str] = (),
+        reservations: files.Reservations = files.Reservations(),  # noqa: B008 (frozen)
     ) -> None:
+        self.reservations = reservations
         self.leak, self.composition, self.chosen = leak, composition, tuple(chosen)
         recipes = sorted({network.config.preprocess_id for network in networks})
         if len(recipes) > 1:
@@ -145,6 +148,7 @@ class Model:
             views = [views]
         if not len(views):
             raise EmptyStudyError("A study needs at least one image, found none.")
+        raw = raw or bool(self.reservations.uncalibrated)
         names = view_names_of(views, view_names)
         decoded = [decode(view, number, self.short_side, self.preprocess_id) for number, view in enumerate(views, 1)]
         kinds = np.array([view_kind(name) for name in names], dtype=np.int64)
@@ -262,9 +266,11 @@ class Model:
                 one.name: one.positives / one.known for one in self.networks[0].config.findings if one.known
             },
             "head_splits": [name for name in ("train", "val") if len(getattr(self.exposure, name))],
-            "exposed_images": met["any"],
+            "exposed_images": max(met["any"], int(np.isin(rows["dataset"], self.reservations.datasets).sum())),
             "exposure": met,
             "accepted_leak": self.leak,
+            **({"uncalibrated": self.reservations.uncalibrated} if self.reservations.uncalibrated else {}),
+            **({"exposure_not_recorded": self.reservations.not_recorded} if self.reservations.not_recorded else {}),
         }
         members = [
             Predictions(**rows, findings=network.findings, probabilities=values, metadata=facts)
@@ -288,7 +294,7 @@ class Model:
     def _finish(self, members: list[Predictions], raw: bool, unit: str = "image") -> Predictions:
         """From raw image predictions of every network to this model's predictions per image or study."""
         combined = self.composition.apply(members, unit)
-        return combined if raw else self.calibrators[unit].apply_to(combined)
+        return combined if raw or self.reservations.uncalibrated else self.calibrators[unit].apply_to(combined)
 
 
 def load(path: Path | str, device: str = "auto") -> Model:
@@ -305,7 +311,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
     path, place = Path(path), choose_device(device)
     content = files.read_config(path)
     folders = [path] if content["format"] == files.MODEL_FORMAT else member_folders(path, content)
-    networks, exposures, leaks = [], [], []
+    networks, exposures, leaks, reservations = [], [], [], files.Reservations.read(content)
     groups: dict[str, str] = {}
     for folder in folders:
         described = files.read_config(folder)
@@ -313,6 +319,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
         networks.append(Network(config, *files.read_weights(folder, config, _weights_digest(folder, described)), place))
         exposures.append(files.read_exposure(folder, described))
         leaks.append(described.get("accepted_leak") or "")
+        reservations = reservations.join(files.Reservations.read(described))
         groups |= {finding.name: finding.group for finding in config.findings}
     if len(exposures) > 1:
         uses = (*files.EXPOSURES, "pictures")
@@ -320,7 +327,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
         exposures = [files.Exposure(*merged)]
     model = Model(
         networks, files.read_calibrators(path, content), files.digest_of(path), exposures[0], groups,
-        join_leaks(*leaks), read_composition(path, content), _chosen_units(content),
+        join_leaks(*leaks), read_composition(path, content), _chosen_units(content), reservations,
     )  # fmt: skip
     model.folder = path
     return model

@@ -83,6 +83,10 @@ def evaluation_notes(result: dict[str, Any]) -> list[str]:
         lines.append(f"These values are {result['scale']}: calibration errors, Brier score and log loss mean nothing.")
     if result["accepted_leak"]:
         lines.append(f"Leak accepted when the model was made: {result['accepted_leak']}.")
+    if result.get("uncalibrated"):
+        lines.append(f"Not calibrated: {result['uncalibrated']}. Calibration errors and F1 at 0.5 mean little.")
+    if result.get("exposure_not_recorded"):
+        lines.append(f"Exposure: {result['exposure_not_recorded']}.")
     if result["exposed_images"]:
         lines.append(
             f"{result['exposed_images']} of the predicted images were in the model's pretraining or training data; "

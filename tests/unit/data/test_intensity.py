@@ -28,7 +28,7 @@ IMAGES = {
 def by_hand(recipe: str, pixels: np.ndarray, inverted: bool) -> np.ndarray:
     """What the authors describe, pixel by pixel in float64, and OpenCV."""
     values = pixels.astype(np.float64)
-    if recipe == "mimic-cxr-jpg-1":
+    if recipe in ("mimic-cxr-jpg-1", "chexfound-1"):
         values = values - values.min()
         grey = (values / max(values.max(), 1) * 255).astype(np.uint8)
     else:

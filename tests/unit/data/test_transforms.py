@@ -188,6 +188,14 @@ def test_normalise_is_one_fixed_recipe() -> None:
     assert torch.equal(levels.flatten(), torch.arange(256, dtype=torch.uint8))  # the input is untouched
 
 
+def test_an_imported_recipe_stretches_each_square_to_its_own_range() -> None:
+    recipe = preprocessing("chexfound-1")
+    levels = torch.tensor([[[[10, 20], [30, 50]]], [[[0, 255], [51, 102]]], [[[7, 7], [7, 7]]]], dtype=torch.uint8)
+    expected = [[0, 0.25, 0.5, 1], [0, 1, 0.2, 0.4], [0, 0, 0, 0]]
+    found = normalise(levels, recipe).flatten(1) * 0.25 + 0.5
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
 def test_an_unknown_recipe_is_refused() -> None:
-    with pytest.raises(PreprocessingMismatchError, match=r"'peer-minmax'.*knows chexpert-1, hilum-grey-1"):
+    with pytest.raises(PreprocessingMismatchError, match=r"'peer-minmax'.*knows chexfound-1, chexpert-1, hilum-grey-1"):
         preprocessing("peer-minmax")
