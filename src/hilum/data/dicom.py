@@ -7,14 +7,15 @@ person. Reference: PS3.3 C.7.6.3, C.11; PS3.5 A.5.
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
 from pydicom import uid
+from pydicom.multival import MultiValue
 
 from hilum.core.errors import ImageError, UnknownNameError, UnreadableImageError, UnsupportedImageError
 from hilum.data import intensity
@@ -43,6 +44,27 @@ def needs_repair(start: bytes) -> bool:
 
 def header(file: BinaryIO | BytesIO) -> dict[str, str]:
     """See `images.read_dicom_header`. Reads up to the pixels, or the whole file where it `needs_repair`."""
+    return {key: text(value) for key, value in _elements(file, HEADER_KEYS).items()}
+
+
+def header_values(content: bytes, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Elements of the header of a DICOM file as text, each with all its values; () where one is absent or empty.
+
+    They identify people: keep them out of logs and messages.
+
+    Args:
+        content: of the file.
+        keys: keywords of elements that are no sequences.
+
+    Raises:
+        UnreadableImageError: damaged.
+    """
+    found = _elements(BytesIO(content), keys)
+    several = {key: value if isinstance(value, MultiValue) else [value] for key, value in found.items()}
+    return {key: tuple(text(one) for one in values if text(one)) for key, values in several.items()}
+
+
+def _elements(file: BinaryIO | BytesIO, keys: Iterable[str]) -> dict[str, Any]:
     with _silent():
         try:
             repair = needs_repair(file.read(HEADER_START))
@@ -50,7 +72,7 @@ def header(file: BinaryIO | BytesIO) -> dict[str, str]:
             if repair:
                 file = BytesIO(_repaired(file.read()))
             dataset = pydicom.dcmread(file, stop_before_pixels=True)
-            return {key: text(dataset.get(key)) for key in HEADER_KEYS}
+            return {key: dataset.get(key) for key in keys}
         except ImageError:
             raise
         except Exception as error:  # pydicom raises a dozen unrelated types on damaged files; see its own test corpus
