@@ -109,11 +109,22 @@ class QueryDecoder(nn.Module):
                 mean); None: each image alone.
             offset: added to each image's projected tokens.
         """
-        memory, sharpness = self._memory(features, same, offset)
-        queries = self._queries(len(memory))
-        for layer, dropped in zip(self.layers, self._by_layer(masks), strict=True):
-            queries = layer(queries, memory, dropped, sharpness, same)  # B Q D
+        queries = self.outputs(features, masks, same, offset)
         return self._score(queries, features.cls if same is None else mean_where(same, features.cls)[0])
+
+    def outputs(
+        self,
+        features: Features,
+        masks: Masks | None = None,
+        same: Bool[Tensor, "B B"] | None = None,
+        offset: Float[Tensor, "B D"] | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        """What each query has taken from the memory, before any finding's weights."""
+        memory, sharpness = self._memory(features, same, offset)
+        queries = self._queries(memory.shape[0])
+        for layer, dropped in zip(self.layers, self._by_layer(masks), strict=True):
+            queries = layer(queries, memory, dropped, sharpness, same)
+        return queries
 
     def weights(
         self,
@@ -123,7 +134,7 @@ class QueryDecoder(nn.Module):
     ) -> Float[Tensor, "B C N"]:
         """Attention of the last layer, mean over its heads, as a distribution over the patches that were read."""
         memory, sharpness = self._memory(features, same, offset)
-        queries = self._queries(len(memory))
+        queries = self._queries(memory.shape[0])
         *earlier, last = self.layers
         for layer in earlier:
             queries = layer(queries, memory, None, sharpness, same)
@@ -134,7 +145,11 @@ class QueryDecoder(nn.Module):
             held = weights.sum(dim=-1, keepdim=True)  # the rest is [CLS]'s
             total = held if same is None else (same.to(held.dtype) @ held.flatten(1)).view_as(held)
             weights = weights / total
-        return weights.repeat_interleave(self.duplicates, dim=1)[:, : self.findings]
+        return self.spread(weights)
+
+    def spread(self, of_queries: Float[Tensor, "B Q _"]) -> Float[Tensor, "B C _"]:
+        """Of each finding what its query has."""
+        return of_queries.repeat_interleave(self.duplicates, dim=1)[:, : self.findings]
 
     def _by_layer(self, masks: Masks | None) -> Sequence[DropoutMasks | None]:
         if masks is None:
@@ -281,6 +296,10 @@ class MLDecoder(nn.Module):
     def forward(self, features: Features, masks: Masks | None = None) -> Float[Tensor, "B C"]:
         """Logits, float32; with dropout exactly where and when `masks` are given."""
         return self.decoder(features, masks).float()
+
+    def pooled(self, features: Features) -> Float[Tensor, "B C D"]:
+        """What each finding's query has taken from an image, before the finding's weights; of width `decoder_dim`."""
+        return self.decoder.spread(self.decoder.outputs(features)).float()
 
     def attention(self, features: Features) -> Float[Tensor, "B C h w"]:
         """Where each finding's query looks: weights averaged over attention heads, on the patch grid; sums to 1."""

@@ -63,6 +63,11 @@ class MultiViewDecoder(MLDecoder):
         same, views = self._studies(features)
         return self.decoder(features, masks, same, views).float()[first_of_study(same)]
 
+    def pooled(self, features: Features) -> Float[Tensor, "B C D"]:
+        """What each finding's query has taken from the study of each image, before the finding's weights."""
+        same, views = self._studies(features)
+        return self.decoder.spread(self.decoder.outputs(features, None, same, views)).float()[first_of_study(same)]
+
     def attention(self, features: Features) -> Float[Tensor, "B C h w"]:
         """Where each finding's query looks in each image; the maps of a study's images sum to 1 together."""
         same, views = self._studies(features)

@@ -1,0 +1,382 @@
+"""Similar cases: an index of the study embeddings of a store, and exact search in it.
+
+Rows are studies: float16 vectors of length 1, read through a memory map, and beside them who each study is and what it
+is known to have. A search is one product with every row in float32, then the few rows that can be among the nearest
+again in float64, so that the answer is that of a plain float64 search, ties by row. How an index is made:
+`index_building.py`; how images become vectors: `embeddings.py`; the files: docs/how-to/similar-cases.md.
+"""
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float16, Float32, Float64, Int, Int64, UInt8
+
+from hilum.core.errors import CheckpointError, ConfigError, StoreError, UnknownNameError
+from hilum.core.files import read_json
+from hilum.core.types import NEGATIVE, POSITIVE
+from hilum.data.images import shrink
+from hilum.data.store import Store
+from hilum.deploy.embeddings import Encoder
+from hilum.deploy.predictor import Model
+
+FORMAT = "hilum-index-1"
+HEADER_NAME, ROWS_NAME, STUDIES_NAME = "index.json", "rows.npz", "studies.npy"
+BLOCK = 1024
+"""Rows that are widened to float32 at a time: a few MB, still in the cache when they are multiplied."""
+THUMBNAIL = 256
+
+
+@dataclass(frozen=True)
+class Match:
+    """One similar study."""
+
+    row: int
+    """Its place in the index."""
+    similarity: float
+    """Cosine of the embeddings, in [-1, 1]."""
+    image_uid: str
+    """Of the image that stands for the study: a frontal one where there is one."""
+    image_id: str
+    """The same by its source's own id."""
+    study_id: str
+    """As in the store, namespaced by dataset."""
+    dataset: str
+    view: str
+    """Of all its images: LATERAL+PA."""
+    findings: dict[str, int]
+    """What is known: 1 or 0 by name; a finding that is not annotated is left out."""
+
+    @property
+    def positive(self) -> list[str]:
+        """Names of the findings that are there."""
+        return [name for name, code in self.findings.items() if code == POSITIVE]
+
+
+class Index:
+    """Studies that can be searched. Opened by `Index.open`.
+
+    Args:
+        path: its folder.
+        header: of `index.json`.
+        columns: of `rows.npz`.
+        vectors: one per row, of length 1 before they were rounded.
+        lengths: of the rounded ones.
+        asked: the finding whose query pooled the vectors; None: [CLS].
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: Mapping[str, Any],
+        columns: Mapping[str, np.ndarray],
+        vectors: Float16[np.ndarray, "N D"],
+        lengths: Float32[np.ndarray, " N"],
+        asked: str | None = None,
+    ) -> None:
+        self.path, self.header, self.vectors, self.lengths, self.asked = path, header, vectors, lengths, asked
+        self.labels: tuple[str, ...] = tuple(header["labels"])
+        """Findings of the store that was indexed, in order."""
+        self._columns = columns
+        self._store: Store | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Index":
+        """Open an index made by `hilum index`. Vectors stay on disk until they are searched.
+
+        Raises:
+            ConfigError: no index, not finished, of another version, or files that do not belong together.
+        """
+        path = Path(path)
+        if not (path / HEADER_NAME).is_file():
+            raise ConfigError(
+                f"{path} is not a finished index: it has no {HEADER_NAME}, which is written last. Make one: "
+                f"hilum index MODEL --data STORE --out {path}."
+            )
+        header = read_json(path / HEADER_NAME, ConfigError)
+        found = header.get("format") if isinstance(header, dict) else type(header).__name__
+        if found != FORMAT:
+            raise ConfigError(f"{path / HEADER_NAME}: expected format {FORMAT!r}, found {found!r}. Index again.")
+        try:
+            with np.load(path / ROWS_NAME, allow_pickle=False) as arrays:
+                columns = {name: arrays[name] for name in arrays.files}
+            vectors = _open_vectors(path / STUDIES_NAME, header["rows"], header["dim"])
+            return cls(path, header, columns, vectors, columns[length_column(STUDIES_NAME)])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{path} cannot be read: {error}. Index again, or copy it again.") from error
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __repr__(self) -> str:
+        return f"Index({str(self.path)!r}, {len(self)} studies, {self.asked or 'images'})"
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Findings whose queries were indexed: what `finding` takes."""
+        return tuple(one["name"] for one in self.header["queries"])
+
+    def finding(self, name: str) -> "Index":
+        """The same studies by what one finding's query pools from them.
+
+        Raises:
+            UnknownNameError: it was not indexed.
+            ConfigError: its file is missing or damaged.
+        """
+        if name not in self.findings:
+            if not self.findings:
+                raise ConfigError(f"{self.path} was made without finding queries. Index again with --finding {name!r}.")
+            raise UnknownNameError("finding of this index", name, self.findings)
+        [entry] = [one for one in self.header["queries"] if one["name"] == name]
+        try:
+            vectors = _open_vectors(self.path / entry["file"], len(self), entry["dim"])
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path / entry['file']} cannot be read: {error}. Index again.") from error
+        lengths = self._columns[length_column(entry["file"])]
+        return Index(self.path, self.header, self._columns, vectors, lengths, name)
+
+    def matches(self, model: Model | Encoder) -> None:
+        """Refuse a model whose embeddings mean something else than those of the index.
+
+        A search by image needs the same backbone at the same resolution; one by a finding also the same head.
+
+        Raises:
+            CheckpointError: another one.
+        """
+        if isinstance(model, Model) and model.digest == self.header["model"]:
+            return
+        encoder = Encoder.of(model)
+        kind = "backbone" if self.asked is None else "head"
+        if encoder.digest != self.header["backbone"] or (self.asked and encoder.head_digest != self.header["head"]):
+            raise CheckpointError(
+                f"{self.path} was made with model {self.header['model'] or 'unknown'} and holds embeddings of another "
+                f"{kind}: they cannot be compared with those of this one. Use that model, or index again."
+            )
+
+    def search(self, query: Float[np.ndarray, " D"], count: int = 8, exclude: Sequence[str] = ()) -> list[Match]:
+        """The nearest studies, the most similar first; of equal ones the lower row.
+
+        The same as a float64 search over the stored vectors.
+
+        Args:
+            query: of a study, or of one finding in it (`finding`); any length.
+            count: how many; fewer where there are no more.
+            exclude: ids of patients and of studies that are left out, with or without `DATASET/` before them.
+
+        Raises:
+            ConfigError: a query of another size, not finite or zero, or a count below 1.
+        """
+        if count < 1:
+            raise ConfigError(f"count: expected at least 1, found {count}.")
+        unit = self._unit(query)
+        rows, similarities = nearest(self.vectors, self.lengths, unit, count, self.left_out(exclude))
+        return [self.case(row, value) for row, value in zip(rows.tolist(), similarities.tolist(), strict=True)]
+
+    def case(self, row: int, similarity: float = 1.0) -> Match:
+        """One row of the index as a match.
+
+        Raises:
+            IndexError: no such row.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} is out of range for {self!r}")
+        codes = self._columns["label"][row].tolist()
+        return Match(
+            row=row,
+            similarity=min(max(similarity, -1.0), 1.0),
+            image_uid=self._text("image_uid", row),
+            image_id=self._text("image_id", row),
+            study_id=self._text("study", row),
+            dataset=self._named("dataset", row),
+            view=self._named("view", row),
+            findings={
+                name: code for name, code in zip(self.labels, codes, strict=True) if code in (POSITIVE, NEGATIVE)
+            },
+        )
+
+    def left_out(self, exclude: Sequence[str]) -> Bool[np.ndarray, " N"]:
+        """Rows whose patient or study is among these ids, with or without `DATASET/` before them."""
+        banned = np.zeros(len(self), bool)
+        spaces = ["", *(f"{name.decode()}/" for name in self._columns["dataset_names"].tolist())]
+        wanted = [f"{space}{one}".encode() for one in exclude if one for space in spaces]
+        names = self._columns["patient_names"]
+        for one in wanted:
+            place = int(np.searchsorted(names, one)) if len(names) else 0
+            if place < len(names) and names[place] == one:
+                banned |= self._columns["patient"] == place
+            banned |= self._columns["study"] == one
+        return banned
+
+    def own(self, paths: Sequence[str | Path]) -> list[str]:
+        """Patients of indexed images that these files are, by name: an image's id is the end of the file's path.
+
+        So that a film that was indexed is not answered with itself and its patient's other films. An id without a
+        suffix (MIMIC-CXR's) is compared with the file's name without its own.
+        """
+        ends: dict[bytes, None] = {}
+        for path in paths:
+            parts = PurePosixPath(Path(path).as_posix()).parts
+            for start in range(len(parts)):
+                whole = "/".join(parts[start:])
+                ends |= {whole.encode(): None, str(PurePosixPath(whole).with_suffix("")).encode(): None}
+        names, rows = self._columns["every_image_id"], self._columns["every_row"]
+        places = np.searchsorted(names, list(ends))
+        met = {
+            int(rows[place])
+            for place, one in zip(places.tolist(), ends, strict=True)
+            if place < len(names) and names[place] == one
+        }
+        return sorted({self._named("patient", row) or self._text("study", row) for row in met})
+
+    def thumbnail(self, row: int, side: int = THUMBNAIL) -> UInt8[np.ndarray, "H W"]:
+        """The image that stands for a study, from the store that was indexed, its longer side `side` pixels at most.
+
+        Raises:
+            StoreError: the store is gone, has changed, or the image's record is damaged; says which.
+            IndexError: no such row.
+        """
+        case = self.case(row)
+        store = self._opened()
+        place = int(self._columns["store_index"][row])
+        if place >= len(store) or store.uids[place] != case.image_uid:
+            found = np.flatnonzero(store.uids == case.image_uid)
+            if not len(found):
+                raise StoreError(
+                    f"{store.path} no longer holds image {case.image_uid} of {self.path}: the store was built again "
+                    "from other images. Index it again."
+                )
+            place = int(found[0])
+        pixels = store.read(place)
+        shorter = round(side * min(pixels.shape) / max(pixels.shape))
+        return shrink(pixels, max(shorter, 1))
+
+    def _opened(self) -> Store:
+        if self._store is None:
+            recorded = self.header["store"]
+            places = [self.path / recorded["relative"], Path(recorded["path"])]
+            there = next((place for place in places if (place / "store.json").is_file()), None)
+            if there is None:
+                raise StoreError(
+                    f"The store that was indexed is not at {places[1]} any more; thumbnails come from it. Put it back, "
+                    "or index again where it is now."
+                )
+            self._store = Store.open(there)
+        return self._store
+
+    def _unit(self, query: np.ndarray) -> Float64[np.ndarray, " D"]:
+        values = np.asarray(query, dtype=np.float64)
+        if values.shape != self.vectors.shape[1:]:
+            raise ConfigError(
+                f"The query has shape {values.shape}, the vectors of {self!r} have {self.vectors.shape[1]} numbers: it "
+                "was made by another model, or for another kind of search."
+            )
+        length = float(np.linalg.norm(values))
+        if not np.isfinite(length) or length == 0:
+            raise ConfigError("The query is zero or not finite; nothing is similar to it.")
+        return values / length
+
+    def _text(self, name: str, row: int) -> str:
+        return self._columns[name][row].decode()
+
+    def _named(self, name: str, row: int) -> str:
+        return self._columns[f"{name}_names"][self._columns[name][row]].decode()
+
+
+def nearest(
+    vectors: Float16[np.ndarray, "N D"],
+    lengths: Float32[np.ndarray, " N"],
+    query: Float64[np.ndarray, " D"],
+    count: int,
+    banned: Bool[np.ndarray, " N"] | None = None,
+) -> tuple[Int64[np.ndarray, " k"], Float64[np.ndarray, " k"]]:
+    """Rows with the largest cosine with a query, and the cosines; of equal ones the lower row first.
+
+    Cosines are taken in float32 first. Their error is at most D · 2^-24 and a few roundings, so every row that can be
+    among the nearest is within twice that of the last of them; these are taken again in float64, each row by itself, so
+    that equal rows get equal numbers.
+
+    Args:
+        vectors: stored rows.
+        lengths: `lengths_of` them: float16 moves a length of 1 by up to 2^-11, which would count more than a small
+            difference in direction.
+        query: of length 1.
+        count: k at most.
+        banned: rows that are not looked at.
+    """
+    scores = scores_of(vectors, query.astype(np.float32))
+    scores /= np.where(lengths > 0, lengths, np.inf)
+    if banned is not None:
+        scores[banned] = -np.inf
+    count = min(count, len(scores) if banned is None else int((~banned).sum()))
+    if count < 1:
+        return np.zeros(0, np.int64), np.zeros(0)
+    last = np.partition(scores, len(scores) - count)[len(scores) - count]
+    margin = 2 * (vectors.shape[1] + 16) * 2.0**-24
+    candidates = np.flatnonzero(scores >= last - margin).astype(np.int64)
+    exact = np.concatenate([
+        _cosines(vectors[part].astype(np.float64), query)
+        for part in np.array_split(candidates, -(-len(candidates) // BLOCK))
+    ])  # fmt: skip
+    order = np.lexsort((candidates, -exact))[:count]
+    return candidates[order], exact[order]
+
+
+def _cosines(rows: Float64[np.ndarray, "n D"], query: Float64[np.ndarray, " D"]) -> Float64[np.ndarray, " n"]:
+    """Row by row, so that a row's number does not depend on the others; 0 of a row of zeros."""
+    lengths = np.sqrt((rows * rows).sum(axis=1))
+    return (rows * query).sum(axis=1) / np.where(lengths > 0, lengths, np.inf)
+
+
+def lengths_of(vectors: Float16[np.ndarray, "N D"]) -> Float32[np.ndarray, " N"]:
+    """Lengths of rows."""
+    parts = (vectors[start : start + BLOCK].astype(np.float32) for start in range(0, len(vectors), BLOCK))
+    return np.concatenate([np.zeros(0, np.float32), *(np.linalg.norm(part, axis=1) for part in parts)])
+
+
+def length_column(file: str) -> str:
+    """Name in `rows.npz` of the lengths of a file of vectors."""
+    return f"length.{Path(file).stem}"
+
+
+def scores_of(vectors: Float16[np.ndarray, "N D"], query: Float32[np.ndarray, " D"]) -> Float32[np.ndarray, " N"]:
+    """Product of every row with a query, in float32, blocks of rows side by side on the processors there are.
+
+    torch widens float16 with the processor's own instruction, which numpy does not, and lets go of the interpreter's
+    lock. Each thread is told to use one processor: torch's own threads would meet after every block.
+    """
+    found = np.empty(len(vectors), np.float32)
+    rows, asked, out = torch.from_numpy(vectors), torch.from_numpy(query), torch.from_numpy(found)
+    workers = max(min(len(os.sched_getaffinity(0)), -(-len(vectors) // BLOCK)), 1)
+
+    def work(worker: int) -> None:
+        wide = torch.empty((BLOCK, vectors.shape[1]), dtype=torch.float32)
+        for start in range(worker * BLOCK, len(vectors), workers * BLOCK):
+            part = rows[start : start + BLOCK]
+            torch.mv(wide[: len(part)].copy_(part), asked, out=out[start : start + BLOCK])
+
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        list(threads.map(work, range(workers)))
+    torch.set_num_threads(before)  # of this thread, and of those to come
+    return found
+
+
+def joined_labels(codes: Int[np.ndarray, "N C"], row_of: Int64[np.ndarray, " N"], rows: int) -> Int[np.ndarray, "R C"]:
+    """Label codes of studies: present where any image has it, else absent where any is known to lack it."""
+    found = np.full((rows, codes.shape[1]), np.iinfo(np.int8).min, np.int8)
+    np.maximum.at(found, row_of, codes)
+    return found
+
+
+def _open_vectors(path: Path, rows: int, dim: int) -> Float16[np.ndarray, "N D"]:
+    # Mapped for writing in memory alone (mode c): torch wants writable arrays, and the file stays as it is.
+    vectors = np.load(path, mmap_mode="c", allow_pickle=False)
+    if vectors.shape != (rows, dim) or vectors.dtype != np.float16:
+        raise ValueError(f"expected float16 ({rows}, {dim}), found {vectors.dtype} {vectors.shape}")
+    return vectors
