@@ -93,7 +93,7 @@ def pictures(
 def _caption(document: Mapping[str, Any], finding: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[str, str]:
     score = share(finding["probability"]).replace("\N{NO-BREAK SPACE}", " ")
     ends = [share(end).replace("\N{NO-BREAK SPACE}", " ") for end in finding["interval"] or ()]
-    interval = f" [{ends[0]} to {ends[1]}]" if ends else ""
+    interval = f" (on validation {ends[0]} to {ends[1]})" if ends else ""
     kind = "probability" if document["model"]["calibrated"] else "uncalibrated score"
     return (
         f"{finding['name']}: {kind} of the study {score}{interval}, image {image['number']} ({image['view']})",

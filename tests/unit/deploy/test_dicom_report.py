@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import json
 from datetime import datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,26 @@ def test_a_picture_for_each_finding_and_image_with_the_words_under_it(document, 
     assert len({one.dataset.SeriesInstanceUID for one in made}) == 1
 
 
+def test_every_element_that_the_standard_requires_is_there(document, sources) -> None:
+    """By the tables of PS3.3 that highdicom ships: type 1 has a value, type 2 is there, in every mandatory module."""
+    tables = resources.files("highdicom").joinpath("_standard")
+    modules, elements, kinds = (
+        json.loads(tables.joinpath(f"{name}_map.json").read_text())
+        for name in ("iod_module", "module_attribute", "sop_class_iod")
+    )
+    report = dicom_report.structured_report(document, sources, WHEN)
+    for dataset in (report, make_pictures(document, sources, ["Pneumothorax"])[0].dataset):
+        needed = [module["key"] for module in modules[kinds[dataset.SOPClassUID]] if module["usage"] == "M"]
+        needed.remove("sr-document-content") if dataset is report else None  # by kind of item; its reader checks it
+        listed = [one for key in needed for one in elements[key] if not one["path"]]
+        assert len(listed) > 100
+        for one in listed:
+            if one["type"] in ("1", "2"):
+                assert one["keyword"] in dataset, one
+            if one["type"] == "1":
+                assert dataset[one["keyword"]].value not in (None, ""), one
+
+
 def test_uids_follow_the_content(document, sources) -> None:
     def uids(document: dict[str, Any], sources: list[Any], when: datetime = WHEN) -> list[str]:
         report = dicom_report.structured_report(document, sources, when)
@@ -265,7 +287,10 @@ def test_images_that_are_left_out_are_no_source_of_a_finding(document, sources, 
 
 def test_a_wide_caption_and_a_large_image_fit(document) -> None:
     line = dicom_pictures._caption(document, document["findings"][1], image(1))
-    assert line[0] == "Calcification of the Aorta: probability of the study 5.0 % [20 % to 45 %], image 1 (PA)"
+    assert (
+        line[0]
+        == "Calcification of the Aorta: probability of the study 5.0 % (on validation 20 % to 45 %), image 1 (PA)"
+    )
     assert line[1].startswith("Research use only")
     shown = dicom_pictures._burn(np.zeros((2000, 1500), np.uint8), np.eye(4), [0.125, 0, 0.75, 1], (0.1, 1.0), line)
     assert shown.shape[1] == 768
