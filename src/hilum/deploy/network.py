@@ -252,6 +252,7 @@ def raw_probabilities(
     studies: np.ndarray | None = None,
     views: np.ndarray | None = None,
     observe: Observe | None = None,
+    attention: bool = False,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Raw probabilities of many images from several networks; each image is decoded once.
 
@@ -267,8 +268,10 @@ def raw_probabilities(
         done: told how many images were finished after each batch.
         studies: (N,) study of each index: numbers, or text such as `evaluation.studies.study_uids` makes, in which ""
             is a study of its own. None: every image is one.
-        views: (N,) view of each: names (`core.types.VIEWS`), or positions in `VIEW_KINDS`. None: not known.
-        observe: told the positions (B,) in `indices` of every batch and what each network says of it, without maps.
+        views: (N,) view of each: names (`core.types.VIEWS`), or int64 positions in `VIEW_KINDS`, which `read` may still
+            set for the image that it reads. None: not known.
+        observe: told the positions (B,) in `indices` of every batch and what each network says of it.
+        attention: also maps, for who observes.
 
     Returns:
         for each network (N, C) float64, and the positions in `indices` that were read (N,), ascending.
@@ -290,7 +293,7 @@ def raw_probabilities(
             readings = []
             for number, network in enumerate(networks):
                 images = to_batch([crops[number] for crops in squares if crops is not None])
-                readings.append(network.read(images, whole, view))
+                readings.append(network.read(images, whole, view, attention))
                 outputs[number].append(readings[-1].probabilities)
             kept.append(seen)
             if observe is not None:
@@ -319,7 +322,7 @@ def _kinds(views: np.ndarray | None, count: int) -> Int64[np.ndarray, " N"]:
     if views is None:
         return np.full(count, view_kind("UNKNOWN"), dtype=np.int64)
     if views.dtype.kind not in "US":
-        return views.astype(np.int64)
+        return views.astype(np.int64, copy=False)
     names, of_image = np.unique(views, return_inverse=True)
     return np.array([view_kind(str(name)) for name in names], dtype=np.int64)[of_image.reshape(-1)]
 

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from hilum.core.errors import CheckpointError, EmptyStudyError, PreprocessingMismatchError
 from hilum.core.types import RESEARCH_NOTICE, view_kind
 from hilum.data.store import Indices, Store
 from hilum.deploy import model_files as files
+from hilum.deploy.admission import Admission, Flagged, Gate, RawReading
 from hilum.deploy.ensemble_model import read_composition
 from hilum.deploy.network import Engine, Network, Read, choose_device, raw_probabilities, store_identity
 from hilum.deploy.out_of_sample import PLAIN
+from hilum.deploy.screening import Flag, Screening, read_screening
 from hilum.deploy.study_images import (
     Box,
     Image,
@@ -31,6 +33,7 @@ from hilum.deploy.study_images import (
     decode,
     has_maps,
     mean_of_maps,
+    study_embedding,
     view_names_of,
 )
 from hilum.evaluation.composition import Composition
@@ -68,6 +71,18 @@ class StudyResult:
     """Findings whose calibration has a reservation, with the reason."""
     quality: list[tuple[str, ...]]
     """Per view, flags of the decoder (constant, polarity_suspect, ...)."""
+    views: list[str]
+    """Per view, which one it is (`core.types.VIEWS`)."""
+    view_sources: list[str]
+    """Per view, who says so (`admission.VIEW_SOURCES`): given, header, classifier, unknown."""
+    image_flags: list[list[Flag]]
+    """Per view, what screening says of the picture: inverted, turned, not_a_chest_xray, not_screened."""
+    scored: list[bool]
+    """Per view, whether it took part. One that did not has weight and contributions of 0, no probabilities, and maps of
+    zeros; where none did, every probability is None."""
+    embedding: Float32[np.ndarray, " D"] | None
+    """Mean over the scored views of the first network's [CLS] of the last block, each of length 1, and so the mean.
+    None where no view was scored."""
     calibrated: bool
     """Whether calibrators were applied."""
     model: str
@@ -116,6 +131,7 @@ class Model:
         self.networks, self.calibrators, self.digest = tuple(networks), calibrators, digest
         self.exposure, self.groups = exposure, dict(groups)
         self.folder: Path | None = None  # where it was loaded from
+        self.screening: Screening | None = None  # of the first network that has one
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -128,8 +144,10 @@ class Model:
         raw: bool = False,
         attention: bool = True,
         view_names: Sequence[str] | None = None,
+        score_flagged: bool = False,
+        correct_inverted: bool = False,
     ) -> StudyResult:
-        """Findings of one study.
+        """Findings of one study. A view that is no upright chest X-ray takes no part in it, and says so.
 
         Args:
             views: its images in any order, or its only one: paths or contents of DICOM, PNG or JPEG files, or uint8
@@ -137,7 +155,9 @@ class Model:
             raw: without calibration.
             attention: also attention maps.
             view_names: PA, AP, LATERAL, ... (`core.types.VIEWS`) or "", one for each, for rules and heads that look
-                at views; None: as DICOM headers say, unknown otherwise.
+                at views; None: as DICOM headers say. Where nobody says, the model's view classifier does.
+            score_flagged: flagged views take part all the same.
+            correct_inverted: inverted views take part with bright and dark exchanged back.
 
         Raises:
             EmptyStudyError: no image.
@@ -149,15 +169,50 @@ class Model:
         if not len(views):
             raise EmptyStudyError("A study needs at least one image, found none.")
         raw = raw or bool(self.reservations.uncalibrated)
-        names = view_names_of(views, view_names)
+        said = view_names_of(views, view_names)
         decoded = [decode(view, number, self.short_side, self.preprocess_id) for number, view in enumerate(views, 1)]
+        gate = Gate(self.screening, score_flagged, correct_inverted)
+        source = "header" if view_names is None else "given"
+        admitted = [gate.admit(pixels, name, source) for (pixels, _), name in zip(decoded, said, strict=True)]
+        scored = [one.pixels is not None for one in admitted]
+        calibrator = self.calibrators["study"]
+        points = calibrator.raw_thresholds if raw else calibrator.thresholds
+        facts: dict[str, Any] = {
+            "findings": self.findings,
+            "boxes": [box(pixels) for pixels, _ in decoded],
+            "thresholds": {name: points.get(name) for name in self.findings},
+            "flags": calibrator.provenance()["flags"],
+            "quality": [quality for _, quality in decoded],
+            "views": [one.view for one in admitted],
+            "view_sources": [one.view_source for one in admitted],
+            "image_flags": [list(one.flags) for one in admitted],
+            "scored": scored,
+            "calibrated": not raw,
+            "model": self.digest,
+        }
+        if any(scored):
+            part = [one for one in admitted if one.pixels is not None]
+            return self._scored_study(part, scored, raw, attention, facts)
+        nothing: dict[str, Any] = dict.fromkeys(self.findings)
+        return StudyResult(
+            **facts, probabilities=nothing, image_probabilities=[dict(nothing) for _ in admitted],
+            view_weights=[0.0] * len(admitted), contributions=dict(nothing), attention=dict(nothing), embedding=None,
+        )  # fmt: skip
+
+    def _scored_study(
+        self, admitted: list[Admission], scored: list[bool], raw: bool, attention: bool, facts: dict[str, Any]
+    ) -> StudyResult:
+        """The result from the views that take part, with places for those that do not."""
+        pictures = [one.pixels for one in admitted if one.pixels is not None]
+        names = [one.view for one in admitted]
         kinds = np.array([view_kind(name) for name in names], dtype=np.int64)
-        members, parts = [], []
+        members, parts, embedding = [], [], None
         for network, share in zip(self.networks, self.composition.weights or [1.0] * len(self.networks), strict=True):
-            squares = to_batch([network.crop(pixels) for pixels, _ in decoded])
+            squares = to_batch([network.crop(pixels) for pixels in pictures])
             reading = network.read(squares, np.zeros(len(names), np.int64), kinds, attention and bool(share))
             values = reading.probabilities
-            members.append(as_study(values, [pixels for pixels, _ in decoded], names, network.findings))
+            embedding = study_embedding(reading.cls) if embedding is None else embedding
+            members.append(as_study(values, pictures, names, network.findings))
             columns = column_indices(network.findings, self.findings, "a member of the ensemble")
             maps = None if reading.attention is None else reading.attention[:, columns]
             parts.append(Part(values[:, columns], maps, share, network.needs_studies))
@@ -165,24 +220,29 @@ class Model:
         trained = {name: bool(known) for name, known in zip(self.findings, study.trained, strict=True)}
         weights = view_weights(members[0], self.composition.study)
         joined = mean_of_maps(parts, weights)
-        calibrator = self.calibrators["study"]
-        points = calibrator.raw_thresholds if raw else calibrator.thresholds
+        shares = contributions(self.findings, parts, weights)
+        place = np.cumsum(scored) - 1  # of a view that takes part, among those that do
+
+        def spread(values: Sequence[Any], absent: Callable[[], Any]) -> list[Any]:
+            return [values[place[view]] if part else absent() for view, part in enumerate(scored)]
+
+        def maps_of(column: int) -> list[np.ndarray]:
+            shown = [view[column] for view in joined]
+            return spread(shown, lambda: np.zeros_like(shown[0]))
+
         return StudyResult(
-            findings=self.findings,
+            **facts,
             probabilities=by_name(self.findings, study.probabilities[0]),
-            image_probabilities=[by_name(self.findings, row) for row in image.probabilities],
-            view_weights=weights.tolist(),
-            contributions=contributions(self.findings, parts, weights),
+            image_probabilities=spread(
+                [by_name(self.findings, row) for row in image.probabilities], lambda: dict.fromkeys(self.findings)
+            ),
+            view_weights=spread(weights.tolist(), float),
+            contributions={name: None if one is None else spread(one, float) for name, one in shares.items()},
             attention={
-                name: [view[column] for view in joined] if trained[name] and has_maps(joined, column) else None
+                name: maps_of(column) if trained[name] and has_maps(joined, column) else None
                 for column, name in enumerate(self.findings)
             },
-            boxes=[box(pixels) for pixels, _ in decoded],
-            thresholds={name: points.get(name) for name in self.findings},
-            flags=calibrator.provenance()["flags"],
-            quality=[quality for _, quality in decoded],
-            calibrated=not raw,
-            model=self.digest,
+            embedding=embedding,
         )
 
     def predict_store(
@@ -233,7 +293,7 @@ class Model:
         done: Callable[[int], None] = lambda count: None,
         pictures: np.ndarray | None = None,
     ) -> Predictions:
-        """Findings of any images; those for which `read` gives None are left out.
+        """Findings of any images; those for which `read` gives None are left out. Pictures are not screened.
 
         Args:
             identity: the columns of a prediction table that say who is predicted, one entry per index.
@@ -249,15 +309,91 @@ class Model:
         Raises:
             EmptyStudyError: no image is left.
         """
+        reading = self.read_images(identity, indices, read, batch_size, workers, done)
+        return self.assemble(identity, reading, raw, unit, pictures)
+
+    def read_images(
+        self,
+        identity: Mapping[str, np.ndarray],
+        indices: Indices,
+        read: Read,
+        batch_size: int = 32,
+        workers: int = 2,
+        done: Callable[[int], None] = lambda count: None,
+        gate: Gate | None = None,
+        view_sources: np.ndarray | None = None,
+    ) -> RawReading:
+        """What the networks say of images, before studies, ensemble and calibration; `assemble` goes on from there.
+
+        Parts of a list of images can be read at different times and places, as long as the images of a study come
+        together where a network asks for that (`needs_studies`).
+
+        Args:
+            identity: as `predict_images`.
+            indices: what `read` takes.
+            read: as `predict_images`.
+            batch_size: images at a time.
+            workers: threads that read.
+            done: told how many images were finished, after each batch.
+            gate: screens every picture and names views that are not known; None: nothing is screened.
+            view_sources: (N,) where the views of `identity` are known from; None: given.
+        """
+        chosen = np.asarray(list(indices), dtype=np.int64)
         names = ("dataset", "patient_id", "study_id", "image_uid")
         studies = study_uids(*(np.asarray(identity[name]) for name in names))
-        views = np.asarray(identity["view"])
+        views = np.asarray(identity["view"]).astype(object)
+        sources = np.full(len(chosen), "given", dtype=object) if view_sources is None else view_sources.astype(object)
+        kinds = np.array([view_kind(view) for view in views], dtype=np.int64)
+        flagged: list[Flagged] = []
+
+        def admitted(position: int) -> np.ndarray | None:
+            pixels = read(int(chosen[position]))
+            if gate is None or pixels is None:
+                return pixels
+            found = gate.admit(pixels, views[position], sources[position])
+            views[position], sources[position] = found.view, found.view_source
+            kinds[position] = view_kind(found.view)  # before the head of its batch asks for it
+            if gate.screening is not None:
+                flagged.extend(Flagged(position, flag, found.pixels is not None) for flag in found.flags)
+            return found.pixels
+
         outputs, kept = raw_probabilities(
-            self.networks, indices, read, batch_size, workers, done, studies=studies, views=views
+            self.networks, np.arange(len(chosen)), admitted, batch_size, workers, done, studies=studies, views=kinds
         )
+        return RawReading(
+            kept, outputs, views[kept].astype(str), None if gate is None else sources[kept].astype(str),
+            sorted(flagged, key=lambda one: one.position),
+        )  # fmt: skip
+
+    @property
+    def needs_studies(self) -> bool:
+        """Whether a network looks at all images of a study at once."""
+        return any(network.needs_studies for network in self.networks)
+
+    def assemble(
+        self,
+        identity: Mapping[str, np.ndarray],
+        reading: RawReading,
+        raw: bool = False,
+        unit: str = "image",
+        pictures: np.ndarray | None = None,
+    ) -> Predictions:
+        """From what networks say of images to findings: studies, ensemble, calibration.
+
+        Args:
+            identity: as `predict_images`.
+            reading: of these images.
+            raw: without calibration.
+            unit: "image", or "study" for one row per study.
+            pictures: as `predict_images`.
+
+        Raises:
+            EmptyStudyError: no image is left.
+        """
+        kept = reading.kept
         if len(kept) == 0:
             raise EmptyStudyError("There is no image to predict.")
-        rows = {name: np.asarray(column)[kept] for name, column in identity.items()}
+        rows = {name: np.asarray(column)[kept] for name, column in identity.items()} | {"view": reading.views}
         met = self.exposure.count(rows["image_uid"], None if pictures is None else pictures[kept])
         facts = {
             "model": self.digest,
@@ -273,8 +409,14 @@ class Model:
             **({"exposure_not_recorded": self.reservations.not_recorded} if self.reservations.not_recorded else {}),
         }
         members = [
-            Predictions(**rows, findings=network.findings, probabilities=values, metadata=facts)
-            for network, values in zip(self.networks, outputs, strict=True)
+            Predictions(
+                **rows,
+                findings=network.findings,
+                probabilities=values,
+                metadata=facts,
+                view_source=reading.view_sources,
+            )
+            for network, values in zip(self.networks, reading.probabilities, strict=True)
         ]
         combined = self._finish(members, raw, unit)
         chosen_on = self.calibrators[unit].fitted_on if unit in self.chosen else None
@@ -313,6 +455,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
     folders = [path] if content["format"] == files.MODEL_FORMAT else member_folders(path, content)
     networks, exposures, leaks, reservations = [], [], [], files.Reservations.read(content)
     groups: dict[str, str] = {}
+    screenings: list[Screening] = []
     for folder in folders:
         described = files.read_config(folder)
         config = files.read_network(folder, described)
@@ -321,6 +464,8 @@ def load(path: Path | str, device: str = "auto") -> Model:
         leaks.append(described.get("accepted_leak") or "")
         reservations = reservations.join(files.Reservations.read(described))
         groups |= {finding.name: finding.group for finding in config.findings}
+        screening = read_screening(folder, described)
+        screenings += [] if screening is None else [screening]
     if len(exposures) > 1:
         uses = (*files.EXPOSURES, "pictures")
         merged = (np.unique(np.concatenate([getattr(one, use) for one in exposures])) for use in uses)
@@ -330,6 +475,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
         join_leaks(*leaks), read_composition(path, content), _chosen_units(content), reservations,
     )  # fmt: skip
     model.folder = path
+    model.screening = screenings[0] if screenings else None
     return model
 
 

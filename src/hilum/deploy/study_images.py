@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from hilum.core.errors import ConfigError, ImageError, UnknownNameError, UnsupportedImageError
 from hilum.core.types import VIEWS, image_uid
@@ -104,6 +104,14 @@ def box(pixels: UInt8[np.ndarray, "H W"]) -> Box:
 def has_maps(views: Sequence[np.ndarray], column: int) -> bool:
     """Whether there are maps of a finding; those that no network was trained for are NaN."""
     return bool(views) and all(np.isfinite(view[column]).all() for view in views)
+
+
+def study_embedding(cls: Float32[np.ndarray, "V D"]) -> Float32[np.ndarray, " D"]:
+    """One direction for a study: the mean of its views' embeddings, each of length 1, and of length 1 itself."""
+    whole = cls.astype(np.float64)
+    whole /= np.maximum(np.linalg.norm(whole, axis=1, keepdims=True), 1e-12)
+    mean = whole.mean(axis=0)
+    return (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32)
 
 
 class Part(NamedTuple):

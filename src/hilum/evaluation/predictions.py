@@ -20,7 +20,10 @@ from hilum.data.labels import findings_hash
 from hilum.evaluation.table_files import Columns, read_table, write_table
 
 IDENTITY: tuple[str, ...] = ("image_uid", "image_id", "study_id", "patient_id", "dataset", "view")
+VIEW_SOURCE = "view_source"
+"""A further column, where it is recorded: given, header, classifier or unknown; of a study row joined by +."""
 FORMAT = "hilum-predictions-1"
+"""Its JSON Schema is `predictions.schema.json` beside this file."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Predictions:
         probabilities: (N, C) float64 in [0, 1]; a column that is NaN throughout is a finding never trained.
         metadata: what docs/reference/predictions.md lists; JSON values only. `stage` and `unit` are set to
             "raw" and "image" where absent, `classes_hash` always.
+        view_source: (N,) where `view` is known from; None where that is not recorded.
 
     Raises:
         PredictionError: a length, an id or a value breaks the above; the message names the item and the finding.
@@ -49,10 +53,13 @@ class Predictions:
     findings: tuple[str, ...]
     probabilities: np.ndarray
     metadata: dict[str, Any] = field(default_factory=dict)
+    view_source: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in IDENTITY:
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=str).reshape(-1))
+        if self.view_source is not None:
+            object.__setattr__(self, VIEW_SOURCE, np.asarray(self.view_source, dtype=str).reshape(-1))
         object.__setattr__(self, "findings", tuple(str(name) for name in self.findings))
         object.__setattr__(self, "probabilities", np.asarray(self.probabilities, dtype=np.float64))
         metadata = {"stage": "raw", "unit": "image", **self.metadata, "classes_hash": findings_hash(self.findings)}
@@ -75,6 +82,11 @@ class Predictions:
         return str(self.metadata["unit"])
 
     @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns that hold text: `IDENTITY`, and `view_source` where it is recorded."""
+        return IDENTITY if self.view_source is None else (*IDENTITY, VIEW_SOURCE)
+
+    @property
     def trained(self) -> np.ndarray:
         """(C,) bool: False for a finding never trained."""
         return ~np.isnan(self.probabilities).all(axis=0) if len(self) else np.ones(len(self.findings), dtype=bool)
@@ -93,7 +105,7 @@ class Predictions:
 
     def rows(self, indices: np.ndarray) -> "Predictions":
         """The items at `indices`, in that order."""
-        identity = {name: getattr(self, name)[indices] for name in IDENTITY}
+        identity = {name: getattr(self, name)[indices] for name in self.text_columns}
         return dataclasses.replace(self, **identity, probabilities=self.probabilities[indices])
 
     def select(self, findings: Sequence[str]) -> "Predictions":
@@ -145,7 +157,7 @@ def _check_metadata(p: Predictions) -> None:
 
 def _check_identity(p: Predictions) -> None:
     count = len(p.image_uid)
-    wrong = {name: len(getattr(p, name)) for name in IDENTITY if len(getattr(p, name)) != count}
+    wrong = {name: len(getattr(p, name)) for name in p.text_columns if len(getattr(p, name)) != count}
     if wrong or p.probabilities.shape != (count, len(p.findings)):
         raise PredictionError(
             f"Predictions of {count} items and {len(p.findings)} findings need columns of that length: found {wrong}, "
@@ -160,7 +172,7 @@ def _check_identity(p: Predictions) -> None:
     if "" in uids:
         raise PredictionError("A row of the predictions has no image_uid.")
     repeated = sorted({name for name in p.findings if p.findings.count(name) > 1})
-    clash = sorted(set(p.findings) & set(IDENTITY))
+    clash = sorted(set(p.findings) & {*IDENTITY, VIEW_SOURCE})
     if repeated or clash or not p.findings:
         raise PredictionError(f"Findings must be distinct names and at least one: found {repeated or clash or 'none'}.")
 
@@ -180,14 +192,14 @@ def _check_probabilities(p: Predictions) -> None:
 
 def write_predictions(p: Predictions, path: Path) -> None:
     """Write `.parquet`, `.csv` (with `.csv.meta.json` beside it) or `.json`, in full float64 precision."""
-    write_table(_columns(p), IDENTITY, {"format": FORMAT, **p.metadata, "findings": list(p.findings)}, Path(path))
+    write_table(_columns(p), p.text_columns, {"format": FORMAT, **p.metadata, "findings": list(p.findings)}, Path(path))
 
 
 def read_predictions(path: Path) -> Predictions:
     """Read a file that `write_predictions`, or another tool with the same columns, has written.
 
     Columns may be in any order: with metadata they return in the recorded order. Without (a CSV from elsewhere) every
-    column that is not an identity column is a finding, the stage is raw and the unit image.
+    column that is neither an identity column nor `view_source` is a finding, the stage is raw and the unit image.
 
     Raises:
         PredictionError: no such file, a column missing, renamed or added, a value that is no number.
@@ -198,7 +210,7 @@ def read_predictions(path: Path) -> Predictions:
     missing = [name for name in IDENTITY if name not in columns]
     if missing:
         raise PredictionError(f"{path} lacks the column {', '.join(map(repr, missing))}; it has {', '.join(columns)}.")
-    present = [name for name in columns if name not in IDENTITY]
+    present = [name for name in columns if name not in (*IDENTITY, VIEW_SOURCE)]
     findings = [str(name) for name in metadata.pop("findings", present)]
     absent, added = sorted(set(findings) - set(present)), sorted(set(present) - set(findings))
     if absent or added:
@@ -210,7 +222,8 @@ def read_predictions(path: Path) -> Predictions:
         metadata.pop(key, None)
     numbers = [_numbers(columns[name], name, path) for name in findings]
     probabilities = np.array(numbers, np.float64).reshape(len(findings), len(columns["image_uid"])).T
-    identity = {name: np.array(["" if v is None else v for v in columns[name]], dtype=str) for name in IDENTITY}
+    texts = (*IDENTITY, VIEW_SOURCE) if VIEW_SOURCE in columns else IDENTITY
+    identity = {name: np.array(["" if v is None else v for v in columns[name]], dtype=str) for name in texts}
     try:
         return Predictions(**identity, findings=tuple(findings), probabilities=probabilities, metadata=metadata)
     except PredictionError as error:
@@ -225,7 +238,7 @@ def _numbers(values: Sequence[Any], finding: str, path: Path) -> np.ndarray:
 
 
 def _columns(p: Predictions) -> Columns:
-    columns: Columns = {name: getattr(p, name).tolist() for name in IDENTITY}
+    columns: Columns = {name: getattr(p, name).tolist() for name in p.text_columns}
     for index, name in enumerate(p.findings):
         columns[name] = p.probabilities[:, index].tolist() if p.trained[index] else [None] * len(p)
     return columns

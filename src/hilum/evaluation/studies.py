@@ -86,8 +86,10 @@ def aggregate_studies(p: Predictions, rule: StudyRule | str = MEAN, unit: str = 
     if unit == "image":
         return p.replace(values[grouped.study_of], **metadata, thresholds=None, calibration=None)
     first = p.rows(order[starts])
-    views = np.array(["+".join(sorted(set(group))) for group in np.split(p.view[order], starts[1:])], dtype=str)
-    rows = {name: getattr(first, name) for name in IDENTITY} | {"image_uid": grouped.studies, "view": views}
+    rows = {name: getattr(first, name) for name in IDENTITY} | {"image_uid": grouped.studies}
+    for name in ("view", *p.text_columns[len(IDENTITY) :]):  # and where the views are known from
+        groups = np.split(getattr(p, name)[order], starts[1:])
+        rows[name] = np.array(["+".join(sorted(set(group))) for group in groups], dtype=str)
     rows["image_id"] = np.where(first.study_id == "", first.image_id, first.study_id)
     merged = {**p.metadata, **metadata, "unit": "study"}
     for key in ("thresholds", "calibration"):  # fitted on images
