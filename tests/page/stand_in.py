@@ -45,7 +45,8 @@ LIKELY = {
     "Edema": 0.31, "Pneumonia": 0.22, "Enlarged Cardiomediastinum": 0.27, "Consolidation": 0.17, "Normal": 0.02,
     "Calcification of the Aorta": 0.12, "Tortuous Aorta": 0.09, "Pneumothorax": 0.034, "Rib Fracture": 0.045,
 }  # fmt: skip
-CSP = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+CSP = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+MODEL = {"digest": "3f9a1c27b0de4458", "calibrated": True, "unit": "study", "accepted_leak": ""}
 RULES = ("f1", "youden", "sens_at_spec95")
 
 
@@ -114,7 +115,7 @@ class StandIn:
     async def metadata(self, request: Request) -> Response:
         return JSONResponse({
             "hilum": "0.1.0", "notice": RESEARCH_NOTICE,
-            "model": {"digest": "3f9a1c27b0de4458", "calibrated": True, "unit": "study", "accepted_leak": ""},
+            "model": MODEL,
             "findings": [
                 {"name": self.named(name), "group": group_of(name), "trained": name not in NEVER_TRAINED}
                 for name in FINDINGS
@@ -192,9 +193,7 @@ class StandIn:
         flags = [{"code": "not_a_chest_xray", "message": "No image of this study looks like a chest X-ray."}]
         return {
             "format": "hilum-study-1", "notice": RESEARCH_NOTICE,
-            "model": {
-                "digest": "3f9a1c27b0de4458", "hilum": "0.1.0", "calibrated": True, "unit": "study", "accepted_leak": "",
-            },
+            "model": {"hilum": "0.1.0", **MODEL},
             "study": {"id": study, "images": images}, "status": "withheld" if self.withheld else "scored",
             "flags": flags if self.withheld else [], "findings": findings,
         }  # fmt: skip
@@ -226,7 +225,8 @@ class StandIn:
         others = [[one for k, one in enumerate(self.labels) if (n + k) % 3 and one != by] for n in range(count)]
         cases = [
             {"rank": n + 1, "similarity": 0.98 - 0.017 * n, "study_id": f"s{50000 + n}", "dataset": "phantom",
-             "view": "PA", "findings": ([by] if by and n % 2 == 0 else []) + others[n], "thumbnail": f"/api/cases/{n}.png"} for n in range(count)
+             "view": "PA", "findings": ([by] if by and n % 2 == 0 else []) + others[n],
+             "thumbnail": f"/api/cases/{n}.png"} for n in range(count)
         ]  # fmt: skip
         return JSONResponse({"cases": cases})
 

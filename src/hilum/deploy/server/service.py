@@ -130,7 +130,7 @@ class Service:
         Raises:
             RefusedError: 404; there is no such finding, image or map.
         """
-        from hilum.deploy.overlays import heat_png
+        from hilum.deploy.overlays import heat_png, scale_of
 
         if not 0 <= finding < len(self.model.findings) or not 1 <= number <= len(study.pictures):
             raise no_such()
@@ -138,7 +138,8 @@ class Service:
         if maps is None:
             raise RefusedError(404, "no_map", "There is no map of that finding.")
         rows, columns = study.shapes[number - 1]
-        return heat_png(maps[number - 1], study.boxes[number - 1], rows, columns)
+        seen = scale_of([one for one in maps if one.any()])  # of all images, so that the one that carried it is bright
+        return heat_png(maps[number - 1], study.boxes[number - 1], rows, columns, seen)
 
 
 def png(pixels: UInt8[np.ndarray, "H W"]) -> bytes:
