@@ -9,7 +9,7 @@ import { announce, byId, icon, make, remember, remembered } from "./dom.js";
 import { FindingList } from "./findings.js";
 import { listenToKeys } from "./keys.js";
 import { bytes, percent, seconds, thresholdName } from "./numbers.js";
-import { Views } from "./views.js";
+import { QUIET, Views } from "./views.js";
 
 const MOST_FILES = 4;
 const HEATS_KEPT = 12; // findings whose maps stay decoded; a map is as large as its image
@@ -149,6 +149,8 @@ function showWithheld(study) {
   const box = byId("withheld");
   const withheld = study.status === "withheld";
   const flags = study.flags ?? [];
+  const aboutTheModel = study.study.images.flatMap((image) => image.flags).find(({ code }) => QUIET.includes(code));
+  byId("remark").textContent = aboutTheModel?.message ?? "";
   box.hidden = !withheld && !flags.length;
   box.classList.toggle("whole", withheld);
   box.replaceChildren(

@@ -15,6 +15,9 @@ const SOURCES = {
   unknown: ["not stated", "Neither the file nor the classifier says which view this is."],
 };
 
+/** Flags that are about the model and not about the image: said once, below the images. */
+export const QUIET = ["not_screened"];
+
 export class Views {
   /**
    * @param {HTMLElement} box where the images go.
@@ -183,9 +186,9 @@ export class Views {
     item.figure.classList.toggle("unscored", !image.scored);
     item.canvas.setAttribute("aria-label", `Image ${image.number}, ${VIEWS[image.view] ?? image.view}, ${image.columns} by ${image.rows} pixels`);
     item.title.textContent = `${image.number}  ${VIEWS[image.view] ?? image.view}`;
-    const reasons = image.flags.map(({ message }) => message);
-    if (!image.scored) reasons[0] = `Not scored. ${reasons[0] ?? "This image takes no part in the findings."}`;
-    item.flags.replaceChildren(...reasons.map(flag));
+    const loud = image.flags.filter(({ code }) => !QUIET.includes(code)).map(({ message }) => message);
+    if (!image.scored) loud[0] = `Not scored. ${loud[0] ?? "This image takes no part in the findings."}`;
+    item.flags.replaceChildren(...loud.map((words) => flag(words)));
     this.#source(item);
   }
 
