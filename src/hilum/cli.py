@@ -430,6 +430,28 @@ def predict(
     program.run(model, inputs, out, raw=raw, study=study, batch_size=batch_size, device=device, shard=shard)
 
 
+@app.command(epilog=example("hilum explain model pa.dcm lateral.dcm --finding Cardiomegaly --out explained"))
+def explain(
+    model: Annotated[Path, typer.Argument(help="A model or an ensemble.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders, a CSV of paths; or STORE:split, with --maps.")],
+    out: Annotated[Path | None, typer.Option(help="A new folder for the pictures.")] = None,
+    finding: Annotated[
+        list[str] | None, typer.Option(help="Its maps; again for more. Default: findings above their threshold.")
+    ] = None,
+    threshold: Annotated[str, typer.Option(help="f1, youden or sens_at_spec95.")] = "f1",
+    maps: Annotated[Path | None, typer.Option(help="A .npz for the maps of a store's split.")] = None,
+    regions: Annotated[
+        Path | None, typer.Option(help="Masks or boxes: only their images and findings; else what is labelled present.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time, of a store.")] = 32,
+    device: Device = "auto",
+) -> None:
+    """Where the model looked: overlays for each finding and view, or a map file for hilum evaluate."""
+    from hilum.commands import explain as program
+
+    program.run(model, inputs, out, finding or (), threshold, maps, regions, batch_size, device)
+
+
 @app.command(epilog=example("hilum combine a.parquet b.parquet --study mean --ensemble mean --out both.parquet"))
 def combine(
     files: Annotated[list[Path], typer.Argument(help="Raw prediction files, or models to join into an ensemble.")],

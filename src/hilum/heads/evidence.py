@@ -2,9 +2,10 @@
 
 A decoder says it by its attention. A head whose logit is a sum over tokens says it by the terms of that sum (its
 evidence): exactly, for mean patch tokens and for CSRA (class activation maps, Zhou et al. 2016); for [CLS], by what
-each patch added to it directly through attention (`backbones/contributions.py`). Every map is 0 or more and sums to 1:
-over an image, or over a study where the head looks at whole studies. docs/explanation/where-it-looked.md says what
-these maps are and what they are not.
+each patch added to it directly through attention (`backbones/contributions.py`). From each term that of a blank image
+is taken away (the difference from a reference, Shrikumar et al. 2017, "DeepLIFT"): what a place adds whatever is there
+says nothing of the image. Every map is 0 or more and sums to 1: over an image, or over a study where the head looks at
+whole studies. docs/explanation/where-it-looked.md says what these maps are and what they are not.
 """
 
 from typing import Literal
@@ -25,6 +26,8 @@ from hilum.heads.study_sets import same_study
 from hilum.heads.view_attention import ViewAttention
 
 MapKind = Literal["attention", "evidence"]
+FLAT = 1e-5
+"""Log-odds a patch, in the mean, below which evidence is rounding."""
 
 
 def kind_of_maps(head: Head | ExtendedHead) -> MapKind:
@@ -46,8 +49,8 @@ def maps_of(
     Args:
         head: with its weights, in evaluation mode.
         features: of the images, as the head reads them.
-        backbone: for heads that read [CLS]: it is run once more.
-        images: normalised.
+        backbone: for all heads but the decoder it is run on a blank image, for those that read [CLS] once more on all.
+        images: normalised; a blank one is 0, the mean of the recipe.
     """
     if isinstance(head, ExtendedHead):
         parts = [maps_of(one, features, backbone, images) for one in head.heads]
@@ -63,29 +66,46 @@ def maps_of(
         alone = maps_of(head.inner, features, backbone, images)
         return alone * head.view_weights(features)[:, :, None, None]
     if isinstance(head, CSRAHead):
-        return as_maps(head.evidence(features)).unflatten(-1, features.grid)
+        blank = read_patches(backbone, torch.zeros_like(images[:1]), features)
+        return as_maps(head.evidence(features) - head.evidence(blank)).unflatten(-1, features.grid)
     same = same_study(features) if head.needs_studies else None
-    return as_maps(linear_evidence(head, features, backbone, images), same).unflatten(-1, features.grid)
+    terms = linear_terms(head, features, backbone, images)
+    terms = terms - linear_terms(head, features, backbone, torch.zeros_like(images[:1]))
+    evidence = torch.einsum("brcn,br->bcn", terms, head.share_of_image(features))
+    return as_maps(evidence, same).unflatten(-1, features.grid)
+
+
+def read_patches(backbone: VisionTransformer, images: Float[Tensor, "B _ H W"], like: Features) -> Features:
+    """Patch tokens of other images, read as `like` was; the rest is as it was there."""
+    blocks = like.cls.shape[1] // backbone.config.embed_dim
+    tokens = backbone.intermediate(images, blocks)
+    return like._replace(patches=torch.cat([block.patches.float() for block in tokens], dim=2))
 
 
 @torch.no_grad()
-def linear_evidence(
+def linear_terms(
     head: LinearHead, features: Features, backbone: VisionTransformer, images: Float[Tensor, "B _ H W"]
-) -> Float[Tensor, "B C N"]:
-    """What each patch of an image adds to the logits of its study (their mean over its images), in log-odds; signed.
+) -> Float[Tensor, "B R C N"]:
+    """What each patch of an image adds to a logit by each part that the head reads, in log-odds; signed.
 
-    Of the mean patch token all of it, exactly; of [CLS] what came directly from the patch by attention.
+    Of the mean patch token all of it, exactly; of [CLS] what came directly from the patch by attention. Weighted by
+    `LinearHead.share_of_image` they are what the patch adds to the mean of its study's logits.
+
+    Args:
+        head: a linear head.
+        features: of any images; their shapes alone matter here.
+        backbone: as for `maps_of`.
+        images: normalised.
     """
-    directions, weights = head.directions(), head.share_of_image(features)  # R C I, B R
+    directions = head.directions()  # R C I
     parts, findings, _ = directions.shape
-    blocks = features.cls.shape[1] // backbone.config.embed_dim
-    of_cls, of_mean = directions.split([features.cls.shape[1], directions.shape[2] - features.cls.shape[1]], dim=2)
-    found = cls_contributions(backbone, images, of_cls.flatten(0, 1), blocks)
-    count = features.grid[0] * features.grid[1]
-    values = found.values[:, :, -count:].unflatten(1, (parts, findings))  # B R C N
+    width, count = features.cls.shape[1], features.grid[0] * features.grid[1]
+    of_cls, of_mean = directions.split([width, directions.shape[2] - width], dim=2)
+    found = cls_contributions(backbone, images, of_cls.flatten(0, 1), width // backbone.config.embed_dim)
+    terms = found.values[:, :, -count:].unflatten(1, (parts, findings))  # B R C N
     if head.patch_mean:
-        values = values + torch.einsum("bnd,rcd->brcn", found.tokens.patches.float(), of_mean) / count
-    return torch.einsum("brcn,br->bcn", values, weights)
+        terms = terms + torch.einsum("bnd,rcd->brcn", found.tokens.patches.float(), of_mean) / count
+    return terms
 
 
 def as_maps(evidence: Float[Tensor, "B C N"], same: Bool[Tensor, "B B"] | None = None) -> Float[Tensor, "B C N"]:
@@ -103,6 +123,6 @@ def as_maps(evidence: Float[Tensor, "B C N"], same: Bool[Tensor, "B B"] | None =
     if same is not None:
         together = same.to(raised.dtype)
         whole, count = together @ whole, together @ count
-    flat = whole <= torch.finfo(raised.dtype).tiny
+    flat = whole <= FLAT * count
     maps = raised / torch.where(flat, 1.0, whole)[..., None]
     return torch.where(flat[..., None], 1 / count[..., None], maps)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hilum.backbones.contributions import cls_contributions
 from hilum.backbones.vit import VisionTransformer, ViTConfig
-from hilum.heads.evidence import as_maps, kind_of_maps, linear_evidence, maps_of
+from hilum.heads.evidence import as_maps, kind_of_maps, linear_terms, maps_of
 from hilum.heads.extension import ExtendedHead
 from hilum.heads.features import Features
 from hilum.heads.registry import HeadConfig, build_head
@@ -127,7 +127,7 @@ def test_mean_patch_tokens_are_class_activation_exactly(backbone, images) -> Non
     with torch.no_grad():
         head.linear.weight[:, : BLOCKS * DIM] = 0
     features = features_of(backbone, images)
-    evidence = linear_evidence(head, features, backbone, images)
+    [evidence] = linear_terms(head, features, backbone, images).unbind(dim=1)
     torch.testing.assert_close(evidence.sum(dim=2) + head.bias, head(features), atol=1e-4, rtol=1e-4)
     weight, last = head.linear.weight[:, BLOCKS * DIM :], features.patches[:, :, -DIM:]
     torch.testing.assert_close(evidence, (last @ weight.T).transpose(1, 2) / 12, atol=1e-5, rtol=1e-4)
@@ -198,6 +198,23 @@ def test_constants_that_a_bias_could_hold_do_not_move_a_map() -> None:
     maps = as_maps(one_sided, same)
     assert maps[0].abs().sum() == 0
     assert maps[1, 0].tolist() == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["linear", "csra"])
+def test_what_a_place_adds_to_a_blank_image_is_no_evidence(backbone, images, name) -> None:
+    """Maps of a blank image are even, and a constant of the place (a position) in the tokens moves no map."""
+    head, features = make(name, **({"patch_mean": True} if name == "linear" else {})), features_of(backbone, images)
+    blank = torch.zeros_like(images)
+    even = maps_of(head, features_of(backbone, blank), backbone, blank)
+    torch.testing.assert_close(even, torch.full_like(even, 1 / 12), atol=1e-6, rtol=1e-5)
+    if name == "csra":
+        plain = as_maps(head.evidence(features)).unflatten(-1, (4, 3))
+        assert not torch.allclose(maps_of(head, features, backbone, images), plain, atol=1e-3)
+        return
+    terms = linear_terms(head, features, backbone, images)[:, 0]
+    of_blank = linear_terms(head, features, backbone, blank[:1])[:, 0]
+    expected = as_maps(terms - of_blank).unflatten(-1, (4, 3))
+    torch.testing.assert_close(maps_of(head, features, backbone, images), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_an_extended_head_has_the_maps_of_its_heads_side_by_side(backbone, images) -> None:
