@@ -443,13 +443,16 @@ def explain(
     regions: Annotated[
         Path | None, typer.Option(help="Masks or boxes: only their images and findings; else what is labelled present.")
     ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="All inputs are one study, whatever they say of themselves.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Images at a time, of a store.")] = 32,
     device: Device = "auto",
 ) -> None:
     """Where the model looked: overlays for each finding and view, or a map file for hilum evaluate."""
     from hilum.commands import explain as program
 
-    program.run(model, inputs, out, finding or (), threshold, maps, regions, batch_size, device)
+    program.run(model, inputs, out, finding or (), threshold, maps, regions, together, batch_size, device)
 
 
 @app.command(epilog=example("hilum combine a.parquet b.parquet --study mean --ensemble mean --out both.parquet"))

@@ -40,6 +40,7 @@ def run(
     threshold: str = "f1",
     maps: Path | None = None,
     regions: Path | None = None,
+    together: bool = False,
     batch_size: int = 32,
     device: str = "auto",
 ) -> None:
@@ -53,6 +54,7 @@ def run(
         threshold: which one.
         maps: `.npz` for the maps of a store's split: of the pairs that `regions` has, or that are labelled positive.
         regions: masks or boxes (`data/regions.py`).
+        together: all files are one study; otherwise as DICOM headers or a table say, and any other file is its own.
         batch_size: images at a time, of a store.
         device: auto, cpu or cuda.
 
@@ -82,7 +84,7 @@ def run(
     if maps is not None:
         _maps_of_store(loaded, found, maps, findings, regions, batch_size)
     elif out is not None:
-        _pictures(loaded, found, out, findings, threshold)
+        _pictures(loaded, found, out, findings, threshold, together)
 
 
 def _maps_of_store(
@@ -116,12 +118,13 @@ def _maps_of_store(
     next_step(f"hilum evaluate PREDICTIONS --labels {store.path} --maps {out} {judged} --out evaluation")
 
 
-def _pictures(model: Model, found: Inputs, out: Path, findings: Sequence[str], threshold: str) -> None:
+def _pictures(model: Model, found: Inputs, out: Path, findings: Sequence[str], threshold: str, together: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already and is not an empty folder. Choose another one.")
     identity = found.identity()
     keys = study_uids(*(identity[name] for name in ("dataset", "patient_id", "study_id", "image_uid")))
     studies = [np.flatnonzero(keys == key) for key in dict.fromkeys(keys.tolist())]
+    studies = [np.arange(len(keys))] if together else studies
     rows: list[list[Any]] = []
     written, shown = 0, 0
     with progress("explain", len(studies), "studies") as bar:
