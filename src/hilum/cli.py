@@ -411,7 +411,7 @@ def recipes(
 
 @app.command(epilog=example("hilum predict model pa.dcm lateral.dcm --out findings.csv"))
 def predict(
-    model: Annotated[Path, typer.Argument(help="A model or an ensemble.")],
+    model: Annotated[Path, typer.Argument(help="A model, an ensemble, or an export of either.")],
     inputs: Annotated[list[str], typer.Argument(help="Images, folders, a CSV of paths, or STORE:split.")],
     out: Out = Path("predictions.parquet"),
     raw: Annotated[bool, typer.Option(help="Without the model's calibrator, for combine.")] = False,
@@ -423,11 +423,32 @@ def predict(
     shard: Annotated[
         str | None, typer.Option(help="i/n: job i of n, counted from 0, as in 0/8; a study is never divided.")
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="torch, onnx or openvino, for an export of that format; default: what it holds.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16, or auto: bf16 where the processor has it; default: the model's.")
+    ] = None,
 ) -> None:
     """Findings for images or a split of a store, as Parquet, CSV or JSON."""
     from hilum.commands import predict as program
 
-    program.run(model, inputs, out, raw=raw, study=study, batch_size=batch_size, device=device, shard=shard)
+    program.run(
+        model, inputs, out, raw=raw, study=study, batch_size=batch_size, device=device, shard=shard, engine=engine,
+        precision=precision,
+    )  # fmt: skip
+
+
+@app.command(epilog=example("hilum export model --format onnx --out exported"))
+def export(
+    model: Annotated[Path, typer.Argument(help="A model or an ensemble.")],
+    form: Annotated[str, typer.Option("--format", help="onnx, openvino, torch-export, or huggingface (the backbone).")],
+    out: Out = Path("exported"),
+) -> None:
+    """Write a model for other runtimes; nothing is written that says something else than the model."""
+    from hilum.commands import export as program
+
+    program.run(model, form, out)
 
 
 @app.command(epilog=example("hilum explain model pa.dcm lateral.dcm --finding Cardiomegaly --out explained"))

@@ -42,6 +42,8 @@ def run(
     batch_size: int = 32,
     device: str = "auto",
     shard: str | None = None,
+    engine: str | None = None,
+    precision: str | None = None,
 ) -> None:
     """Predict images and write a prediction file.
 
@@ -55,6 +57,8 @@ def run(
         batch_size: images at a time.
         device: auto, cpu or cuda.
         shard: "i/n", job i of n, counted from 0; a study is never divided.
+        engine: torch for a MODEL, onnx or openvino for an EXPORT; None: what `model` is for.
+        precision: fp32, bf16 or auto (`deploy.engines.choose_precision`); None: as the model says.
 
     Raises:
         ConfigError: inputs or options that mean nothing.
@@ -67,7 +71,7 @@ def run(
     rule = None if study in (None, OWN) else StudyRule.parse(str(study))
     if batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, found {batch_size}.")
-    loaded = load(model, device)
+    loaded = load(model, device, engine, precision)
     if rule is not None and rule != loaded.composition.study:
         loaded.composition = _other_rule(loaded, rule, raw)
     found = resolve(inputs)

@@ -6,7 +6,7 @@ Order of operations, everywhere: sigmoid, mean with the mirror image, the images
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hilum.core.types import RESEARCH_NOTICE, view_kind
 from hilum.data.store import Indices, Store
 from hilum.deploy import model_files as files
 from hilum.deploy.admission import Admission, Flagged, Gate, RawReading
+from hilum.deploy.engines import check_engine, choose_precision, computed_by, open_network, read_export
 from hilum.deploy.ensemble_model import read_composition
 from hilum.deploy.network import Engine, Network, Read, choose_device, raw_probabilities, store_identity
 from hilum.deploy.out_of_sample import PLAIN
@@ -122,6 +123,8 @@ class Model:
     ) -> None:
         self.reservations = reservations
         self.leak, self.composition, self.chosen = leak, composition, tuple(chosen)
+        self.computed_by: dict[str, str] = {}
+        """Engine and precision, for the metadata of predictions, where they are not the model's own."""
         recipes = sorted({network.config.preprocess_id for network in networks})
         if len(recipes) > 1:
             raise PreprocessingMismatchError(
@@ -405,6 +408,7 @@ class Model:
             "exposed_images": max(met["any"], int(np.isin(rows["dataset"], self.reservations.datasets).sum())),
             "exposure": met,
             "accepted_leak": self.leak,
+            **self.computed_by,
             **({"uncalibrated": self.reservations.uncalibrated} if self.reservations.uncalibrated else {}),
             **({"exposure_not_recorded": self.reservations.not_recorded} if self.reservations.not_recorded else {}),
         }
@@ -439,27 +443,43 @@ class Model:
         return combined if raw or self.reservations.uncalibrated else self.calibrators[unit].apply_to(combined)
 
 
-def load(path: Path | str, device: str = "auto") -> Model:
-    """Load a MODEL directory made by `hilum fit`, or an ensemble directory made by `hilum combine`.
+def load(path: Path | str, device: str = "auto", engine: str | None = None, precision: str | None = None) -> Model:
+    """Load a MODEL directory made by `hilum fit`, an ensemble made by `hilum combine`, or an EXPORT of either.
 
     Args:
         path: the directory.
         device: auto, cpu or cuda.
+        engine: torch for a MODEL, onnx or openvino for an EXPORT of that format; None: what the directory is for.
+        precision: fp32, bf16, or auto: bf16 where the processor has instructions for it; None: as the model says.
 
     Raises:
         CheckpointError: absent, incomplete, damaged, or a member of an ensemble has changed.
+        ConfigError: an engine that cannot run what is there, or has no such device or precision.
         PreprocessingMismatchError: a preprocessing recipe that this version does not know.
     """
     path, place = Path(path), choose_device(device)
     content = files.read_config(path)
-    folders = [path] if content["format"] == files.MODEL_FORMAT else member_folders(path, content)
-    networks, exposures, leaks, reservations = [], [], [], files.Reservations.read(content)
+    export = read_export(path)
+    check_engine(path, engine, export)
+    if export is not None:
+        folders = export.folders()
+    else:
+        folders = [path] if content["format"] == files.MODEL_FORMAT else member_folders(path, content)
+    networks: list[Engine] = []
+    stated: list[str] = []
+    exposures, leaks, reservations = [], [], files.Reservations.read(content)
     groups: dict[str, str] = {}
     screenings: list[Screening] = []
     for folder in folders:
         described = files.read_config(folder)
         config = files.read_network(folder, described)
-        networks.append(Network(config, *files.read_weights(folder, config, _weights_digest(folder, described)), place))
+        if export is not None:
+            networks.append(open_network(export, len(networks), config, str(place), precision))
+        else:
+            weights = files.read_weights(folder, config, _weights_digest(folder, described))
+            chosen = choose_precision(precision, config.precision, place)
+            networks.append(Network(replace(config, precision=chosen), *weights, place))
+        stated.append(config.precision)
         exposures.append(files.read_exposure(folder, described))
         leaks.append(described.get("accepted_leak") or "")
         reservations = reservations.join(files.Reservations.read(described))
@@ -476,6 +496,7 @@ def load(path: Path | str, device: str = "auto") -> Model:
     )  # fmt: skip
     model.folder = path
     model.screening = screenings[0] if screenings else None
+    model.computed_by = computed_by(export, networks, stated)
     return model
 
 

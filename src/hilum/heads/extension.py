@@ -49,7 +49,7 @@ class ExtendedHead(nn.Module):
             maps.append(None if attend is None else attend(features))
         if all(one is None for one in maps):
             return None
-        batch, grid = len(features.cls), features.grid
+        batch, grid = features.cls.shape[0], features.grid
         return torch.cat([
             torch.full((batch, count, *grid), torch.nan, device=features.cls.device) if one is None else one
             for count, one in zip(self.outputs, maps, strict=True)

@@ -108,7 +108,7 @@ class LinearHead(nn.Module):
         (and what stands for absent views), is the mean of the study's logits.
         """
         if self.views == "single":
-            return torch.ones(len(features.cls), 1, device=features.cls.device)
+            return torch.ones(features.cls.shape[0], 1, device=features.cls.device)
         same = same_study(features)
         of_study = 1 / same.sum(dim=1, dtype=torch.float32)
         if self.views == "concat":
