@@ -574,6 +574,15 @@ def evaluate(
     accept_exposed: Annotated[
         bool, typer.Option("--accept-exposed", help="Also judge images that the model has met; the result says so.")
     ] = False,
+    maps: Annotated[
+        list[Path] | None, typer.Option(help="Maps made by hilum explain; again for others to compare with the first.")
+    ] = None,
+    regions: Annotated[
+        Path | None, typer.Option(help="Masks or boxes that judge the maps: masks.csv, BBox_List_2017.csv, VinDr's.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Of pointing, a share of the square's side; default 15 / 224.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Metrics with intervals by patient, and by subgroup: metrics.json and report.html."""
@@ -595,6 +604,9 @@ def evaluate(
         by=by or None,
         min_group=min_group,
         ledger=ledger,
+        maps=maps or (),
+        regions=regions,
+        tolerance=tolerance,
     )
 
 

@@ -27,7 +27,7 @@ from hilum.evaluation.predictions import Predictions, read_predictions
 from hilum.evaluation.report import ReportExample, write_report
 from hilum.evaluation.stored_thresholds import f1_thresholds
 from hilum.evaluation.subgroups import DEFAULT_ATTRIBUTES, MIN_PATIENTS, choose_attributes, levels, subgroups
-from hilum.evaluation.summary import evaluation_notes, evaluation_table
+from hilum.evaluation.summary import evaluation_notes, evaluation_table, localisation_table
 from hilum.evaluation.truth import Truth, read_truth
 
 FORMAT = "hilum-metrics-1"
@@ -51,6 +51,9 @@ def run(
     min_group: int = MIN_PATIENTS,
     ledger: Path | None = None,
     accept_exposed: bool = False,
+    maps: Sequence[Path] = (),
+    regions: Path | None = None,
+    tolerance: float | None = None,
 ) -> dict[str, Any]:
     """Judge predictions; returns what `metrics.json` holds.
 
@@ -71,6 +74,9 @@ def run(
         min_group: groups of fewer patients are listed and not judged.
         ledger: a file that counts how often these labels were looked at; this evaluation is added, refused or not.
         accept_exposed: judge images that the model has met; the result says so.
+        maps: map files of these images (`hilum explain`), judged by `regions`; the first is compared with the others.
+        regions: masks or boxes (`data/regions.py`).
+        tolerance: of the pointing game, a share of the square's side; None: as published.
 
     Raises:
         ConfigError: options that mean nothing.
@@ -89,6 +95,10 @@ def run(
         raise PredictionError(f"Example studies are read from a store; {labels} is not one. Leave out --explain.")
     if explain is not None and not (explain / "config.json").is_file():
         raise CheckpointError(f"--explain {explain}: expected a model made by hilum fit or hilum combine.")
+    if bool(maps) != (regions is not None):
+        raise ConfigError("--maps and --regions go together: maps are judged by masks or boxes.")
+    if tolerance is not None and (regions is None or not 0 <= tolerance < 1):
+        raise ConfigError(f"--tolerance {tolerance}: expected a share of the side from 0 to 1, with --regions.")
     by = None if by is None else tuple(name for name in by if name != "none")
     optional = ("view", "dataset") if by else DEFAULT_ATTRIBUTES if by is None else ()
     required = tuple(name for name in by or () if name not in optional)
@@ -135,11 +145,16 @@ def run(
         result["leaderboard"] = {"rows": [dataclasses.asdict(row) for row in board], **remarks}
     if compare is not None and other is not None:
         result["compare"] = _compare(joined, thresholds, other, compare, bootstraps, seed, min_positives)
+    if regions is not None:
+        result["localisation"] = _localisation(
+            joined, maps, regions, labels, groups, tolerance, bootstraps, seed, min_positives
+        )
     result["inputs"] = {
         "predictions": _input(predictions),
         "labels": _input(labels_file),
         "compare": _input(compare) if compare else None,
         "calibration": _input(calibration) if calibration else None,
+        **({"maps": [_input(path) for path in maps], "regions": _input(regions)} if regions else {}),
     }
     write_json(out / "metrics.json", result)
     notes = evaluation_notes(result)
@@ -157,11 +172,34 @@ def run(
     say(evaluation_table(result))
     if board:
         say(leaderboard_table(board))
+    if located := result.get("localisation"):
+        say(localisation_table(located))
     say(
         f"{out / 'metrics.json'}, {out / 'report.html'}: {len(names)} findings, "
         f"{len(joined.predictions)} {table.unit} rows"
     )
     return result
+
+
+def _localisation(
+    joined: Joined, maps: Sequence[Path], regions: Path, labels: Path, groups: dict[str, str], tolerance: float | None,
+    bootstraps: int, seed: int, min_images: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Maps beside masks or boxes."""
+    from hilum.data.regions import read_regions, sizes_of  # tables of boxes need polars; nothing else here does
+    from hilum.evaluation.localisation import TOLERANCE, localise
+    from hilum.evaluation.map_files import read_maps
+
+    names = [path.stem for path in maps]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in maps]
+    read = dict(zip(names, map(read_maps, maps), strict=True))
+    truth = read_regions(regions, sizes_of(labels))
+    with progress("Localisation", len(truth), "regions") as bar:
+        return localise(
+            joined.predictions, read, truth, groups, TOLERANCE if tolerance is None else tolerance, bootstraps, seed,
+            min_images, bar.advance,
+        )  # fmt: skip
 
 
 def _examples(explain: Path, labels: Path, joined: Joined) -> list[ReportExample]:

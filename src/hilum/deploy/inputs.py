@@ -1,13 +1,15 @@
 """What people give to `hilum predict`: files, folders, tables of paths, a split of a store -> a list of images.
 
-Nothing is decoded here; DICOM headers are read for their study. Files that cannot be used are listed with a reason and
-the rest goes on.
+Nothing is decoded here; DICOM headers are read for their study and view. Files that cannot be used are listed with a
+reason and the rest goes on: every file is an image, refused, or a repeat of one.
 """
 
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from hilum.data.images import kind_of, read_dicom_header
 from hilum.data.store import Store
 
 DATASET = "files"
+STUDY_COLUMN = "study_id"
+TABLES = (".csv", ".parquet")
 SUFFIXES = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg"})
 """What is taken from a folder, upper or lower case. A file without a suffix, or whose suffix is a number (an UID as a
 name), is taken when its content is an image."""
@@ -33,6 +37,8 @@ class FileImage:
     study: str
     patient: str
     view: str
+    view_source: str = "unknown"
+    """Where the view is known from: given (a table), header or unknown."""
 
     @property
     def uid(self) -> str:
@@ -56,8 +62,20 @@ class Inputs:
 
     images: list[FileImage] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    repeated: int = 0
+    """How often a file was given again."""
     store: Store | None = None
     indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def files(self) -> int:
+        """Everything that was given: images, what was refused, and repeats."""
+        return len(self.images) + len(self.refused) + self.repeated
+
+    @property
+    def view_sources(self) -> np.ndarray | None:
+        """Where each view is known from; of a store: None."""
+        return None if self.store else np.array([one.view_source for one in self.images], dtype=str)
 
     def identity(self) -> dict[str, np.ndarray]:
         """Identity columns of the images of files."""
@@ -66,20 +84,27 @@ class Inputs:
         return {name: np.array([row[place] for row in rows], dtype=str) for place, name in enumerate(names)}
 
 
-def resolve(inputs: list[str]) -> Inputs:
+def resolve(inputs: list[str], study_column: str | None = None) -> Inputs:
     """Find the images that the given texts stand for.
 
     Args:
-        inputs: files, folders (searched to the bottom), CSV files with a column `path` (and `study_id`, `patient_id`,
-            `view`), or one "STORE:split".
+        inputs: files, folders (searched to the bottom), CSV or Parquet files with a column `path` (and `study_id`,
+            `patient_id`, `view`), or one "STORE:split".
+        study_column: the column of tables that says which images form a study, in place of `study_id`.
 
     Raises:
-        ConfigError: nothing there, an empty folder, no image among the inputs, or a store beside other inputs.
+        ConfigError: nothing there, an empty folder, no image among the inputs, a store beside other inputs, or a study
+            column without a table.
         UnknownNameError: a split that does not exist.
-        MissingColumnError: a CSV without `path`.
+        MissingColumnError: a table without `path`, or without the study column that was named.
     """
     if not inputs:
-        raise ConfigError("Nothing to predict: name files, folders, a CSV of paths, or STORE:split.")
+        raise ConfigError("Nothing to predict: name files, folders, a table of paths, or STORE:split.")
+    if study_column is not None and not any(Path(text).suffix.lower() in TABLES for text in inputs):
+        raise ConfigError(
+            f"--study-column {study_column}: no CSV or Parquet table is among the inputs. DICOM files are grouped by "
+            "their StudyInstanceUID; list other files in a table."
+        )
     result = Inputs()
     for text in inputs:
         folder, split = _store_and_split(text)
@@ -91,7 +116,7 @@ def resolve(inputs: list[str]) -> Inputs:
             if not len(result.indices):
                 raise ConfigError(f"{folder} has no images of split {split!r}.")
             return result
-        _add(result, Path(text))
+        _add(result, Path(text), study_column)
     _drop_repeats(result)
     return result
 
@@ -99,13 +124,18 @@ def resolve(inputs: list[str]) -> Inputs:
 def _drop_repeats(result: Inputs) -> None:
     """A file given twice is one image; another file under the same id is refused, never left out in silence."""
     kept: dict[str, FileImage] = {}
+    paths: set[str] = set()
     for image in result.images:
-        first = kept.get(image.uid, image)
-        if first.path.resolve() == image.path.resolve():
+        path = os.path.abspath(image.path)  # noqa: PTH100 (twice as fast, and there may be a million)
+        first = kept.get(image.uid)
+        if path in paths or (first is not None and first.path.resolve() == image.path.resolve()):
+            result.repeated += 1
+        elif first is not None:
+            message = f"{image.path.name}: another input has the same id. Leave one out, or name a folder above both."
+            result.refused.append(Refused(image.path, "repeated_id", message))
+        else:
             kept[image.uid] = image
-            continue
-        message = f"{image.path.name}: another input has the same id. Leave one out, or name a folder above both."
-        result.refused.append(Refused(image.path, "repeated_id", message))
+            paths.add(path)
     result.images = list(kept.values())
 
 
@@ -120,19 +150,19 @@ def _store_and_split(text: str) -> tuple[Path | None, str]:
     return None, ""
 
 
-def _add(result: Inputs, path: Path) -> None:
+def _add(result: Inputs, path: Path, study_column: str | None) -> None:
     if path.is_dir():
         found = [file for file in _files(path) if _is_wanted(file)]
         if not found:
             raise ConfigError(f"{path} holds no DICOM, PNG or JPEG file.")
         for file in found:
             _add_file(result, file, file.relative_to(path).as_posix())
-    elif path.suffix.lower() == ".csv":
-        _add_table(result, path)
+    elif path.suffix.lower() in TABLES and path.is_file():
+        _add_table(result, path, study_column)
     elif path.is_file():
         _add_file(result, path, path.as_posix())
     else:
-        raise ConfigError(f"{path} does not exist; expected a file, a folder, a CSV of paths, or STORE:split.")
+        raise ConfigError(f"{path} does not exist; expected a file, a folder, a table of paths, or STORE:split.")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -156,7 +186,7 @@ def _kind(path: Path) -> str:
 
 def _add_file(result: Inputs, path: Path, name: str, study: str = "", patient: str = "", view: str = "UNKNOWN") -> None:
     """One file; DICOM says its own study and patient where the caller did not. Damaged headers wait for decoding."""
-    image_id = name
+    image_id, source = name, "unknown" if view == "UNKNOWN" else "given"
     if _kind(path) == "dicom":
         try:
             header = read_dicom_header(path)
@@ -167,27 +197,53 @@ def _add_file(result: Inputs, path: Path, name: str, study: str = "", patient: s
         study = study or header["StudyInstanceUID"]
         patient = patient or header["PatientID"]
         position = header["ViewPosition"].upper()
-        view = position if view == "UNKNOWN" and position in VIEWS else view
+        if source == "unknown" and position in VIEWS and position != "UNKNOWN":
+            view, source = position, "header"
     study = study or image_id
-    result.images.append(FileImage(path, image_id, study, patient or study, view))
+    result.images.append(FileImage(path, image_id, study, patient or study, view, source))
 
 
-def _add_table(result: Inputs, path: Path) -> None:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read as a CSV: {error}.") from error
+def _add_table(result: Inputs, path: Path, study_column: str | None) -> None:
+    rows, columns = (_read_csv if path.suffix.lower() == ".csv" else _read_parquet)(path)
+    study = study_column or STUDY_COLUMN
     if "path" not in columns:
-        raise MissingColumnError(f"{path}: expected a column 'path'; found {', '.join(columns) or 'no header'}.")
+        hint = " It is a manifest: build a store of it, and predict STORE:split." * ("source_relpath" in columns)
+        raise MissingColumnError(f"{path}: expected a column 'path'; found {', '.join(columns) or 'no header'}.{hint}")
+    if study_column is not None and study_column not in columns:
+        raise MissingColumnError(f"{path}: expected the column {study_column!r}; found {', '.join(columns)}.")
     if not rows:
         raise ConfigError(f"{path} lists no images.")
     for row in rows:
-        values = {name: (row.get(name) or "").strip() for name in ("path", "study_id", "patient_id", "view")}
+        values = {name: _text(row.get(name)) for name in ("path", study, "patient_id", "view")}
         listed = path.parent / values["path"]
         if not values["path"] or not listed.is_file():
             result.refused.append(Refused(listed, "missing", f"{path}: no file {values['path']!r}."))
             continue
         view = values["view"].upper() if values["view"].upper() in VIEWS else "UNKNOWN"
-        _add_file(result, listed, values["path"], values["study_id"], values["patient_id"], view)
+        _add_file(result, listed, values["path"], values[study], values["patient_id"], view)
+
+
+def _text(value: object) -> str:
+    """A cell as text; a whole number of a column that has gaps is one all the same."""
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+
+
+def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            return list(reader), list(reader.fieldnames or [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read as a CSV: {error}.") from error
+
+
+def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    import polars as pl  # only where there is a Parquet table
+
+    try:
+        frame = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as Parquet: {error}.") from error
+    return frame.to_dicts(), frame.columns

@@ -135,6 +135,26 @@ def evaluation_table(result: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def localisation_table(found: dict[str, Any]) -> str:
+    """How well each map file points at the regions, beside chance, as aligned text; `localisation` of metrics.json."""
+    rows = [["maps", "findings", "energy", "area", "pointing", "chance"]]
+    for file in found["maps"]:
+        for group in ("macro", "head", "medium", "tail"):
+            part = file[group]
+            if part["counted"]:
+                name = f"{file['name']} ({file['kind']})" if group == "macro" else f"  {group}"
+                cells = [_value_with_interval(part, "energy"), _cell(part["area"]),
+                         _value_with_interval(part, "pointing"), _cell(part["pointing_chance"])]  # fmt: skip
+                rows.append([name, str(part["counted"]), *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for part in found["differences"]:
+        for measure in ("energy", "pointing"):
+            row = {"metric": measure, "value": part[measure]["difference"], **part[measure]}
+            lines.append(f"{part['first']} - {part['second']}: {describe_difference(row)}")
+    return "\n".join(lines)
+
+
 def _gap_rows(attributes: dict[str, Any]) -> list[list[str]]:
     """The gaps in mAUC that are shown; all others are in `metrics.json`."""
     return [
