@@ -28,25 +28,36 @@ _OPTIONAL = frozenset({
 
 
 @contextmanager
-def highdicom_silently() -> Iterator[Any]:
-    """The library, without its warnings and log lines, which may quote headers, and without checks of what was copied.
+def without_complaints() -> Iterator[None]:
+    """Without warnings and log lines of DICOM libraries, which may quote headers, and without checks of copied values.
 
     What is copied may break a rule of DICOM (an accession number that is too long): a report that changed it would not
     be found beside its images.
     """
-    try:
-        import highdicom
-    except ImportError as error:
-        raise ConfigError('DICOM reports need the extra: pip install "hilum[pacs]".') from error
     from pydicom import config
 
     log = logging.getLogger("highdicom")
     with quiet(), config.disable_value_validation():
         before, log.disabled = log.disabled, True
         try:
-            yield highdicom
+            yield
         finally:
             log.disabled = before
+
+
+@contextmanager
+def highdicom_silently() -> Iterator[Any]:
+    """The library, `without_complaints`.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import highdicom
+    except ImportError as error:
+        raise ConfigError('DICOM reports need the extra: pip install "hilum[pacs]".') from error
+    with without_complaints():
+        yield highdicom
 
 
 def check(document: Mapping[str, Any], sources: Sequence[DicomSource]) -> None:

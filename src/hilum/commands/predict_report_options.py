@@ -1,0 +1,90 @@
+"""What `hilum predict --reports` is asked for: formats, captures, and whose studies are on a FHIR server."""
+
+import csv
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hilum.core.errors import ConfigError, MissingColumnError, UnknownNameError
+from hilum.deploy.fhir import References
+
+FORMATS = ("json", "html", "fhir", "fhir-r4b", "sr", "sc")
+DICOM_FORMATS = ("sr", "sc")
+CAPTURES = ("above", "all")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What to write, and where.
+
+    Raises:
+        UnknownNameError: no such format, or choice of captures.
+        ConfigError: a format that needs what is not installed.
+    """
+
+    folder: Path
+    formats: tuple[str, ...] = ("json",)
+    """Names in FORMATS; the JSON document is always written."""
+    captures: str = "above"
+    """Secondary captures of the findings above their F1 operating point, or of all that have maps."""
+    references: Mapping[str, References] = field(default_factory=dict)
+    """Whose a study is on a FHIR server, by the study's id in the input."""
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            if name not in FORMATS:
+                raise UnknownNameError("report format", name, FORMATS)
+        if self.captures not in CAPTURES:
+            raise UnknownNameError("choice of captures", self.captures, CAPTURES)
+        if set(self.formats) & set(DICOM_FORMATS) and importlib.util.find_spec("highdicom") is None:
+            raise ConfigError('DICOM reports (sr, sc) need the extra: pip install "hilum[pacs]".')
+
+
+def read_references(path: Path) -> dict[str, References]:
+    """Whose studies are on a FHIR server: a CSV with `study_id`, and `patient` or `imaging_study` or both.
+
+    Raises:
+        ConfigError: it cannot be read, names a study twice, or holds what is no reference.
+        MissingColumnError: a column is missing.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read as a CSV: {error}.") from error
+    if "study_id" not in columns or not {"patient", "imaging_study"} & set(columns):
+        raise MissingColumnError(
+            f"{path}: expected the columns study_id, and patient or imaging_study; found "
+            f"{', '.join(columns) or 'no header'}."
+        )
+    found: dict[str, References] = {}
+    for number, row in enumerate(rows, 2):
+        study = (row["study_id"] or "").strip()
+        try:
+            one = References(
+                (row.get("patient") or "").strip() or None, (row.get("imaging_study") or "").strip() or None
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{path}, row {number}: {error}") from error
+        if found.get(study, one) != one:
+            raise ConfigError(f"{path}, row {number}: this study has other references in an earlier row.")
+        found[study] = one
+    return found
+
+
+def parse_options(folder: Path, formats: str, captures: str = "above", references: Path | None = None) -> ReportOptions:
+    """Options from the command line.
+
+    Args:
+        folder: where reports go.
+        formats: names with commas between them.
+        captures: a name in CAPTURES.
+        references: a CSV for `read_references`.
+
+    Raises:
+        ConfigError: as `ReportOptions` and `read_references`.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in formats.split(",") if name.strip()))
+    return ReportOptions(Path(folder), names, captures, read_references(references) if references else {})
