@@ -147,6 +147,12 @@ def test_rows_are_sorted_grouped_and_say_what_they_show(reader: Reader):
     assert (tick["x"] + 1 - track["x"]) / track["width"] == pytest.approx(0.448, abs=0.01)
     whisker = row.locator(".whisker").bounding_box()
     assert whisker["width"] / track["width"] == pytest.approx(known["Cardiomegaly"]["interval"][1] - 0.424, abs=0.01)
+    for grouping in ("flat", "groups"):  # what is written on the axis stands where bars of that length end
+        page.select_option("#grouping", grouping)
+        half = page.locator("#axis span").nth(1).bounding_box()
+        track = reader.row("Edema").locator(".track").bounding_box()
+        assert half["x"] + half["width"] / 2 == pytest.approx(track["x"] + track["width"] / 2, abs=1)
+    page.select_option("#grouping", "flat")
     assert all(reader.row(name).get_attribute("aria-label") == f"{name}: never trained" for name in NEVER_TRAINED)
     assert reader.names()[38:] == sorted(NEVER_TRAINED)
     assert reader.row("Tuberculosis").locator(".reserve").count() == 1
@@ -288,6 +294,17 @@ def test_refusals_say_what_to_do(reader: Reader):
     page.get_by_role("button", name="Go on without it").click()
     page.wait_for_selector(".row")
     assert page.locator("figure.view").count() == 1
+    server.odd = True
+    reader.read()
+    page.locator("figcaption select").first.select_option("AP")
+    server.failures.append((500, error_body("failed", "It failed."), {}))
+    page.locator("#rerun").click()
+    page.wait_for_selector("text=It failed.")
+    assert "Not scored" in page.locator("figure.view").nth(1).locator(".flags").inner_text()
+    assert page.locator("figcaption select").first.input_value() == "AP"
+    page.get_by_role("button", name="Try again").click()
+    page.wait_for_selector("text=given")
+    assert server.uploads[-1]["views"] == ["AP", ""]
     assert page.locator("#alert").is_hidden()
 
 

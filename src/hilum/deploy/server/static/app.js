@@ -14,7 +14,7 @@ import { QUIET, Views } from "./views.js";
 const MOST_FILES = 4;
 const HEATS_KEPT = 12; // findings whose maps stay decoded; a map is as large as its image
 
-const state = { metadata: null, files: [], study: null, finding: null, run: null, heats: new Map(), shownOpacity: 60 };
+const state = { metadata: null, files: [], study: null, finding: null, run: null, heats: new Map(), shownOpacity: 80 };
 const list = new FindingList(byId("list"), chooseFinding);
 const views = new Views(byId("views"), () => { byId("rerun").hidden = views.corrections() === null; });
 const cases = new Cases();
@@ -54,21 +54,23 @@ async function introduce() {
 // ---------------------------------------------------------------------------------------------------- a study, read
 
 /** Take the files of one study, look at what can be seen here, send them. */
-function take(files) {
+async function take(files) {
   const chosen = [...files];
   if (!chosen.length) return;
+  if (!state.metadata) await introduce();
+  if (!state.metadata) return; // `introduce` has said why
   if (chosen.length > MOST_FILES) {
     alertWith(`${chosen.length} files are more than one study has room for here: choose up to ${MOST_FILES}. For folders there is hilum predict.`);
     return;
   }
-  const limits = state.metadata?.limits;
-  const large = limits && chosen.find((file) => file.size > limits.file_bytes);
+  const { limits } = state.metadata;
+  const large = chosen.find((file) => file.size > limits.file_bytes);
   if (large) {
     alertWith(`${large.name} has ${bytes(large.size)}; the server takes up to ${bytes(limits.file_bytes)} a file.`);
     return;
   }
   const total = chosen.reduce((sum, file) => sum + file.size, 0);
-  if (limits && total > limits.study_bytes) {
+  if (total > limits.study_bytes) {
     alertWith(`Together the images have ${bytes(total)}; the server takes up to ${bytes(limits.study_bytes)} a study.`);
     return;
   }
@@ -103,6 +105,7 @@ async function run(corrected) {
       forget(study.study.id);
       return;
     }
+    if (study.model.digest !== state.metadata.model.digest) await introduce(); // it was started anew, with another model
     if (before && before !== study.study.id) forget(before); // the same images again are the same study
     await showStudy(study);
   } catch (error) {
@@ -149,8 +152,8 @@ function showWithheld(study) {
   const box = byId("withheld");
   const withheld = study.status === "withheld";
   const flags = study.flags ?? [];
-  const aboutTheModel = study.study.images.flatMap((image) => image.flags).find(({ code }) => QUIET.includes(code));
-  byId("remark").textContent = aboutTheModel?.message ?? "";
+  const remarks = study.study.images.flatMap((image) => image.flags).filter(({ code }) => QUIET.includes(code));
+  byId("remark").textContent = [...new Set(remarks.map(({ message }) => message))].join(" ");
   box.hidden = !withheld && !flags.length;
   box.classList.toggle("whole", withheld);
   box.replaceChildren(

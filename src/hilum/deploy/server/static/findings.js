@@ -54,6 +54,7 @@ export class FindingList {
   arrange() {
     const { grouping, filter } = this.settings;
     const words = filter.trim().toLocaleLowerCase();
+    this.box.parentElement.classList.toggle("flat", grouping === "flat");
     this.shown = this.entries.filter((entry) => entry.finding.name.toLocaleLowerCase().includes(words));
     this.shown.sort((one, other) => this.#compare(one, other));
     this.shown.sort((one, other) => !one.finding.trained - !other.finding.trained); // what was never trained comes last

@@ -21,7 +21,7 @@ export class Viewer {
     this.canvas = canvas;
     this.changed = changed;
     this.tool = "window";
-    this.opacity = 0.6;
+    this.opacity = 0.8;
     this.heat = null;
     this.grey = null; // Uint8 per pixel, as the server gave it
     this.windowed = null; // a canvas: grey after window, level and inversion

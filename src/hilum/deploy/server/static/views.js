@@ -16,7 +16,7 @@ const SOURCES = {
 };
 
 /** Flags that are about the model and not about the image: said once, below the images. */
-export const QUIET = ["not_screened"];
+export const QUIET = ["not_screened", "burned_in_unknown", "burned_in_text"];
 
 export class Views {
   /**
@@ -28,7 +28,7 @@ export class Views {
     this.corrected = corrected;
     this.items = [];
     this.tool = "window";
-    this.opacity = 0.6;
+    this.opacity = 0.8;
   }
 
   /** Files that were chosen and not yet read: their own pictures where the browser can show them. */
@@ -114,8 +114,9 @@ export class Views {
     item.flags.replaceChildren(flag(reason));
   }
 
+  /** Take back what `refuse` said. */
   accept() {
-    for (const item of this.items) {
+    for (const item of this.items.filter((one) => one.figure.classList.contains("refused"))) {
       item.figure.classList.remove("refused");
       item.flags.replaceChildren();
     }
