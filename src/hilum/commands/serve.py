@@ -4,6 +4,7 @@ import resource
 import socket
 import stat
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -108,13 +109,14 @@ def run(
         from hilum.deploy.server.app import create_app
         from hilum.deploy.server.listening import make_server, open_socket
         from hilum.deploy.server.logs import log_to_stderr
-        from hilum.deploy.server.service import Service, open_index
+        from hilum.deploy.server.service import Service
         from hilum.deploy.server.settings import LOOPBACK, Limits, Settings
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn", "python_multipart", "h11"):
             raise
         raise ConfigError(EXTRA) from error
     from hilum.deploy.predictor import load
+    from hilum.deploy.similar import Index
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump of this process would hold images
     limits = Limits() if queue is None else replace(Limits(), queue=queue)
@@ -122,9 +124,12 @@ def run(
     if not is_loopback(host):
         names = (*names, host, socket.gethostname().lower())
     settings = Settings(token, names, limits)
-    listening = open_socket(host, port)
-    service = Service(load(model, device), limits, open_index(index) if index is not None else None)
-    try:
+    with ExitStack() as closing:
+        listening = closing.enter_context(open_socket(host, port))
+        shared = not is_loopback(host) or bool(allow_hosts)
+        cases = Index.open(index) if index is not None else None
+        service = Service(load(model, device), limits, cases, shared)
+        closing.callback(service.close)
         log_to_stderr()
         place = f"[{host}]" if ":" in host else host
         say(RESEARCH_NOTICE)
@@ -134,6 +139,3 @@ def run(
         if not is_loopback(host):
             warn("other machines can reach this server, and what they send is not encrypted: put TLS in front of it")
         make_server(create_app(service, settings), limits).run([listening])
-    finally:
-        service.close()
-        listening.close()

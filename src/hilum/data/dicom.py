@@ -34,6 +34,7 @@ DEFLATED = str(uid.DeflatedExplicitVRLittleEndian)
 HEADER_KEYS: tuple[str, ...] = (
     "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "ViewPosition", "Modality",
     "BodyPartExamined", "PatientSex", "PatientAge", "StudyDate", "Laterality", "PatientOrientation",
+    "BurnedInAnnotation",
 )  # fmt: skip
 
 

@@ -123,7 +123,8 @@ def read_dicom_header(source: Path | bytes) -> dict[str, str]:
     """The identifiers of a DICOM file that group images into studies and patients; "" where absent.
 
     Keys: PatientID, StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID, ViewPosition, Modality, BodyPartExamined,
-    PatientSex, PatientAge, StudyDate, Laterality, PatientOrientation. They identify people: keep them out of logs.
+    PatientSex, PatientAge, StudyDate, Laterality, PatientOrientation, BurnedInAnnotation. They identify people: keep
+    them out of logs.
 
     Raises:
         UnreadableImageError: not DICOM, or damaged.

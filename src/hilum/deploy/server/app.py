@@ -36,6 +36,30 @@ ERROR_SCHEMA = {
     },
 }
 
+CASES_SCHEMA = {
+    "type": "object",
+    "required": ["cases"],
+    "properties": {
+        "cases": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["rank", "similarity", "study_id", "dataset", "view", "findings", "thumbnail"],
+                "additionalProperties": False,
+                "properties": {
+                    "rank": {"type": "integer", "minimum": 1},
+                    "similarity": {"type": "number", "minimum": -1, "maximum": 1},
+                    "study_id": {"type": "string"},
+                    "dataset": {"type": "string"},
+                    "view": {"type": "string"},
+                    "findings": {"type": "array", "items": {"type": "string"}},
+                    "thumbnail": {"type": ["string", "null"]},
+                },
+            },
+        }
+    },
+}
+
 
 def create_app(service: Service, settings: Settings) -> Gate:
     """The application.
@@ -76,7 +100,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the schema of studies and of errors, and without what frameworks add of their own."""
     described = dict(app.openapi())
     study = json.loads(resources.files("hilum.deploy").joinpath("study.schema.json").read_text(encoding="utf-8"))
-    described["components"] = {"schemas": {"Study": _inlined(study), "Error": ERROR_SCHEMA}}
+    described["components"] = {"schemas": {"Study": _inlined(study), "Error": ERROR_SCHEMA, "Cases": CASES_SCHEMA}}
     return described
 
 

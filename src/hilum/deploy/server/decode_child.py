@@ -119,15 +119,13 @@ def _decode(content: bytes, request: dict[str, Any], salt: bytes) -> tuple[dict[
 
     try:
         image = read_image(content, "the image", request["short_side"], recipe=request["recipe"])
-        height, width = image.pixels.shape
-        most = int(request["display"])
-        wanted = max(1, round(min(height, width) * most / max(height, width)))
+        most, longer = int(request["display"]), max(image.rows, image.cols)
+        wanted = max(1, round(min(image.rows, image.cols) * most / longer))
         shown = image.pixels
-        if request["short_side"] is not None and max(height, width) < most:
-            # A second reading, because the model's is smaller than a person wants; never grown by either.
+        if max(shown.shape) < min(most, longer):  # the model's reading is smaller than a person wants: once more
             shown = read_image(content, "the image", wanted, recipe=request["recipe"]).pixels
-        elif max(height, width) > most:
-            shown = shrink(image.pixels, wanted)
+        elif max(shown.shape) > most:
+            shown = shrink(shown, wanted)
         facts = _facts(content, salt) if image.mode.startswith("dicom") else {}
     except ImageError as error:
         return {"reason": error.reason, "message": str(error).removeprefix("the image: ")}, []
@@ -158,6 +156,7 @@ def _facts(content: bytes, salt: bytes) -> dict[str, str]:
     return {
         "view": view if view in VIEWS else "",
         "modality": modality if modality in MODALITIES else "other" if modality else "",
+        "burned_in": {"YES": "yes", "NO": "no"}.get(found["BurnedInAnnotation"].upper(), "unknown"),
         "subject": digest if subject.strip("\x1f") else "",
     }
 

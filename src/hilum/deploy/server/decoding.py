@@ -51,6 +51,8 @@ class Picture:
     """What a DICOM header says, one of `VIEWS`; "" where nothing does."""
     modality: str = ""
     """One of `MODALITIES`, "other", or "" where nothing says."""
+    burned_in: str = ""
+    """Whether a DICOM header says that text is burnt into the pixels: yes, no or unknown; "" of other files."""
     subject: str = ""
     """The same for files of one patient's study, another for any other, "" where the file does not say."""
 
@@ -185,6 +187,7 @@ class Decoder:
             kind=_one_of(header["kind"], ("png", "jpeg", "dicom")),
             view=_one_of(header.get("view", ""), ("", *VIEWS)),
             modality=_one_of(header.get("modality", ""), ("", "other", *MODALITIES)),
+            burned_in=_one_of(header.get("burned_in", ""), ("", "yes", "no", "unknown")),
             subject=_hexadecimal(header.get("subject", "")),
         )
 

@@ -55,10 +55,11 @@ def log_to_stderr() -> None:
     """Send our lines to standard error, and of the HTTP library only its warnings, without tracebacks."""
     handler = logging.StreamHandler()
     handler.setFormatter(_NoTraceback("%(asctime)s %(message)s", "%H:%M:%S"))
-    for name, level in (("hilum.server", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.CRITICAL)):
+    for name, level in (("hilum.server", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    logging.getLogger().handlers = [logging.NullHandler()]  # other libraries quote what they read
 
 
 class _NoTraceback(logging.Formatter):

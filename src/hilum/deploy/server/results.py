@@ -33,6 +33,8 @@ class Study:
     """Per finding, a map for each image, on the patch grid; None where there is none."""
     boxes: tuple[tuple[float, float, float, float], ...]
     """The part of each image that was looked at, as shares of its sides."""
+    scored: tuple[bool, ...] = ()
+    """Which images take part."""
     embedding: np.ndarray | None = None
     """Of the study, float32 (D,), for similar cases."""
     model_views: tuple[tuple[np.ndarray, str], ...] = ()

@@ -8,10 +8,12 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
+from hilum.deploy.fhir import fhir_bundle
+from hilum.deploy.server.errors import RefusedError
 from hilum.deploy.server.logs import NOTES
 from hilum.deploy.server.results import Study
 from hilum.deploy.server.service import Service, no_such
@@ -28,6 +30,11 @@ _STUDY = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Study"}}},
 }
 _PNG = {"description": "A picture.", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
+_HTML = {"description": "A page.", "content": {"text/html": {"schema": {"type": "string"}}}}
+_CASES = {
+    "description": "Cases, the most similar first.",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Cases"}}},
+}
 _UPLOAD = {
     "requestBody": {
         "required": True,
@@ -123,7 +130,49 @@ def routes(service: Service) -> APIRouter:
         found = _find(service, study)
         return Response(await asyncio.to_thread(service.heat, found, finding, number), media_type="image/png")
 
+    @router.get("/api/studies/{study}/similar", summary="The nearest cases of the index",
+                responses={200: _CASES, **_refusals(404)})  # fmt: skip
+    async def similar(
+        study: str, count: Annotated[int, Query(ge=1, le=MOST_CASES)] = 8, finding: str | None = None
+    ) -> Response:
+        found, cases = _find(service, study), service.cases
+        if cases is None:
+            raise RefusedError(404, "no_index", "This server was started without an index of cases.")
+        return _json(await service.line.in_model_thread(lambda: cases.similar(found, count, finding)))
+
+    @router.get("/api/cases/{row}.png", summary="The picture of a case",
+                responses={200: _PNG, **_refusals(404)}, response_class=Response)  # fmt: skip
+    async def case(row: Annotated[int, Path(ge=0)]) -> Response:
+        if service.cases is None:
+            raise no_such()
+        return Response(await asyncio.to_thread(service.cases.thumbnail, row), media_type="image/png")
+
+    @router.get("/api/studies/{study}/report.json", summary="The study document, to keep",
+                responses={200: _STUDY, **_refusals(404)})  # fmt: skip
+    async def report_json(study: str) -> Response:
+        return _file(json.dumps(_find(service, study).document, indent=1, allow_nan=False), "application/json", "json")
+
+    @router.get("/api/studies/{study}/report.fhir.json", summary="The study as a FHIR Bundle, to keep",
+                responses={200: {"description": "A Bundle."}, **_refusals(404)}, response_class=Response)  # fmt: skip
+    async def report_fhir(study: str) -> Response:
+        bundle = fhir_bundle(_find(service, study).document)
+        return _file(json.dumps(bundle, indent=1, allow_nan=False), "application/fhir+json", "fhir.json")
+
+    @router.get("/api/studies/{study}/report.html", summary="The study as a page of its own, to keep",
+                responses={200: _HTML, **_refusals(404)}, response_class=Response)  # fmt: skip
+    async def report_html(study: str) -> Response:
+        return _file(await asyncio.to_thread(service.report, _find(service, study)), "text/html", "html")
+
     return router
+
+
+def _file(content: str, kind: str, suffix: str) -> Response:
+    """Something to keep: the browser saves it and never shows it as a page of this server."""
+    headers = {
+        "Content-Disposition": f'attachment; filename="study.{suffix}"',
+        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox",
+    }
+    return Response(content, headers=headers, media_type=kind)
 
 
 def _json(value: Any) -> Response:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -15,16 +14,22 @@ import hilum
 from hilum.core.errors import HilumError
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy.predictor import Model, StudyResult
+from hilum.deploy.server.cases import Cases
 from hilum.deploy.server.decoding import Decoder, Picture
 from hilum.deploy.server.errors import RefusedError, standard
 from hilum.deploy.server.results import Results, Study, new_name
 from hilum.deploy.server.settings import Limits
 from hilum.deploy.server.uploads import Held
 from hilum.deploy.server.work import Job, Line
+from hilum.deploy.similar import Index
 from hilum.deploy.study_report import ImageFacts, study_document
 
 THRESHOLDS = ("f1", "youden", "sens_at_spec95")
 """Operating points by name, as models have them."""
+OTHER_MODALITIES = frozenset({"CT", "MR", "US", "NM", "PT", "MG", "XA"})
+"""What a header can say that no chest radiograph is."""
+_BURNED_IN = "The header does not say that the picture is free of burnt-in text: look before it is shown to others."
+_NO_RADIOGRAPH = "The header says that this is another kind of picture than a radiograph; the model knows no other."
 _NO_NUMBER = (
     "The model gave no number for a finding that it knows, so nothing is reported: its weights may be damaged, or the "
     "image is one that it cannot read."
@@ -38,16 +43,16 @@ class Service:
         model: loaded; it stays the one model of this server.
         limits: sizes, times, places.
         index: of similar cases, made with the same backbone; None: there is none.
+        shared: other machines can ask, so that images of an index are shown only where their licence allows that.
 
     Raises:
         CheckpointError: the index was made with another backbone.
         HilumError: the process that decodes does not start.
     """
 
-    def __init__(self, model: Model, limits: Limits, index: Any = None) -> None:
-        self.model, self.limits, self.index = model, limits, index
-        if index is not None:
-            index.matches(model)
+    def __init__(self, model: Model, limits: Limits, index: Index | None = None, shared: bool = False) -> None:
+        self.model, self.limits = model, limits
+        self.cases = None if index is None else Cases(index, model, shared)
         self.results, self.held = Results(limits), Held(limits.held_bytes)
         self.key = secrets.token_bytes(16)
         """Of the digests by which the same upload is known again; it ends with the process, as they do."""
@@ -70,7 +75,10 @@ class Service:
         return {
             "hilum": hilum.__version__,
             "notice": RESEARCH_NOTICE,
-            "model": {"digest": model.digest, "calibrated": True, "unit": "study", "accepted_leak": model.leak},
+            "model": {
+                "digest": model.digest, "calibrated": not model.reservations.uncalibrated, "unit": "study",
+                "accepted_leak": model.leak,
+            },
             "findings": [
                 {"name": name, "group": model.groups.get(name) or None, "trained": trained}
                 for name, trained in zip(model.findings, _trained(model), strict=True)
@@ -80,7 +88,7 @@ class Service:
                 "files": limits.files, "file_bytes": limits.file_bytes, "study_bytes": limits.study_bytes,
                 "pixels": limits.pixels,
             },
-            "similar": self.index is not None,
+            "similar": self.cases is not None,
             "maps": any(_has_maps(network) for network in model.networks),
         }  # fmt: skip
 
@@ -92,6 +100,9 @@ class Service:
         """
         if sum(picture.pixels.nbytes for picture in pictures) > self.limits.study_bytes:
             raise RefusedError(413, "study_too_large", "The images of this study are larger than fit, once decoded.")
+        for number, picture in enumerate(pictures, 1):
+            if picture.modality in OTHER_MODALITIES:
+                raise RefusedError(422, "not_a_radiograph", _NO_RADIOGRAPH, number)
         views = [given or picture.view for given, picture in zip(job.views, pictures, strict=True)]
         pixels = [picture.pixels for picture in pictures]
         try:
@@ -111,13 +122,14 @@ class Service:
             shapes=tuple((picture.display.shape[0], picture.display.shape[1]) for picture in pictures),
             maps=result.attention,
             boxes=tuple(result.boxes),
-            embedding=getattr(result, "embedding", None),
-            model_views=tuple(zip(pixels, views, strict=True)) if self.index is not None else (),
+            embedding=result.embedding,
+            scored=tuple(result.scored),
+            model_views=tuple(zip(pixels, views, strict=True)) if self.cases is not None else (),
             digest=job.digest,
         )
 
     def _check_numbers(self, result: StudyResult) -> None:
-        withheld = not any(getattr(result, "scored", [True]))
+        withheld = not any(result.scored)
         for name, trained in zip(self.model.findings, _trained(self.model), strict=True):
             value = result.probabilities[name]
             missing = value is None and trained and not withheld
@@ -141,6 +153,14 @@ class Service:
         seen = scale_of([one for one in maps if one.any()])  # of all images, so that the one that carried it is bright
         return heat_png(maps[number - 1], study.boxes[number - 1], rows, columns, seen)
 
+    def report(self, study: Study) -> str:
+        """The study as a page of its own, that asks nothing of any network."""
+        from hilum.deploy.study_page import study_page
+
+        content = (np.frombuffer(one, np.uint8) for one in study.pictures)
+        pixels = [np.asarray(cv2.imdecode(one, cv2.IMREAD_GRAYSCALE), np.uint8) for one in content]
+        return study_page(study.document, pixels, study.maps)
+
 
 def png(pixels: UInt8[np.ndarray, "H W"]) -> bytes:
     """A grey PNG."""
@@ -152,13 +172,6 @@ def png(pixels: UInt8[np.ndarray, "H W"]) -> bytes:
 def no_such() -> RefusedError:
     """404."""
     return standard(404)
-
-
-def open_index(path: Path) -> Any:
-    """The index of similar cases at a path."""
-    from hilum.deploy.similar import Index
-
-    return Index.open(path)
 
 
 def _trained(model: Model) -> list[bool]:
@@ -182,17 +195,18 @@ def _with_what_files_say(result: StudyResult, pictures: list[Picture], given: Se
     """With the quality of the files, which the model, given pixels, did not see, and where views came from."""
     quality = [tuple(dict.fromkeys((*one.quality, *said))) for one, said in zip(pictures, result.quality, strict=True)]
     changed: dict[str, Any] = {"quality": quality}
-    sources = getattr(result, "view_sources", None)
-    if sources is not None:
-        changed["view_sources"] = [
-            "header" if not view and picture.view else source
-            for view, picture, source in zip(given, pictures, sources, strict=True)
-        ]
+    changed["view_sources"] = [
+        "header" if source == "given" and not view else source
+        for view, source in zip(given, result.view_sources, strict=True)
+    ]
     return dataclasses.replace(result, **changed)
 
 
 def _add_flags(document: dict[str, Any], pictures: list[Picture]) -> None:
     """What the files together say: images of several people, and text that may be burnt into pixels."""
+    for described, picture in zip(document["study"]["images"], pictures, strict=True):
+        if picture.burned_in == "unknown":
+            described["flags"].append({"code": "burned_in_unknown", "message": _BURNED_IN})
     subjects = {picture.subject for picture in pictures if picture.subject}
     if len(subjects) > 1:
         document["flags"].append({
