@@ -19,7 +19,7 @@ from hilum.core.files import write_bytes, write_text
 from hilum.core.tracking import next_step, progress, say, warn
 from hilum.data.images import read_image
 from hilum.deploy.inputs import FileImage, Inputs, Refused, resolve
-from hilum.deploy.overlays import SheetRow, contact_sheet, overlay_png, png, scale_of
+from hilum.deploy.overlays import SheetRow, contact_sheet, of_study, overlay_png, png, scale_of
 from hilum.deploy.predictor import Model, StudyResult, load
 from hilum.evaluation.map_files import write_maps
 from hilum.evaluation.studies import study_uids
@@ -181,6 +181,7 @@ def _study(
         if maps is None:
             warn(f"{finding}: this model was never trained for it; it has no map.")
             continue
+        maps = of_study(maps, parts)
         scale = scale_of(maps)
         captions = []
         for number, (image, pixels, values, box) in enumerate(

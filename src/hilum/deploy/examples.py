@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from hilum.core.types import POSITIVE
 from hilum.data.labels import NORMAL_NAMES
 from hilum.data.store import Store
+from hilum.deploy.overlays import of_study
 from hilum.deploy.predictor import Box, Model
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.report import ExampleFinding, ReportExample
@@ -87,7 +88,8 @@ def explain_study(
     findings = []
     for name in [*present, *absent[:SHOWN_NEGATIVES]]:
         operating_point = result.thresholds[name]
-        attention = result.attention[name]
+        maps = result.attention[name]
+        attention = None if maps is None else of_study(maps, result.contributions[name])
         findings.append(
             ExampleFinding(
                 name=name,

@@ -64,6 +64,21 @@ def _with_opacity() -> UInt8[np.ndarray, "256 4"]:
 _WITH_OPACITY = _with_opacity()
 
 
+def of_study(
+    maps: Sequence[Float[np.ndarray, "_ _"]], contributions: Sequence[float] | None
+) -> list[Float[np.ndarray, "_ _"]]:
+    """Maps of one finding, each scaled to sum to what its view contributes, so that views can be compared.
+
+    Maps of a head that looks at whole studies are so already. Without contributions every view counts the same.
+
+    Args:
+        maps: one for each view.
+        contributions: of the views, adding up to 1 (`StudyResult.contributions`).
+    """
+    parts = [1 / len(maps)] * len(maps) if contributions is None else contributions
+    return [one * (part / one.sum()) if one.sum() > 0 else one for one, part in zip(maps, parts, strict=True)]
+
+
 def scale_of(maps: Sequence[Float[np.ndarray, "_ _"] | None]) -> Scale:
     """One scale for all views of a finding: from the median over them (nothing) to the highest value (strongest)."""
     values = np.concatenate([np.zeros(0), *(np.ravel(part) for part in maps if part is not None)])
@@ -134,7 +149,8 @@ def overlay(
     scale: Scale | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The image with the colours of a map over it, red, green, blue; arguments as `heat`."""
-    colours = heat(values, box, *pixels.shape, scale=scale)
+    rows, columns = pixels.shape
+    colours = heat(values, box, rows, columns, scale)
     opacity = colours[..., 3:].astype(np.float32) / 255
     mixed = pixels[..., None] * (1 - opacity) + colours[..., :3] * opacity
     return np.round(mixed).astype(np.uint8)

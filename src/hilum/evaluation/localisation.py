@@ -77,7 +77,7 @@ def pair_up(
     maps: Sequence[Maps],
     regions: Regions,
     tolerance: float,
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[int], None] = lambda count: None,
 ) -> Pairs:
     """Score every pair of an evaluated image and a finding that has a region, and a map in every file.
 
@@ -97,8 +97,9 @@ def pair_up(
     left_out = {"regions of other images or findings": len(regions) - len(wanted), "without a map": 0,
                 "outside the square that was seen": 0}  # fmt: skip
     rows, columns, scores = [], [], []
+    done(len(regions) - len(wanted))
     for row, column, image, name in sorted(wanted):
-        done()
+        done(1)
         found = [place.get((uid_of[row], name)) for place in places]
         if any(place is None for place in found):
             left_out["without a map"] += 1
@@ -154,7 +155,7 @@ def localise(
     bootstraps: int = 1000,
     seed: int = 0,
     min_images: int = 1,
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """`localisation` of `metrics.json`: how well each map file points at the regions, and how the files compare.
 
@@ -167,7 +168,7 @@ def localise(
         bootstraps: resamples of patients; 0 for no intervals.
         seed: root of the resamples, as elsewhere.
         min_images: findings with fewer images stay out of the means, and are listed.
-        done: called for each pair.
+        done: told of regions that were looked at.
 
     Raises:
         PredictionError: predictions of studies, or nothing to judge.
@@ -190,7 +191,8 @@ def localise(
             "over": one.metadata.get("over"), "grid": list(one.maps.shape[1:]),
             **{group: _summary(point, sample, keep) for group, keep in chosen.items()},
             "findings": {
-                finding: {"images": int(counts[column]), **_summary(point, sample, np.arange(len(names)) == place)}
+                finding: {"images": int(counts[column]), "group": groups.get(finding),
+                          **_summary(point, sample, np.arange(len(names)) == place)}
                 for place, (finding, column) in enumerate(zip(names, counted.tolist(), strict=True))
             },
         })  # fmt: skip

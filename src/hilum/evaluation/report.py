@@ -16,6 +16,7 @@ from hilum.core.files import write_text
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.evaluation import report_assets as words
 from hilum.evaluation import report_figures as figures
+from hilum.evaluation import report_localisation as places
 from hilum.evaluation import report_subgroups as groups
 from hilum.evaluation import report_tables as tables
 from hilum.evaluation.curves import Curves, FindingCurve, curves
@@ -76,7 +77,7 @@ def render_report(
     Args:
         title: heading of the page.
         metrics: the content of `metrics.json`; None, NaN or a missing key shows as an en dash with its reason. Its
-            `subgroups`, `leaderboard` and `compare` make sections of their own where they are there.
+            `subgroups`, `leaderboard`, `localisation` and `compare` make sections of their own where they are there.
         curves: of the findings in `metrics`; a finding without curves is listed as not drawn.
         steps: rows `{"name", "mAP", "mAUC", "mF1@0.5", "mF1@tuned", "mECE_standard", "difference": {"metric", "value",
             "low", "high", "shown"} or None}`: each step beside the one before.
@@ -110,6 +111,8 @@ def render_report(
         ]
     if attributes := metrics.get("subgroups"):
         parts.append(("subgroups", "Subgroups", groups.LEAD, groups.subgroups_table(attributes)))
+    if located := metrics.get("localisation"):
+        parts.append(("localisation", "Where it looked", places.LEAD, places.localisation_section(located)))
     if examples:
         shown = "".join(study(example, number) for number, example in enumerate(examples, 1))
         outlined = any(example.outlined for example in examples)
@@ -178,7 +181,8 @@ def _section(name: str, heading: str, lead: str, content: str) -> str:
 def _provenance(metrics: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     listed = [(name, value) for name, value in facts.items() if name not in HEADLINE_FACTS]
     shown = (
-        "macro", "groups", "findings", "excluded", "unit", "stage", "subgroups", "leaderboard", *COUNTS.values()
+        "macro", "groups", "findings", "excluded", "unit", "stage", "subgroups", "leaderboard", "localisation",
+        *COUNTS.values(),
     )  # fmt: skip
     recorded = {**metrics}
     if isinstance(compared := recorded.get("compare"), Mapping):

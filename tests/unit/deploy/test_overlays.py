@@ -93,6 +93,16 @@ def test_views_share_a_scale_and_a_flat_map_shows_nothing() -> None:
     assert scale_of([None]) == (0.0, 0.0)
 
 
+def test_the_view_that_carried_the_answer_is_the_bright_one() -> None:
+    peaked, wide = np.diag([1.0, 0, 0, 0]), np.full((4, 4), 1 / 16)
+    wide[0, 0] = 3 / 16
+    maps = of_study([peaked, wide], [0.1, 0.9])
+    assert [one.sum() for one in maps] == pytest.approx([0.1, 0.9])
+    assert maps[1].max() > maps[0].max()  # though the other map is all on one patch
+    assert [one.sum() for one in of_study([peaked, wide], None)] == pytest.approx([0.5, 0.5])
+    assert of_study([np.zeros((2, 2)), peaked], [0.0, 1.0])[0].sum() == 0
+
+
 def test_pictures_are_the_arrays_read_by_another_reader() -> None:
     rng = np.random.default_rng(1)
     values, pixels = rng.random((3, 3)), rng.integers(0, 255, (30, 24), np.uint8)
