@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hilum.backbones.weights import load_backbone
+    from hilum.deploy.feature_transformer import ChestXrayFeatures
     from hilum.deploy.predictor import load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "load_backbone"]
+__all__ = ["ChestXrayFeatures", "__version__", "load", "load_backbone"]
 
-_HOMES = {"load": "hilum.deploy.predictor", "load_backbone": "hilum.backbones.weights"}
+_HOMES = {
+    "ChestXrayFeatures": "hilum.deploy.feature_transformer",
+    "load": "hilum.deploy.predictor",
+    "load_backbone": "hilum.backbones.weights",
+}
 
 
 def __getattr__(name: str) -> Any:

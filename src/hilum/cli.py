@@ -476,6 +476,66 @@ def explain(
     program.run(model, inputs, out, finding or (), threshold, maps, regions, together, batch_size, device)
 
 
+@app.command(epilog=example("hilum embed model store:test --out features.parquet"))
+def embed(
+    model: Annotated[str, typer.Argument(help="A model, a run, weights, or owner/name on the Hub.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders, a CSV of paths, STORE:split, or a STORE.")],
+    out: Annotated[Path, typer.Option("--out", help=".parquet, .npz or .npy.")] = Path("features.parquet"),
+    what: Annotated[
+        str, typer.Option(help="cls or patch-mean, a row per image; study, a row per study (normalised mean of cls).")
+    ] = "cls",
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+    device: Device = "auto",
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: job i of n, counted from 0, as in 0/8; a study is never divided.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Of a backbone alone: side of the squares it sees, pixels.")
+    ] = None,
+) -> None:
+    """Features of images or studies from a model's backbone, or from any backbone. Goes on where it was."""
+    from hilum.commands import embed as program
+
+    program.run(model, inputs, out, what, batch_size, device, shard, resolution)
+
+
+@app.command(epilog=example("hilum index model --data store --out index --finding 'Pleural Effusion'"))
+def index(
+    model: Annotated[str, typer.Argument(help="A model or an ensemble.")],
+    data: Annotated[str, typer.Option("--data", help="STORE, or STORE:split.")] = "store",
+    out: Out = Path("index"),
+    finding: Annotated[
+        list[str] | None, typer.Option(help="Also index what this finding's query sees; may be repeated; all for all.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+    device: Device = "auto",
+) -> None:
+    """Make the studies of a store searchable by similarity. Goes on where it was."""
+    from hilum.commands import index as program
+
+    program.run(model, data, out, finding or [], batch_size, device)
+
+
+@app.command(epilog=example("hilum similar index pa.dcm lateral.dcm --finding 'Pleural Effusion' --sheet cases.png"))
+def similar(
+    index: Annotated[Path, typer.Argument(help="Made by hilum index.")],
+    inputs: Annotated[list[str], typer.Argument(help="The images of one study.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the table, as .csv or .json.")] = None,
+    finding: Annotated[str | None, typer.Option(help="By what this finding's query sees, not the whole image.")] = None,
+    count: Annotated[int, typer.Option(help="How many.")] = 8,
+    sheet: Annotated[Path | None, typer.Option(help="A PNG: the query and what was found, with labels.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="A patient or study to leave out, beside the query's own; may be repeated.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Find the studies of an index that look like one study."""
+    from hilum.commands import similar as program
+
+    program.run(index, inputs, out, finding, count, sheet, model, exclude, device)
+
+
 @app.command(epilog=example("hilum combine a.parquet b.parquet --study mean --ensemble mean --out both.parquet"))
 def combine(
     files: Annotated[list[Path], typer.Argument(help="Raw prediction files, or models to join into an ensemble.")],

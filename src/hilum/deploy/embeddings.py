@@ -20,10 +20,16 @@ from torch import Tensor, nn
 
 from hilum.backbones.vit import VisionTransformer
 from hilum.backbones.weights import load_backbone, read_backbone_config
-from hilum.core.errors import CheckpointError, ConfigError, EmptyStudyError, UnknownNameError
+from hilum.core.errors import (
+    CheckpointError,
+    ConfigError,
+    EmptyStudyError,
+    PreprocessingMismatchError,
+    UnknownNameError,
+)
 from hilum.core.types import view_kind
 from hilum.data.images import shrink
-from hilum.data.store import Indices
+from hilum.data.store import Indices, Store
 from hilum.data.transforms import evaluation_crop, normalise, preprocessing
 from hilum.deploy import model_files as files
 from hilum.deploy.network import Network, Read, choose_device
@@ -154,6 +160,18 @@ class Encoder:
         if not all(np.isfinite(one).all() for one in (found.cls, found.patch_mean, *pooled.values())):
             raise CheckpointError("The embeddings are not finite: the weights are damaged.")
         return found
+
+    def check_store(self, store: Store) -> None:
+        """Refuse a store that was built for another preprocessing recipe.
+
+        Raises:
+            PreprocessingMismatchError: it was.
+        """
+        if store.preprocess_id != self.preprocess_id:
+            raise PreprocessingMismatchError(
+                f"{store.path} was built for preprocessing {store.preprocess_id!r}, this model needs "
+                f"{self.preprocess_id!r}. Build the store again: hilum build ... --intensity {self.preprocess_id}."
+            )
 
     def check_findings(self, findings: Sequence[str]) -> None:
         """Refuse findings whose queries mean nothing.

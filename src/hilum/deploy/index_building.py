@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float16, Int64
 
 import hilum
-from hilum.core.errors import ConfigError, EmptyStudyError, HilumError, PreprocessingMismatchError
+from hilum.core.errors import ConfigError, EmptyStudyError, HilumError
 from hilum.core.files import atomic_file, read_json, write_json
 from hilum.core.types import FRONTAL_VIEWS, RESEARCH_NOTICE
 from hilum.data.store import Indices, Store
@@ -27,8 +27,9 @@ from hilum.deploy.similar import (
     ROWS_NAME,
     STUDIES_NAME,
     Index,
+    centre_of,
+    column_of,
     joined_labels,
-    length_column,
     lengths_of,
 )
 from hilum.evaluation.studies import study_uids
@@ -74,7 +75,7 @@ def build_index(
     out, chosen = Path(out), np.asarray(list(indices), dtype=np.int64)
     if (out / HEADER_NAME).exists():
         raise ConfigError(f"{out} already holds an index. Choose another folder, or move this one away.")
-    check_recipe(encoder, store)
+    encoder.check_store(store)
     encoder.check_findings(findings)
     if not len(chosen):
         raise EmptyStudyError("There is no image to index.")
@@ -108,7 +109,9 @@ def build_index(
     widths = {}
     for name, file in files.items():
         written = np.load(out / file, mmap_mode="r")
-        widths[name], columns[length_column(file)] = written.shape[1], lengths_of(written)
+        centre = np.zeros(written.shape[1], np.float32) if name is None else centre_of(written)
+        widths[name] = written.shape[1]
+        columns |= {column_of("length", file): lengths_of(written, centre), column_of("centre", file): centre}
     with atomic_file(out / ROWS_NAME) as table:
         np.savez(table, **columns)  # type: ignore[arg-type]
     write_json(out / HEADER_NAME, {
@@ -146,19 +149,6 @@ def _vectors(path: Path, shape: tuple[int, int], new: bool) -> Float16[np.ndarra
     if new:
         return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     return np.lib.format.open_memmap(path, mode="r+")
-
-
-def check_recipe(encoder: Encoder, store: Store) -> None:
-    """Refuse a store that was built for another preprocessing recipe than the encoder's.
-
-    Raises:
-        PreprocessingMismatchError: it was.
-    """
-    if store.preprocess_id != encoder.preprocess_id:
-        raise PreprocessingMismatchError(
-            f"{store.path} was built for preprocessing {store.preprocess_id!r}, this model needs "
-            f"{encoder.preprocess_id!r}. Build the store again: hilum build ... --intensity {encoder.preprocess_id}."
-        )
 
 
 def describe_rows(store: Store, chosen: Int64[np.ndarray, " N"]) -> tuple[Int64[np.ndarray, " N"], dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,7 +67,8 @@ class Index:
         header: of `index.json`.
         columns: of `rows.npz`.
         vectors: one per row, of length 1 before they were rounded.
-        lengths: of the rounded ones.
+        lengths: of the rounded ones, from the centre.
+        centre: what all of them have in common, taken from rows and query before their cosine; zeros for [CLS].
         asked: the finding whose query pooled the vectors; None: [CLS].
     """
 
@@ -78,9 +79,11 @@ class Index:
         columns: Mapping[str, np.ndarray],
         vectors: Float16[np.ndarray, "N D"],
         lengths: Float32[np.ndarray, " N"],
+        centre: Float32[np.ndarray, " D"],
         asked: str | None = None,
     ) -> None:
-        self.path, self.header, self.vectors, self.lengths, self.asked = path, header, vectors, lengths, asked
+        self.path, self.header, self.vectors, self.asked = path, header, vectors, asked
+        self.lengths, self.centre = lengths, centre
         self.labels: tuple[str, ...] = tuple(header["labels"])
         """Findings of the store that was indexed, in order."""
         self._columns = columns
@@ -107,7 +110,8 @@ class Index:
             with np.load(path / ROWS_NAME, allow_pickle=False) as arrays:
                 columns = {name: arrays[name] for name in arrays.files}
             vectors = _open_vectors(path / STUDIES_NAME, header["rows"], header["dim"])
-            return cls(path, header, columns, vectors, columns[length_column(STUDIES_NAME)])
+            centre = np.zeros(header["dim"], np.float32)
+            return cls(path, header, columns, vectors, columns[column_of("length", STUDIES_NAME)], centre)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ConfigError(f"{path} cannot be read: {error}. Index again, or copy it again.") from error
 
@@ -125,6 +129,8 @@ class Index:
     def finding(self, name: str) -> "Index":
         """The same studies by what one finding's query pools from them.
 
+        A query brings most of it along itself, so that everything looks alike: the mean over the index is taken away.
+
         Raises:
             UnknownNameError: it was not indexed.
             ConfigError: its file is missing or damaged.
@@ -138,8 +144,8 @@ class Index:
             vectors = _open_vectors(self.path / entry["file"], len(self), entry["dim"])
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path / entry['file']} cannot be read: {error}. Index again.") from error
-        lengths = self._columns[length_column(entry["file"])]
-        return Index(self.path, self.header, self._columns, vectors, lengths, name)
+        lengths, centre = (self._columns[column_of(kind, entry["file"])] for kind in ("length", "centre"))
+        return Index(self.path, self.header, self._columns, vectors, lengths, centre, name)
 
     def matches(self, model: Model | Encoder) -> None:
         """Refuse a model whose embeddings mean something else than those of the index.
@@ -175,7 +181,7 @@ class Index:
         if count < 1:
             raise ConfigError(f"count: expected at least 1, found {count}.")
         unit = self._unit(query)
-        rows, similarities = nearest(self.vectors, self.lengths, unit, count, self.left_out(exclude))
+        rows, similarities = nearest(self.vectors, self.lengths, self.centre, unit, count, self.left_out(exclude))
         return [self.case(row, value) for row, value in zip(rows.tolist(), similarities.tolist(), strict=True)]
 
     def case(self, row: int, similarity: float = 1.0) -> Match:
@@ -277,7 +283,7 @@ class Index:
                 "was made by another model, or for another kind of search."
             )
         length = float(np.linalg.norm(values))
-        if not np.isfinite(length) or length == 0:
+        if not np.isfinite(length) or length == 0 or (values / length == self.centre).all():
             raise ConfigError("The query is zero or not finite; nothing is similar to it.")
         return values / length
 
@@ -291,57 +297,76 @@ class Index:
 def nearest(
     vectors: Float16[np.ndarray, "N D"],
     lengths: Float32[np.ndarray, " N"],
+    centre: Float32[np.ndarray, " D"],
     query: Float64[np.ndarray, " D"],
     count: int,
     banned: Bool[np.ndarray, " N"] | None = None,
 ) -> tuple[Int64[np.ndarray, " k"], Float64[np.ndarray, " k"]]:
-    """Rows with the largest cosine with a query, and the cosines; of equal ones the lower row first.
+    """Rows v with the largest cosine of v - centre and query - centre, and the cosines; of equal ones the lower row.
 
-    Cosines are taken in float32 first. Their error is at most D · 2^-24 and a few roundings, so every row that can be
-    among the nearest is within twice that of the last of them; these are taken again in float64, each row by itself, so
-    that equal rows get equal numbers.
+    Cosines are taken in float32 first, v . u - centre . u over the length of v - centre, with u along query - centre.
+    Their error is at most D · 2^-24 and a few roundings, over that length, so a row that cannot be among the nearest
+    is known; the others are taken again in float64, each row by itself, so that equal rows get equal numbers.
 
     Args:
-        vectors: stored rows.
-        lengths: `lengths_of` them: float16 moves a length of 1 by up to 2^-11, which would count more than a small
-            difference in direction.
+        vectors: stored rows, of length 1 before they were rounded.
+        lengths: of v - centre (`lengths_of`): rounding to float16 moves a length of 1 by up to 2^-11, which would count
+            more than a small difference in direction.
+        centre: zeros for plain cosines.
         query: of length 1.
         count: k at most.
         banned: rows that are not looked at.
     """
-    scores = scores_of(vectors, query.astype(np.float32))
-    scores /= np.where(lengths > 0, lengths, np.inf)
+    middle = centre.astype(np.float64)
+    direction = query - middle
+    direction /= np.linalg.norm(direction)
+    shares = 1 / np.where(lengths > 0, lengths, np.inf).astype(np.float32)
+    scores = scores_of(vectors, direction.astype(np.float32))
+    scores -= np.float32(middle @ direction)
+    scores *= shares
     if banned is not None:
         scores[banned] = -np.inf
     count = min(count, len(scores) if banned is None else int((~banned).sum()))
     if count < 1:
         return np.zeros(0, np.int64), np.zeros(0)
-    last = np.partition(scores, len(scores) - count)[len(scores) - count]
-    margin = 2 * (vectors.shape[1] + 16) * 2.0**-24
-    candidates = np.flatnonzero(scores >= last - margin).astype(np.int64)
+    error = shares
+    error *= np.float32((vectors.shape[1] + 32) * 2.0**-24)
+    scores -= error
+    certain = np.partition(scores, len(scores) - count)[len(scores) - count]
+    scores += 2 * error
+    candidates = np.flatnonzero(scores >= certain).astype(np.int64)
     exact = np.concatenate([
-        _cosines(vectors[part].astype(np.float64), query)
+        _cosines(vectors[part].astype(np.float64) - middle, direction)
         for part in np.array_split(candidates, -(-len(candidates) // BLOCK))
     ])  # fmt: skip
     order = np.lexsort((candidates, -exact))[:count]
     return candidates[order], exact[order]
 
 
-def _cosines(rows: Float64[np.ndarray, "n D"], query: Float64[np.ndarray, " D"]) -> Float64[np.ndarray, " n"]:
+def _cosines(rows: Float64[np.ndarray, "n D"], direction: Float64[np.ndarray, " D"]) -> Float64[np.ndarray, " n"]:
     """Row by row, so that a row's number does not depend on the others; 0 of a row of zeros."""
     lengths = np.sqrt((rows * rows).sum(axis=1))
-    return (rows * query).sum(axis=1) / np.where(lengths > 0, lengths, np.inf)
+    return (rows * direction).sum(axis=1) / np.where(lengths > 0, lengths, np.inf)
 
 
-def lengths_of(vectors: Float16[np.ndarray, "N D"]) -> Float32[np.ndarray, " N"]:
-    """Lengths of rows."""
-    parts = (vectors[start : start + BLOCK].astype(np.float32) for start in range(0, len(vectors), BLOCK))
-    return np.concatenate([np.zeros(0, np.float32), *(np.linalg.norm(part, axis=1) for part in parts)])
+def centre_of(vectors: Float16[np.ndarray, "N D"]) -> Float32[np.ndarray, " D"]:
+    """Mean of all rows."""
+    sums = sum(vectors[start : start + BLOCK].sum(axis=0, dtype=np.float64) for start in range(0, len(vectors), BLOCK))
+    return np.asarray(sums / max(len(vectors), 1), dtype=np.float32)
 
 
-def length_column(file: str) -> str:
-    """Name in `rows.npz` of the lengths of a file of vectors."""
-    return f"length.{Path(file).stem}"
+def lengths_of(vectors: Float16[np.ndarray, "N D"], centre: Float32[np.ndarray, " D"]) -> Float32[np.ndarray, " N"]:
+    """Lengths of rows from a centre."""
+    found = np.empty(len(vectors), np.float32)
+    for start in range(0, len(vectors), BLOCK):
+        part = vectors[start : start + BLOCK].astype(np.float64) - centre
+        found[start : start + BLOCK] = np.sqrt((part * part).sum(axis=1))
+    return found
+
+
+def column_of(kind: Literal["length", "centre"], file: str) -> str:
+    """Name in `rows.npz` of what belongs to a file of vectors."""
+    return f"{kind}.{Path(file).stem}"
 
 
 def scores_of(vectors: Float16[np.ndarray, "N D"], query: Float32[np.ndarray, " D"]) -> Float32[np.ndarray, " N"]:

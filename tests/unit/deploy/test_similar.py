@@ -14,18 +14,24 @@ from hilum.data.store import Store, write_arrays
 from hilum.deploy.embeddings import Encoder, embed_finding, embed_images, embed_study
 from hilum.deploy.index_building import build_index
 from hilum.deploy.predictor import load
-from hilum.deploy.similar import BLOCK, Index, joined_labels, lengths_of, nearest
+from hilum.deploy.similar import BLOCK, Index, centre_of, joined_labels, lengths_of, nearest
 
 TOLERANCE = 1e-12
 
 
-def brute_force(vectors, query, count, banned=None):
+def brute_force(vectors, query, count, banned=None, centre=0.0):
     """Cosines in float64, one row at a time."""
-    wide = vectors.astype(np.float64)
+    wide, query = vectors.astype(np.float64) - centre, query - centre
+    query = query / np.linalg.norm(query)
     products = [float(np.sum(row * query) / np.sqrt(np.sum(row * row))) for row in wide]
     rows = [row for row in range(len(vectors)) if banned is None or not banned[row]]
     rows.sort(key=lambda row: (-products[row], row))
     return rows[:count], [products[row] for row in rows[:count]]
+
+
+def plain(vectors, query, count, banned=None, centre=None):
+    centre = np.zeros(vectors.shape[1], np.float32) if centre is None else centre
+    return nearest(vectors, lengths_of(vectors, centre), centre, query, count, banned)
 
 
 def random_vectors(rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -42,10 +48,29 @@ def test_search_is_a_plain_float64_search(rows: int, dim: int, count: int) -> No
         query /= np.linalg.norm(query)
         banned = rng.random(rows) < 0.2
         for out in (None, banned):
-            found, products = nearest(vectors, lengths_of(vectors), query, count, out)
+            found, products = plain(vectors, query, count, out)
             expected, values = brute_force(vectors, query, count, out)
             assert found.tolist() == expected
             np.testing.assert_allclose(products, values, rtol=0, atol=TOLERANCE)
+
+
+def test_what_all_rows_share_is_taken_away_first() -> None:
+    """Rows that crowd around one direction, one of them exactly in the middle: their cosines from the centre."""
+    rng = np.random.default_rng(5)
+    vectors = random_vectors(1, 40)[0].astype(np.float64) + 0.02 * rng.standard_normal((2500, 40))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    centre = vectors[17].astype(np.float32)
+    query = vectors[3].astype(np.float64) + 0.01 * rng.standard_normal(40)
+    query /= np.linalg.norm(query)
+    found, cosines = plain(vectors, query, 60, centre=centre)
+    rest = np.arange(2500) == 17
+    expected, values = brute_force(np.where(rest[:, None], 0, vectors), query, 60, rest, centre.astype(np.float64))
+    assert found.tolist() == expected
+    np.testing.assert_allclose(cosines, values, rtol=0, atol=TOLERANCE)
+    assert found.tolist() != brute_force(vectors, query, 60)[0]
+    np.testing.assert_allclose(centre_of(vectors), vectors.astype(np.float64).mean(axis=0), rtol=0, atol=1e-7)
+    everything, _ = plain(vectors, query, 2500, centre=centre)
+    assert 17 in everything  # with cosine 0
 
 
 def test_equal_rows_come_in_their_order_and_near_ties_are_told_apart() -> None:
@@ -58,20 +83,20 @@ def test_equal_rows_come_in_their_order_and_near_ties_are_told_apart() -> None:
         vectors[row, steps[row]] = np.nextafter(base[steps[row]], np.float16(np.inf if row % 2 else -np.inf))
     query = base.astype(np.float64) + 1e-3 * rng.standard_normal(dim)
     query /= np.linalg.norm(query)
-    found, _ = nearest(vectors, lengths_of(vectors), query, 1500)
+    found, _ = plain(vectors, query, 1500)
     expected, _ = brute_force(vectors, query, 1500)
     assert found.tolist() == expected
     wide = vectors.astype(np.float32)
-    plain = wide @ query.astype(np.float32) / np.linalg.norm(wide, axis=1)
-    assert np.lexsort((np.arange(4000), -plain))[:1500].tolist() != expected  # what float32 alone would say
+    narrow = wide @ query.astype(np.float32) / np.linalg.norm(wide, axis=1)
+    assert np.lexsort((np.arange(4000), -narrow))[:1500].tolist() != expected  # what float32 alone would say
     twice = np.tile(base, (3000, 1))
-    same, _ = nearest(twice, lengths_of(twice), query, 700)
+    same, _ = plain(twice, query, 700)
     assert same.tolist() == list(range(700))
 
 
 def test_all_banned_is_an_empty_answer_and_threads_are_put_back() -> None:
     before = torch.get_num_threads()
-    found, products = nearest(random_vectors(9, 4), np.ones(9, np.float32), np.eye(4)[0], 3, np.ones(9, bool))
+    found, products = plain(random_vectors(9, 4), np.eye(4)[0], 3, np.ones(9, bool))
     assert len(found) == len(products) == 0
     assert torch.get_num_threads() == before
 
