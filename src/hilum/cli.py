@@ -412,7 +412,7 @@ def recipes(
 @app.command(epilog=example("hilum predict model pa.dcm lateral.dcm --out findings.csv"))
 def predict(
     model: Annotated[Path, typer.Argument(help="A model, an ensemble, or an export of either.")],
-    inputs: Annotated[list[str], typer.Argument(help="Images, folders, a CSV of paths, or STORE:split.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders, a CSV or Parquet of paths, or STORE:split.")],
     out: Out = Path("predictions.parquet"),
     raw: Annotated[bool, typer.Option(help="Without the model's calibrator, for combine.")] = False,
     study: Annotated[
@@ -429,6 +429,19 @@ def predict(
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, or auto: bf16 where the processor has it; default: the model's.")
     ] = None,
+    study_column: Annotated[
+        str | None, typer.Option(help="Of a table: says which images form a study; default: study_id.")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Processes, each on a device of its own.")] = 1,
+    score_flagged: Annotated[
+        bool, typer.Option("--score-flagged", help="Score also what is no upright chest X-ray; it stays flagged.")
+    ] = False,
+    correct_inverted: Annotated[
+        bool, typer.Option("--correct-inverted", help="Exchange bright and dark of inverted images, and score them.")
+    ] = False,
+    budget: Annotated[
+        float, typer.Option(help="Share of refused or withheld inputs above which this ends with status 1.")
+    ] = 1.0,
 ) -> None:
     """Findings for images or a split of a store, as Parquet, CSV or JSON."""
     from hilum.commands import predict as program
@@ -436,6 +449,8 @@ def predict(
     program.run(
         model, inputs, out, raw=raw, study=study, batch_size=batch_size, device=device, shard=shard, engine=engine,
         precision=precision,
+        study_column=study_column, devices=devices, score_flagged=score_flagged, correct_inverted=correct_inverted,
+        budget=budget,
     )  # fmt: skip
 
 

@@ -172,11 +172,11 @@ def test_a_table_of_paths_says_what_belongs_together(folder: Path, films: Path, 
     table.unlink()
 
 
-def test_nothing_readable_is_an_error_and_writes_nothing(folder: Path, films: Path, tmp_path: Path) -> None:
+def test_nothing_readable_is_an_error_that_is_written_down(folder: Path, films: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     with pytest.raises(EmptyStudyError, match="None of 2 inputs could be read"):
         predict.run(folder / "model", [str(films / "zero.png"), str(films / "short.png")], out, device="cpu")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv.quarantine.csv"]
 
 
 def test_inputs_that_mean_nothing_are_refused(folder: Path, films: Path, tmp_path: Path) -> None:

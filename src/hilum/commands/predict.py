@@ -1,25 +1,33 @@
-"""`hilum predict`: a model and images in, a prediction file out. Image files, or a split of a store.
+"""`hilum predict`: a model and images in, a prediction file out. Image files, tables of paths, or a split of a store.
 
-A file that cannot be used is listed in `OUT.quarantine.csv` with its reason, and the rest goes on.
+Nothing is lost in silence: what cannot be read is listed in `OUT.quarantine.csv`, what is no upright chest X-ray in
+`OUT.flags.csv`, and inputs = predicted + withheld + refused + given twice, exactly. A long run is read in parts
+(`predict_parts.py`), by one process or several (`predict_workers.py`), and goes on where it was stopped.
 """
 
-import csv
 import dataclasses
-import io
-import threading
 import zlib
-from collections import Counter
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from hilum.commands.predict_account import Account, account_of
+from hilum.commands.predict_parts import READING_THREADS, Part, Parts, Work, cut, plan_of
+from hilum.commands.predict_workers import (
+    STOPPED_STATUS,
+    Stopped,
+    devices_of,
+    read_here,
+    read_on_devices,
+    stop_signals,
+)
 from hilum.core.config import parse_shard
-from hilum.core.errors import ConfigError, EmptyStudyError, ImageError
-from hilum.core.files import write_text
+from hilum.core.errors import ConfigError, EmptyStudyError, HilumError, PreprocessingMismatchError
+from hilum.core.locks import folder_lock
 from hilum.core.tracking import next_step, progress, say, warn
-from hilum.data.images import read_image
-from hilum.deploy.inputs import Inputs, Refused, resolve
+from hilum.deploy.admission import RawReading
+from hilum.deploy.inputs import Inputs, resolve
 from hilum.deploy.network import store_identity
 from hilum.deploy.predictor import Model, load
 from hilum.evaluation.composition import Composition
@@ -28,9 +36,10 @@ from hilum.evaluation.studies import study_uids
 from hilum.evaluation.study_rules import StudyRule
 from hilum.evaluation.table_files import READERS
 
+__all__ = ["OWN", "READING_THREADS", "run"]
+
 OWN = "own"
 """In place of a study rule: the model's."""
-READING_THREADS = 2
 
 
 def run(
@@ -44,12 +53,17 @@ def run(
     shard: str | None = None,
     engine: str | None = None,
     precision: str | None = None,
+    study_column: str | None = None,
+    devices: int = 1,
+    score_flagged: bool = False,
+    correct_inverted: bool = False,
+    budget: float = 1.0,
 ) -> None:
     """Predict images and write a prediction file.
 
     Args:
         model: a MODEL or an ensemble directory.
-        inputs: files, folders, CSV files of paths, or one STORE:split.
+        inputs: files, folders, CSV or Parquet files of paths, or one STORE:split.
         out: `.parquet`, `.csv` or `.json`.
         raw: without calibration, as `hilum combine` wants it.
         study: one row per study, by this study rule; "own": by the rule that the model's calibrators were fitted for,
@@ -59,43 +73,63 @@ def run(
         shard: "i/n", job i of n, counted from 0; a study is never divided.
         engine: torch for a MODEL, onnx or openvino for an EXPORT; None: what `model` is for.
         precision: fp32, bf16 or auto (`deploy.engines.choose_precision`); None: as the model says.
+        study_column: the column of tables that groups images into studies; None: `study_id`.
+        devices: so many processes, each on a device of its own; on a CPU they share the processors.
+        score_flagged: score what is no upright chest X-ray as it is; otherwise it is withheld, unless it comes from a
+            store, whose images somebody has chosen.
+        correct_inverted: exchange bright and dark of inverted images, and score them.
+        budget: share of inputs that may be refused or withheld; above it this is an error, after all is written.
 
     Raises:
         ConfigError: inputs or options that mean nothing.
-        EmptyStudyError: no input could be read.
+        EmptyStudyError: no input could be scored.
         CheckpointError: the model is incomplete or damaged.
+        HilumError: the budget is exceeded, the disk is full, a process has died, or another one writes the same file.
+        SystemExit: with status 75, after SIGTERM or SIGUSR1; the same command goes on.
     """
     out = Path(out)
-    if out.suffix not in READERS:
-        raise ConfigError(f"--out {out}: expected a name that ends in {', '.join(READERS)}.")
-    rule = None if study in (None, OWN) else StudyRule.parse(str(study))
-    if batch_size < 1:
-        raise ConfigError(f"batch_size: expected at least 1, found {batch_size}.")
-    loaded = load(model, device, engine, precision)
+    rule = _check(out, study, batch_size, budget)
+    places = devices_of(device, devices)
+    loaded = load(model, device if devices == 1 else "cpu", engine, precision)
     if rule is not None and rule != loaded.composition.study:
         loaded.composition = _other_rule(loaded, rule, raw)
-    found = resolve(inputs)
-    identity = store_identity(found.store, found.indices) if found.store else found.identity()
-    part = _part(identity, *parse_shard(shard))
-    identity = {name: column[part] for name, column in identity.items()}
-    unit = "image" if study is None else "study"
-    total = len(part)
-    if total == 0 and shard:
+    found = resolve(inputs, study_column)
+    work, mine = _work(found, loaded, model, engine, precision, batch_size, score_flagged, correct_inverted, shard)
+    if len(work) + len(mine.refused) == 0 and shard:
         raise EmptyStudyError(f"--shard {shard}: this job has nothing to do; there are about as many jobs as studies.")
-    with progress("predict", total, "images") as bar:
-        if found.store:
-            chosen = found.indices[part]
-            predictions = loaded.predict_store(found.store, chosen, raw, unit, batch_size, READING_THREADS, bar.advance)
-        else:
-            predictions = _predict_files(loaded, found, part, identity, raw, unit, batch_size, bar.advance)
+    read, parts = _read(loaded, work, out, places)
+    account = account_of(work, mine, read)
+    account.write(out)
+    reading = RawReading.join([part.reading for part in read]) if read else None
+    if reading is None or len(reading.kept) == 0:
+        if parts is not None:
+            parts.remove()
+        raise EmptyStudyError(account.nothing())
+    unit = "image" if study is None else "study"
+    pictures = None if found.store is None else found.store.pictures[np.array(work.places, np.int64)]
+    predictions = loaded.assemble(work.identity, reading, raw, unit, pictures)
+    if found.store is None:  # identities of loose files say nothing about what the model has seen
+        predictions = predictions.replace(predictions.probabilities, exposed_images=None, exposure=None)
+    predictions = predictions.replace(predictions.probabilities, inputs=account.counts())
     write_predictions(predictions, out)
-    _report(predictions, found, out, total)
-    labels = str(found.store.path) if found.store else "LABELS"
-    next_step(
-        f"hilum combine {out} --study mean --out studies.parquet"
-        if predictions.stage == "raw" and "normal_damping" not in predictions.metadata
-        else f"hilum evaluate {out} --labels {labels} --out evaluation"
-    )
+    if parts is not None:
+        parts.remove()
+    _report(predictions, loaded, found, account, out)
+    if account.lost > budget * account.given:
+        raise HilumError(
+            f"{account.lost} of {account.given} inputs were refused or withheld, more than --budget {budget:g} allows. "
+            f"{out} has the rest."
+        )
+
+
+def _check(out: Path, study: str | None, batch_size: int, budget: float) -> StudyRule | None:
+    if out.suffix not in READERS:
+        raise ConfigError(f"--out {out}: expected a name that ends in {', '.join(READERS)}.")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: expected at least 1, found {batch_size}.")
+    if not 0 <= budget <= 1:
+        raise ConfigError(f"--budget: expected a share between 0 and 1, found {budget}.")
+    return None if study in (None, OWN) else StudyRule.parse(str(study))
 
 
 def _other_rule(model: Model, rule: StudyRule, raw: bool) -> Composition:
@@ -108,6 +142,39 @@ def _other_rule(model: Model, rule: StudyRule, raw: bool) -> Composition:
     return dataclasses.replace(model.composition, study=rule, ranks={})
 
 
+def _work(
+    found: Inputs, loaded: Model, model: Path, engine: str | None, precision: str | None, batch_size: int,
+    score_flagged: bool, correct_inverted: bool, shard: str | None,
+) -> tuple[Work, Inputs]:  # fmt: skip
+    """What this job reads, and its share of the inputs."""
+    job, jobs = parse_shard(shard)
+    if found.store is not None:
+        if found.store.preprocess_id != loaded.preprocess_id:
+            raise PreprocessingMismatchError(
+                f"{found.store.path} was built for preprocessing {found.store.preprocess_id!r}, this model needs "
+                f"{loaded.preprocess_id!r}. Build the store again: hilum build ... --intensity {loaded.preprocess_id}."
+            )
+        identity = store_identity(found.store, found.indices)
+        part = _part(identity, job, jobs)
+        places = found.indices[part].tolist()
+    else:
+        identity = found.identity()
+        part = _part(identity, job, jobs)
+        places = [found.images[place].path for place in part.tolist()]
+        found = dataclasses.replace(
+            found, images=[found.images[place] for place in part.tolist()],
+            refused=[one for one in found.refused if zlib.crc32(str(one.path).encode()) % jobs == job],
+            repeated=found.repeated if job == 0 else 0,
+        )  # fmt: skip
+    sources = found.view_sources
+    work = Work(
+        model, engine, precision, None if found.store is None else found.store.path, places,
+        {name: column[part] for name, column in identity.items()}, sources, batch_size,
+        score_flagged or found.store is not None, correct_inverted,
+    )  # fmt: skip
+    return work, found
+
+
 def _part(identity: dict[str, np.ndarray], job: int, jobs: int) -> np.ndarray:
     """Positions of this job's images; all images of a study go to one job."""
     names = ("dataset", "patient_id", "study_id", "image_uid")
@@ -115,59 +182,53 @@ def _part(identity: dict[str, np.ndarray], job: int, jobs: int) -> np.ndarray:
     return np.flatnonzero([zlib.crc32(uid.encode()) % jobs == job for uid in studies.tolist()])
 
 
-def _predict_files(
-    model: Model,
-    found: Inputs,
-    part: np.ndarray,
-    identity: dict[str, np.ndarray],
-    raw: bool,
-    unit: str,
-    batch_size: int,
-    done: Callable[[int], None],
-) -> Predictions:
-    lock = threading.Lock()
+def _read(model: Model, work: Work, out: Path, places: list[str]) -> tuple[list[Part], Parts | None]:
+    """Read everything; what is kept on the way is in the folder that is returned, if there is one."""
+    chunks = cut(work, model.needs_studies)
+    with ExitStack() as stack:
+        parts, before = None, 0
+        if len(chunks) > 1 or len(places) > 1:
+            parts = Parts(out.with_name(out.name + ".parts"))
+            stack.enter_context(folder_lock(parts.folder))
+            parts.prepare(plan_of(work, model, chunks))
+            before = sum(len(chunk) for number, chunk in enumerate(chunks) if parts.read(number) is not None)
+            if before:
+                say(f"{before} of {len(work)} images were read before; going on with the rest")
+        check = stack.enter_context(stop_signals())
+        bar = stack.enter_context(progress("predict", len(work) - before, "images"))
 
-    def read(index: int) -> np.ndarray | None:
-        path = found.images[index].path
+        def done(count: int) -> None:
+            bar.advance(count)
+            check()
+
         try:
-            return read_image(path, path.name, model.short_side, recipe=model.preprocess_id).pixels
-        except ImageError as error:
-            with lock:
-                found.refused.append(Refused(path, error.reason, str(error)))
-            return None
-
-    try:
-        predictions = model.predict_images(identity, part, read, raw, unit, batch_size, READING_THREADS, done)
-    except EmptyStudyError:
-        reasons = Counter(one.reason for one in found.refused)
-        listed = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        raise EmptyStudyError(
-            f"None of {len(found.refused)} inputs could be read ({listed}). Nothing was written."
-        ) from None
-    # identities of loose files say nothing about what the model has seen
-    return predictions.replace(predictions.probabilities, exposed_images=None, exposure=None)
+            if parts is not None and len(places) > 1:
+                read_on_devices(work, chunks, parts, places, bar.advance, check)
+            return read_here(model, work, chunks, parts, done), parts
+        except Stopped:
+            say("Stopped by a signal. " + ("Run the same command again to go on." if parts else "Nothing was kept."))
+            raise SystemExit(STOPPED_STATUS) from None
 
 
-def _report(predictions: Predictions, found: Inputs, out: Path, total: int) -> None:
-    quarantine = out.with_name(out.name + ".quarantine.csv")
-    quarantine.unlink(missing_ok=True)  # of an earlier prediction under this name
-    if found.refused:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "reason", "message"])
-        ordered = sorted(found.refused, key=lambda one: str(one.path))
-        writer.writerows([one.path, one.reason, one.message] for one in ordered)
-        write_text(quarantine, text.getvalue())
-        reasons = Counter(one.reason for one in found.refused)
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        warn(f"{len(found.refused)} inputs were left out ({listed}); {quarantine} says why")
+def _report(predictions: Predictions, model: Model, found: Inputs, account: Account, out: Path) -> None:
+    for line in account.warnings(out):
+        warn(line)
+    if model.screening is None:
+        warn("this model has no screening: nobody has looked whether the images are upright chest X-rays")
     exposed = predictions.metadata.get("exposed_images", 0)
     if exposed:
-        warn(f"the model has met {exposed} of {total} images in pretraining or training")
+        warn(f"the model has met {exposed} of {account.given} images in pretraining or training")
     for name, words in (("uncalibrated", "not calibrated"), ("exposure_not_recorded", "exposure")):
         if told := predictions.metadata.get(name):
             warn(f"{words}: {told}")
+    say(account.line())
     say(
         f"{out}: {len(predictions)} {predictions.unit} rows, {int(predictions.trained.sum())} of "
         f"{len(predictions.findings)} findings, stage {predictions.stage}"
+    )
+    labels = str(found.store.path) if found.store else "LABELS"
+    next_step(
+        f"hilum combine {out} --study mean --out studies.parquet"
+        if predictions.stage == "raw" and "normal_damping" not in predictions.metadata
+        else f"hilum evaluate {out} --labels {labels} --out evaluation"
     )

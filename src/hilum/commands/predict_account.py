@@ -127,7 +127,8 @@ def flags_of(out: Path) -> Path:
 
 
 def _listed(codes: Any) -> str:
-    return ", ".join(f"{count} {code}" for code, count in Counter(codes).most_common())
+    ordered = sorted(Counter(codes).items(), key=lambda one: (-one[1], one[0]))
+    return ", ".join(f"{count} {code}" for code, count in ordered)
 
 
 def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
