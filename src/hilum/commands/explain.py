@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+import hilum
 from hilum.core.errors import ConfigError, EmptyStudyError, ImageError, UnknownNameError
 from hilum.core.files import write_bytes, write_text
 from hilum.core.tracking import next_step, progress, say, warn
@@ -109,6 +110,7 @@ def _maps_of_store(
     count = len(needed(store, np.asarray(found.indices), wanted, together))
     with progress("maps", count, "images") as bar:
         made = store_maps(model, store, found.indices, wanted, batch_size, done=bar.advance)
+    made.metadata["hilum"] = hilum.__version__
     write_maps(made, out)
     say(
         f"{out}: {len(made)} maps of {len(made.image_uid)} images, {len(made.findings)} findings, "

@@ -6,6 +6,7 @@ The format is in docs/reference/maps.md.
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-import hilum
 from hilum.core.errors import PredictionError
 from hilum.core.files import atomic_file
 from hilum.core.types import RESEARCH_NOTICE
@@ -80,7 +80,7 @@ def write_maps(maps: Maps, path: Path) -> None:
     The scale is kept beside them, in float32.
     """
     peak = maps.maps.reshape(len(maps), -1).max(axis=1, initial=0) if len(maps) else np.zeros(0)
-    header = {"format": FORMAT, "hilum": hilum.__version__, "notice": RESEARCH_NOTICE, **maps.metadata}
+    header = {"format": FORMAT, "notice": RESEARCH_NOTICE, **maps.metadata}
     arrays = {
         "image_uid": maps.image_uid.astype(str), "image_id": maps.image_id.astype(str),
         "findings": np.array(maps.findings, dtype=str), "image": maps.image.astype(np.int32),
@@ -114,7 +114,7 @@ def read_maps(path: Path) -> Maps:
         raise PredictionError(
             f"{path} does not exist. Make it with `hilum explain MODEL STORE:test --maps {path}`."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise PredictionError(
             f"{path} cannot be read as a map file ({type(error).__name__}). Make it again."
         ) from error
