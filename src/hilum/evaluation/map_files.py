@@ -8,6 +8,7 @@ import json
 import zipfile
 import zlib
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def read_maps(path: Path) -> Maps:
         PredictionError: no such file, another kind or version, or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(BytesIO(Path(path).read_bytes()), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         header = json.loads(arrays["header"].tobytes().decode())
         found = header.pop("format")
