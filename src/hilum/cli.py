@@ -442,15 +442,30 @@ def predict(
     budget: Annotated[
         float, typer.Option(help="Share of refused or withheld inputs above which this ends with status 1.")
     ] = 1.0,
+    reports: Annotated[
+        Path | None, typer.Option(help="Also a report of every study, each in a folder of its own, in this one.")
+    ] = None,
+    formats: Annotated[str, typer.Option(help="Of reports: json, html, fhir, fhir-r4b, sr, sc, with commas.")] = "json",
+    captures: Annotated[
+        str, typer.Option(help="Of format sc: above (findings above their F1 operating point) or all.")
+    ] = "above",
+    references: Annotated[
+        Path | None, typer.Option(help="Of fhir: a CSV that says whose studies are which on a FHIR server.")
+    ] = None,
 ) -> None:
     """Findings for images or a split of a store, as Parquet, CSV or JSON."""
+    asked = None
+    if reports is not None:
+        from hilum.commands.predict_report_options import parse_options
+
+        asked = parse_options(reports, formats, captures, references)
     from hilum.commands import predict as program
 
     program.run(
         model, inputs, out, raw=raw, study=study, batch_size=batch_size, device=device, shard=shard, engine=engine,
         precision=precision,
         study_column=study_column, devices=devices, score_flagged=score_flagged, correct_inverted=correct_inverted,
-        budget=budget,
+        budget=budget, reports=asked,
     )  # fmt: skip
 
 

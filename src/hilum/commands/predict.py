@@ -9,6 +9,7 @@ import dataclasses
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,6 +37,9 @@ from hilum.evaluation.studies import study_uids
 from hilum.evaluation.study_rules import StudyRule
 from hilum.evaluation.table_files import READERS
 
+if TYPE_CHECKING:
+    from hilum.commands.predict_report_options import ReportOptions
+
 __all__ = ["OWN", "READING_THREADS", "run"]
 
 OWN = "own"
@@ -58,6 +62,7 @@ def run(
     score_flagged: bool = False,
     correct_inverted: bool = False,
     budget: float = 1.0,
+    reports: "ReportOptions | None" = None,
 ) -> None:
     """Predict images and write a prediction file.
 
@@ -79,6 +84,7 @@ def run(
             store, whose images somebody has chosen.
         correct_inverted: exchange bright and dark of inverted images, and score them.
         budget: share of inputs that may be refused or withheld; above it this is an error, after all is written.
+        reports: also a report of every study (`predict_reports.py`).
 
     Raises:
         ConfigError: inputs or options that mean nothing.
@@ -94,13 +100,19 @@ def run(
     if rule is not None and rule != loaded.composition.study:
         loaded.composition = _other_rule(loaded, rule, raw)
     found = resolve(inputs, study_column)
-    work, mine = _work(found, loaded, model, engine, precision, batch_size, score_flagged, correct_inverted, shard)
+    work, mine, part = _work(
+        found, loaded, model, engine, precision, batch_size, score_flagged, correct_inverted, shard
+    )
     if len(work) + len(mine.refused) == 0 and shard:
         raise EmptyStudyError(f"--shard {shard}: this job has nothing to do; there are about as many jobs as studies.")
     read, parts = _read(loaded, work, out, places)
     account = account_of(work, mine, read)
     account.write(out)
-    reading = RawReading.join([part.reading for part in read]) if read else None
+    if reports is not None:
+        from hilum.commands.predict_reports import write_reports  # only where reports are asked for
+
+        write_reports(loaded, found, part, reports, raw, score_flagged, correct_inverted)
+    reading = RawReading.join([one.reading for one in read]) if read else None
     if reading is None or len(reading.kept) == 0:
         if parts is not None:
             parts.remove()
@@ -145,8 +157,8 @@ def _other_rule(model: Model, rule: StudyRule, raw: bool) -> Composition:
 def _work(
     found: Inputs, loaded: Model, model: Path, engine: str | None, precision: str | None, batch_size: int,
     score_flagged: bool, correct_inverted: bool, shard: str | None,
-) -> tuple[Work, Inputs]:  # fmt: skip
-    """What this job reads, and its share of the inputs."""
+) -> tuple[Work, Inputs, np.ndarray]:  # fmt: skip
+    """What this job reads, its share of the inputs, and the positions of its images among all."""
     job, jobs = parse_shard(shard)
     if found.store is not None:
         if found.store.preprocess_id != loaded.preprocess_id:
@@ -172,7 +184,7 @@ def _work(
         {name: column[part] for name, column in identity.items()}, sources, batch_size,
         score_flagged or found.store is not None, correct_inverted,
     )  # fmt: skip
-    return work, found
+    return work, found, part
 
 
 def _part(identity: dict[str, np.ndarray], job: int, jobs: int) -> np.ndarray:
