@@ -45,7 +45,7 @@ def study_files() -> list[dict]:
     drawn = render_study(SEED, PATIENT, STUDY, positions, study.findings, SHAPES)
     return [
         {"name": f"{position}.dcm", "mimeType": "application/dicom",
-         "buffer": dicom(image.pixels, f"page {position}", ViewPosition=position)}
+         "buffer": dicom(image.pixels, f"page {position}", ViewPosition=position, BurnedInAnnotation="NO")}
         for position, image in zip(positions, drawn, strict=True)
     ]  # fmt: skip
 

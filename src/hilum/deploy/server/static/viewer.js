@@ -23,6 +23,7 @@ export class Viewer {
     this.tool = "window";
     this.opacity = 0.8;
     this.heat = null;
+    this.seen = null; // the part that the model looks at: top, left, height, width as shares
     this.grey = null; // Uint8 per pixel, as the server gave it
     this.windowed = null; // a canvas: grey after window, level and inversion
     this.pointers = new Map();
@@ -143,7 +144,19 @@ export class Viewer {
       context.globalAlpha = this.opacity;
       context.drawImage(this.heat, ...frame);
       context.globalAlpha = 1;
+      this.#frameSeen(context, frame);
     }
+  }
+
+  /** A dashed frame where heat can be at all, unless that is everywhere. */
+  #frameSeen(context, [left, top, width, height]) {
+    if (!this.seen || (this.seen[2] > 0.995 && this.seen[3] > 0.995)) return;
+    const [down, right, tall, wide] = this.seen;
+    context.strokeStyle = "rgb(255 255 255 / 0.45)";
+    context.lineWidth = 1;
+    context.setLineDash([5, 5]);
+    context.strokeRect(left + right * width + 0.5, top + down * height + 0.5, wide * width - 1, tall * height - 1);
+    context.setLineDash([]);
   }
 
   #applyWindow() {

@@ -181,6 +181,7 @@ export class Views {
 
   #describe(item, image) {
     item.image = image;
+    item.viewer.seen = image.box;
     item.note.textContent = "";
     item.select.disabled = false;
     item.select.value = image.view in VIEWS ? image.view : "OTHER";
