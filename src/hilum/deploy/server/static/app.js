@@ -300,7 +300,7 @@ function phase(name) {
   document.body.dataset.phase = name;
   document.body.classList.toggle("has-study", Boolean(state.study));
   byId("progress").hidden = name !== "working";
-  for (const button of document.querySelectorAll("[data-save], #clear, #another")) button.disabled = name === "empty";
+  for (const button of document.querySelectorAll("[data-save]")) button.disabled = name !== "study";
 }
 
 /** The choices that this browser remembers. */
