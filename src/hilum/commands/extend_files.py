@@ -12,11 +12,11 @@ import hilum
 from hilum.commands.extend_inputs import Base
 from hilum.commands.extend_training import Rung
 from hilum.commands.fit_inputs import Examples
-from hilum.core.files import write_bytes, write_json, write_text
+from hilum.core.files import write_bytes, write_json
 from hilum.core.types import POSITIVE
 from hilum.data.labels import IMPLIES
 from hilum.deploy import model_files as files
-from hilum.deploy.card import model_card
+from hilum.deploy.card import write_cards
 from hilum.deploy.screening import SCREENING_NAME
 from hilum.evaluation.calibration import Calibrator, describe_items
 from hilum.evaluation.calibrators import IDENTITY
@@ -80,7 +80,7 @@ def write_extended(
         "accepted_leak": join_leaks(str(base.content.get("accepted_leak") or ""), leak),
         "extended_from": files.digest_of(base.path),
     }
-    write_text(out / files.CARD_NAME, model_card(content) + extension_card(content))
+    write_cards(out, content, more=extension_card(content))
     files.write_config(out, content)
     return content
 

@@ -33,12 +33,12 @@ from hilum.commands.fit_inputs import Examples, describe_findings, open_examples
 from hilum.commands.fit_outputs import exposure_of, predict_validation, screen_inputs
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError, HilumError, LeakageError
-from hilum.core.files import write_json, write_text
+from hilum.core.files import write_json
 from hilum.core.tracking import next_step, progress, say, warn
 from hilum.core.types import POSITIVE, RESEARCH_NOTICE, UNKNOWN
 from hilum.data.store import Store
 from hilum.deploy import model_files as files
-from hilum.deploy.card import model_card
+from hilum.deploy.card import write_cards
 from hilum.deploy.network import Network, choose_device, raw_probabilities
 from hilum.deploy.out_of_sample import fit_calibrators
 from hilum.evaluation.calibration import fingerprint
@@ -212,7 +212,7 @@ def run(
             "store": {name: store.fingerprint(rows) for name, rows in (("train", train), ("val", val))},
         },
     }  # fmt: skip
-    write_text(out / files.CARD_NAME, model_card(content) + joint_card(content))
+    write_cards(out, content, more=joint_card(content))
     files.write_config(out, content)
     say(f"{out}: {len(examples.findings)} findings in one head, {chosen.variant}")
     next_step(f"hilum predict {out} {data}:test --out test.parquet")

@@ -14,9 +14,10 @@ import numpy as np
 
 import hilum
 from hilum.core.errors import CheckpointError, ConfigError, PredictionError, PreprocessingMismatchError
-from hilum.core.files import atomic_file, sha256_file, write_text
+from hilum.core.files import atomic_file, sha256_file
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy import model_files as files
+from hilum.deploy.card import write_cards
 from hilum.deploy.out_of_sample import PLAIN, fit_calibrators, fit_composition, refuse_in_sample
 from hilum.deploy.validation import join_members
 from hilum.evaluation.calibration import fingerprint
@@ -115,7 +116,7 @@ def combine_models(
             "uids_sha256": fingerprint(members[0].image_uid.tolist()),
         },
     }  # fmt: skip
-    write_text(out / files.CARD_NAME, _card(ensemble, len(members[0])))
+    write_cards(out, ensemble, own)
     files.write_config(out, ensemble)
     return Combined(ensemble, choice, views)
 
@@ -201,23 +202,3 @@ def _read_ranks(path: Path, described: Mapping[str, Any], count: int) -> dict[st
 def _relative(path: Path, out: Path) -> str:
     """A member's path from the ensemble's folder, so that both can be moved together."""
     return Path(os.path.relpath(path.resolve(), out.resolve())).as_posix()
-
-
-def _card(content: dict[str, Any], images: int) -> str:
-    weights = content["member_weights"] or [1.0] * len(content["members"])
-    members = "\n".join(
-        f"- `{member['path']}` (identity {member['digest']}, weight {weight:g})"
-        for member, weight in zip(content["members"], weights, strict=True)
-    )
-    damping = f" Abnormal findings are damped by Normal: {content['normal_damping']}." * bool(content["normal_damping"])
-    return (
-        f"# Ensemble of {len(content['members'])} models\n\n{RESEARCH_NOTICE}\n\n{members}\n\n"
-        f"Order of operations: {content['order']}. Images of a study: {content['study']}. Models: "
-        f"{content['ensemble']}.{damping}\n\n"
-        f"Its own calibrators (per image and per study){_chosen(content)} were fitted on the members' out-of-sample "
-        f"predictions of {images} validation images. Made by Hilum {content['hilum']}.\n"
-    )
-
-
-def _chosen(content: Mapping[str, Any]) -> str:
-    return ", and the choice of members and rules," if "choice" in content else ""

@@ -4,6 +4,7 @@ as the model puts images together, beside their labels.
 For intervals beside a prediction and for the model card. Fits nothing; `out_of_sample.py` does.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,17 +139,25 @@ def _parts(path: Path, content: Mapping[str, Any]) -> list[_Part]:
         trained = files.read_exposure(path, content).train
     except HilumError:
         return []
-    try:
-        predictions, labels = files.read_validation(path)
-        return [([predictions], labels, [trained])]
-    except PredictionError:
-        pass
-    parts: list[_Part] = []
+    return [([predictions], labels, [trained]) for predictions, labels in _tables(path, content)]
+
+
+def _tables(path: Path, content: Mapping[str, Any]) -> list[tuple[Predictions, np.ndarray]]:
+    """Validation of the first head and of those that were added, side by side where they are of the same images."""
     extensions = content.get("extensions", ())
+    tables: list[tuple[Predictions, np.ndarray]] = []
     for number in (None, *(n for n, extension in enumerate(extensions) if not extension["zero_shot"])):
         try:
-            predictions, labels = files.read_validation_of(path, number)
+            added, labels = files.read_validation_of(path, number)
         except PredictionError:
             continue
-        parts.append(([predictions], labels, [trained]))
-    return parts
+        same = [n for n, (one, _) in enumerate(tables) if set(one.image_uid.tolist()) == set(added.image_uid.tolist())]
+        if not same:
+            tables.append((added, labels))
+            continue
+        first, known = tables[same[0]]
+        rows = added.places(first.image_uid)
+        values = np.concatenate([first.probabilities, added.probabilities[rows]], axis=1)
+        joined = dataclasses.replace(first, findings=first.findings + added.findings, probabilities=values)
+        tables[same[0]] = (joined, np.concatenate([known, labels[rows]], axis=1))
+    return tables
