@@ -23,6 +23,7 @@ from hilum.deploy.inputs import FileImage, Inputs, Refused, resolve
 from hilum.deploy.overlays import SheetRow, contact_sheet, of_study, overlay_png, png, scale_of
 from hilum.deploy.predictor import Model, StudyResult, load
 from hilum.evaluation.map_files import write_maps
+from hilum.evaluation.predictions import bare_ids
 from hilum.evaluation.studies import study_uids
 
 LONGEST = 1024
@@ -100,7 +101,8 @@ def _maps_of_store(
     if regions is None:
         wanted: Mapping[int, Collection[str]] = labelled_positive(store, found.indices, names)
     else:
-        place = {store.image_ids[index]: int(index) for index in found.indices}
+        names_of = bare_ids(store.image_ids[found.indices], store.datasets[found.indices]).tolist()
+        place = dict(zip(names_of, found.indices.tolist(), strict=True))
         pairs: dict[int, list[str]] = {}
         for image, name in read_regions(regions, sizes_of(store.path)).keys:
             if image in place and name in names:

@@ -27,7 +27,7 @@ from hilum.evaluation.bootstrap import (
 )
 from hilum.evaluation.map_files import Maps
 from hilum.evaluation.metrics import GROUPS
-from hilum.evaluation.predictions import Predictions
+from hilum.evaluation.predictions import Predictions, bare_ids
 
 TOLERANCE = 15 / 224
 """Of the pointing game, as a share of the square's side: 15 pixels, as it was published, at 224."""
@@ -131,7 +131,7 @@ def pair_up(
 def _row_of(predictions: Predictions, wanted: set[str]) -> dict[str, int]:
     """Rows of the images that have regions."""
     rows: dict[str, int] = {}
-    for row, image in enumerate(predictions.image_id.tolist()):
+    for row, image in enumerate(bare_ids(predictions.image_id, predictions.dataset).tolist()):
         if image in wanted and rows.setdefault(image, row) != row:
             raise PredictionError(
                 f"Image id {image!r} occurs in several datasets of these predictions, and regions know images by their "

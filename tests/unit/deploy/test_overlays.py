@@ -11,6 +11,7 @@ from hilum.deploy.overlays import (
     contact_sheet,
     heat,
     heat_png,
+    of_study,
     overlay,
     overlay_png,
     placed,
