@@ -637,6 +637,44 @@ def calibrate(
     )
 
 
+@app.command(epilog=example("hilum recalibrate model studies --labels labels.csv --sensitivity 0.95 --out model_here"))
+def recalibrate(
+    model: Annotated[Path, typer.Argument(help="A model or an ensemble.")],
+    inputs: Annotated[list[str], typer.Argument(help="Labelled images, folders, a CSV of paths, or STORE:split.")],
+    labels: Annotated[Path, typer.Option(help="A CSV with an id column, a manifest or a store.")],
+    out: Out = Path("model_here"),
+    sensitivity: Annotated[
+        list[float] | None, typer.Option(help="An operating point: this sensitivity, such as 0.95; may be repeated.")
+    ] = None,
+    specificity: Annotated[
+        list[float] | None, typer.Option(help="An operating point: this specificity, such as 0.9; may be repeated.")
+    ] = None,
+    point: Annotated[list[str] | None, typer.Option(help="An operating point by name: f1 or youden.")] = None,
+    finding: Annotated[
+        list[str] | None, typer.Option(help="Asked about, for the verdict; default: all with enough studies.")
+    ] = None,
+    minimum_auc: Annotated[float, typer.Option(help="The least useful AUC, fixed before you look.")] = 0.70,
+    width: Annotated[float, typer.Option(help="Of the intervals that further studies are counted for.")] = 0.10,
+    accept_exposed: Annotated[
+        bool, typer.Option("--accept-exposed", help="Take images that the model has met; nothing is called fit then.")
+    ] = False,
+    keep_cases: Annotated[
+        bool, typer.Option("--keep-cases", help="Keep the site's predictions, labels and ids in the new model.")
+    ] = False,
+    bootstraps: Annotated[int, typer.Option(help="Resamples of patients for the intervals.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Fit a model's probabilities and cuts to a hospital, and say whether it is fit for it: yes, not shown, or no."""
+    from hilum.commands import recalibrate as program
+
+    program.run(
+        model, inputs, labels, out, sensitivity or (), specificity or (), point or (), finding or (), minimum_auc,
+        width, accept_exposed, keep_cases, bootstraps, seed, batch_size, device,
+    )  # fmt: skip
+
+
 @app.command(epilog=example("hilum evaluate test.parquet --labels store --out evaluation"))
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Predictions to judge.")],

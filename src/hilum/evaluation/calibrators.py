@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.optimize import minimize
 from scipy.special import expit, log1p, logit
 
 Parameters = dict[str, Any]
@@ -34,9 +33,14 @@ logistic map."""
 
 
 def fit_logistic(
-    probabilities: Float[np.ndarray, " N"], labels: Bool[np.ndarray, " N"], prior: Parameters, shrinkage: float
+    probabilities: Float[np.ndarray, " N"],
+    labels: Bool[np.ndarray, " N"],
+    prior: Parameters,
+    shrinkage: float | tuple[float, float],
 ) -> Parameters:
     """Slope and intercept on the log-odds by maximum a posteriori; the slope is exp of a free number, so positive.
+
+    A pair for `shrinkage` holds slope and intercept differently.
 
     Platt, "Probabilistic outputs for support vector machines" (1999), with a Gaussian prior on (log slope, intercept)
     around `prior`, which takes over as positives become few.
@@ -73,7 +77,7 @@ def _most_likely(
     labels: Bool[np.ndarray, " N"],
     slopes: Sequence[float],
     intercept: float | None,
-    shrinkage: float,
+    shrinkage: float | tuple[float, ...],
 ) -> list[float]:
     """Positive slopes of the columns, and an intercept unless None, of the logistic model with the largest posterior.
 
@@ -82,10 +86,11 @@ def _most_likely(
         labels: True where positive.
         slopes: centre of the prior, one per column.
         intercept: centre of the prior; None: no intercept.
-        shrinkage: precision of the prior on (log slopes, intercept).
+        shrinkage: precision of the prior on (log slopes, intercept), of all or of each.
     """
     y, count = labels.astype(np.float64), len(columns)
     centre = np.array([*np.log(slopes), *([] if intercept is None else [intercept])])
+    precision = np.broadcast_to(np.asarray(shrinkage, np.float64), centre.shape)
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
         scales = np.exp(point[:count])
@@ -97,11 +102,14 @@ def _most_likely(
         loss = (np.maximum(z, 0) - z * y + log1p(np.exp(-np.abs(z)))).sum()
         pull = point - centre
         slope_gradient = [scale * (residual * x).sum() for scale, x in zip(scales, columns, strict=True)]
-        gradient = np.array(slope_gradient + ([] if intercept is None else [residual.sum()])) + shrinkage * pull
-        return float(loss + 0.5 * shrinkage * (pull**2).sum()), gradient
+        gradient = np.array(slope_gradient + ([] if intercept is None else [residual.sum()])) + precision * pull
+        penalty = shrinkage * (pull**2).sum() if isinstance(shrinkage, float) else (precision * pull**2).sum()
+        return float(loss + 0.5 * penalty), gradient
 
     reach = np.array([5.0] * count + ([] if intercept is None else [30.0]))
     bounds = list(zip(centre - reach, centre + reach, strict=True))
+    from scipy.optimize import minimize  # half a second that predicting need not wait for
+
     found = minimize(objective, centre, jac=True, method="L-BFGS-B", bounds=bounds).x
     return [*np.exp(found[:count]).tolist(), *found[count:].tolist()]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from hilum.core.errors import PredictionError
 from hilum.core.types import UNKNOWN
@@ -94,6 +94,16 @@ def join(truth: Truth, predictions: Predictions, split: str | None = None, allow
         {"other_split": int((~keep).sum()), "unpredicted": unpredicted},
         {name: _one_per_key(values, keys)[place[keep]] for name, values in truth.attributes.items()},
     )
+
+
+def labelled(truth: Truth, predictions: Predictions) -> Bool[np.ndarray, " N"]:
+    """Which predicted items have a row in the labels, by the id that `join` goes by.
+
+    Raises:
+        PredictionError: as `join`, of ids that stand for several items.
+    """
+    keys, predicted = _keys(truth, predictions)
+    return np.isin(predicted, keys)
 
 
 def _one_per_key(values: np.ndarray, keys: np.ndarray) -> np.ndarray:

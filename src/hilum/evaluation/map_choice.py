@@ -98,10 +98,14 @@ class _Pools:
 
 
 def apply_map(one: Mapping[str, Any] | None, probabilities: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """Map probabilities; NaN throughout for a finding that was never trained."""
+    """Map probabilities; NaN throughout for a finding that was never trained.
+
+    A map that was fitted on top of an earlier one (`recalibration.py`) holds that one under "after".
+    """
     if one is None:
         return np.full(len(probabilities), np.nan)
-    return CALIBRATORS[one["kind"]].apply(one["parameters"], probabilities)
+    before = apply_map(one["after"], probabilities) if one.get("after") else probabilities
+    return CALIBRATORS[one["kind"]].apply(one["parameters"], before)
 
 
 def deal_patients(patients: Sequence[Any] | np.ndarray, folds: int) -> Int[np.ndarray, " N"]:

@@ -81,9 +81,12 @@ def pair_track(
     label: str,
     ticks: Sequence[float] = (),
     mark: str = "circle",
+    reference: float | None = None,
 ) -> str:
-    """Two values joined by a line: hollow before, filled after."""
+    """Two values joined by a line: hollow before, filled after; a short tick where they should be."""
     parts = [_grid(scale(tick)) for tick in ticks]
+    if reference is not None:
+        parts.append(_tick(scale(reference), "reference"))
     if before is not None and after is not None:
         parts.append(_span(scale(before), scale(after), "interval thin"))
     if before is not None:

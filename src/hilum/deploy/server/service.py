@@ -89,7 +89,7 @@ class Service:
                 "pixels": limits.pixels,
             },
             "similar": self.cases is not None,
-            "maps": any(_has_maps(network) for network in model.networks),
+            "maps": True,  # every head has them
         }  # fmt: skip
 
     def judge(self, pictures: list[Picture], job: Job) -> Study:
@@ -111,6 +111,8 @@ class Service:
             raise RefusedError(422, "not_possible", "The model cannot read these images as one study.") from error
         self._check_numbers(result)
         result = _with_what_files_say(result, pictures, job.views)
+        from hilum.deploy.overlays import of_study
+
         name = new_name()
         document = study_document(result, self.model, study_id=name, images=[_facts(one) for one in pictures])
         _add_flags(document, pictures)
@@ -120,7 +122,10 @@ class Service:
             document=document,
             pictures=tuple(png(picture.display) for picture in pictures),
             shapes=tuple((picture.display.shape[0], picture.display.shape[1]) for picture in pictures),
-            maps=result.attention,
+            maps={
+                name: None if maps is None else of_study(maps, result.contributions[name])
+                for name, maps in result.attention.items()
+            },
             boxes=tuple(result.boxes),
             embedding=result.embedding,
             scored=tuple(result.scored),
@@ -179,10 +184,6 @@ def _trained(model: Model) -> list[bool]:
         all(bool(network.trained[network.findings.index(name)]) for network in model.networks)
         for name in model.findings
     ]
-
-
-def _has_maps(network: Any) -> bool:
-    return getattr(getattr(network, "head", None), "attention", None) is not None
 
 
 def _facts(picture: Picture) -> ImageFacts:

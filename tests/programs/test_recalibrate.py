@@ -1,0 +1,265 @@
+"""hilum recalibrate as a hospital uses it: files and a table of labels in; a model of its own and a report out."""
+
+import csv
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from fit_stores import SMALL, make_store
+
+import hilum
+from hilum import cli
+from hilum.backbones.vit import VisionTransformer, ViTConfig
+from hilum.backbones.weights import save_backbone
+from hilum.commands import fit
+from hilum.core.config import override
+from hilum.core.seeding import forked
+from hilum.data.store import Store
+from hilum.deploy.ensemble_model import combine_models
+from hilum.evaluation.predictions import read_predictions
+
+STUDIES = 90
+
+
+def run(*words: object) -> int:
+    before, sys.argv = sys.argv, ["hilum", *map(str, words)]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def state_of(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models that know bright images (Edema), their ensemble, and a site: darker images, other prevalence.
+
+    Hernia's labels are drawn at random; Mass has 4 positives; "Never" was never trained; ten studies have no label.
+    """
+    path = tmp_path_factory.mktemp("site")
+    make_store(path / "store")
+    with forked(0, "site"):
+        backbone = VisionTransformer(ViTConfig(12, 2, 2, patch_size=8, image_size=16, layer_scale=0.5))
+    save_backbone(backbone, path / "run", "hilum-grey-1")
+    for name, resolution in (("model", 16), ("second", 24)):
+        config = override(SMALL, [f"resolution={resolution}", "search_epochs=6", "refit_epochs=6"])
+        fit.run(config, path / "store", path / "run", path / name, device="cpu")
+    combine_models([path / "model", path / "second"], path / "ensemble")
+    rng = np.random.default_rng(7)
+    (path / "images").mkdir()
+    with (path / "labels.csv").open("w", newline="") as file, (path / "images.csv").open("w", newline="") as listed:
+        labels, images = csv.writer(file), csv.writer(listed)
+        labels.writerow(["study_id", "patient_id", "Edema", "Hernia", "Mass", "Something else"])
+        images.writerow(["path", "study_id"])
+        for number in range(STUDIES + 10):
+            edema = int(rng.random() < 0.35)
+            cells = ["" if number % 9 == 0 else edema, int(rng.random() < 0.4), int(number < 4), 0]
+            if number < STUDIES:
+                labels.writerow([f"study{number}", f"patient{number // 2}", *cells])
+            for view in range(1 + (number % 5 == 0)):
+                noise = rng.normal(0, 25, (24, 28))
+                pixels = np.clip(40 + 60 * edema + noise + rng.normal(0, 12), 0, 255).astype(np.uint8)
+                cv2.imwrite(str(path / "images" / f"{number}_{view}.png"), pixels)
+                images.writerow([f"images/{number}_{view}.png", f"study{number}"])
+    return path
+
+
+def recalibrate(world: Path, out: Path, *words: object, model: str = "model", inputs: str = "images.csv") -> int:
+    return run(
+        "recalibrate", world / model, world / inputs, "--labels", world / "labels.csv", "--out", out,
+        "--bootstraps", 200, "--device", "cpu", *words,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def site(world: Path) -> Path:
+    assert recalibrate(world, world / "here", "--sensitivity", 0.9, "--finding", "Edema", "--keep-cases") == 0
+    return world / "here"
+
+
+def numbers(site: Path) -> dict:
+    return json.loads((site / "site_report.json").read_text())
+
+
+def test_the_new_model_is_whole_and_the_old_one_untouched(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state_of(world / "model")
+    assert recalibrate(world, tmp_path / "here") == 0
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert "left out: 10 unlabelled images" in printed or "left out: 12 unlabelled images" in printed
+    assert "fit for this site: no" in printed
+    assert state_of(world / "model") == before
+    shutil.move(tmp_path / "here", tmp_path / "moved")
+    content = json.loads((tmp_path / "moved" / "config.json").read_text())
+    assert content["recalibrated"]["overall"]["verdict"] == "no"
+    assert content["fitted_on"]["studies"] == STUDIES
+    model, old = hilum.load(tmp_path / "moved", device="cpu"), hilum.load(world / "model", device="cpu")
+    image = cv2.imread(str(world / "images" / "3_0.png"), 0)
+    new, was = model.predict(image, attention=False), old.predict(image, attention=False)
+    raw = model.predict(image, raw=True, attention=False)
+    assert raw.probabilities == old.predict(image, raw=True, attention=False).probabilities
+    assert new.probabilities["Edema"] != was.probabilities["Edema"]
+    assert new.probabilities["Mass"] == was.probabilities["Mass"]  # four positives: kept
+    assert new.probabilities["Never"] is None
+    assert new.flags["Mass"]
+    assert (tmp_path / "moved" / "README.md").read_text().startswith("# Recalibrated for a site")
+
+
+def test_the_report_says_what_was_planted(site: Path) -> None:
+    result = numbers(site)
+    findings = result["findings"]
+    assert findings["Edema"]["verdict"] == "yes"
+    assert findings["Hernia"]["verdict"] == "no"
+    assert findings["Mass"]["verdict"] == "not shown"
+    assert result["overall"]["verdict"] == "yes"  # asked about Edema alone
+    assert result["studies"] == STUDIES
+    assert result["patients"] == STUDIES // 2  # whose they are is told by the labels alone
+    assert result["exposed_images"] is None
+    edema = findings["Edema"]
+    assert edema["unknown"] == STUDIES // 9
+    assert edema["card"]["AUC"]["value"] > 0.9
+    assert edema["drift"]["PSI"] > 0.25
+    assert edema["calibration"]["Brier"]["difference"] < 0
+    assert abs(edema["calibration"]["mean_after"] - edema["prevalence"]) < 0.03
+    assert list(edema["points"]) == ["spec_at_sens90"]
+    assert edema["points"]["spec_at_sens90"]["sensitivity"]["value"] > 0.8
+    page = (site / "site_report.html").read_text()
+    assert '<b class="is-yes">Yes</b>' in page
+    assert "patient1" not in page + (site / "site_report.json").read_text()
+
+
+def test_nothing_is_judged_on_what_it_was_fitted_on(
+    site: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for unit in ((), ("--study", "own")):
+        assert run("predict", site, world / "images.csv", "--device", "cpu", "--out", tmp_path / "p.csv", *unit) == 0
+        capsys.readouterr()
+        status = run("evaluate", tmp_path / "p.csv", "--labels", world / "labels.csv", "--out", tmp_path / "e")
+        assert status == 1
+    table = read_predictions(tmp_path / "p.csv")
+    assert table.stage == "calibrated"
+    assert "spec_at_sens90" in table.metadata["thresholds"]["Edema"]
+
+
+def test_a_second_time_is_a_fit_on_the_same_items(
+    site: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recalibrate(world, tmp_path / "again", model="here") == 1
+    assert "calibrator was fitted on" in "".join(capsys.readouterr())
+    assert recalibrate(world, tmp_path / "again", "--accept-exposed", model="here") == 0
+    assert "yes" not in {row["verdict"] for row in numbers(tmp_path / "again")["findings"].values()}
+    chain = hilum.load(tmp_path / "again", device="cpu").calibrators["study"].maps["Edema"]
+    assert chain["after"]["after"]
+
+
+def test_images_that_it_has_met_are_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--labels", world / "store", "--device", "cpu", "--bootstraps", 50, "--out", tmp_path / "here")
+    for split, said in (
+        ("val", "calibrator was fitted on 16 of the 16"),
+        ("train", "has met 40 of these images"),
+        ("test", "nothing is fitted on the test split"),
+    ):
+        assert run("recalibrate", world / "model", f"{world / 'store'}:{split}", *words) == 1
+        assert said in "".join(capsys.readouterr())
+    assert run("recalibrate", world / "model", f"{world / 'store'}:val", *words, "--accept-exposed") == 0
+    assert numbers(tmp_path / "here")["exposed_images"] == 16
+
+
+def test_an_ensemble_takes_its_members_along(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "ensemble", tmp_path / "deep" / "ensemble")
+    for name in ("model", "second"):
+        shutil.copytree(world / name, tmp_path / name)
+    content = json.loads((world / "ensemble" / "config.json").read_text())
+    assert [one["path"] for one in content["members"]] == ["../model", "../second"]
+    assert recalibrate(world, tmp_path / "here", "--keep-cases", model="ensemble") == 0
+    moved = shutil.move(tmp_path / "here", tmp_path / "elsewhere")
+    model = hilum.load(moved, device="cpu")
+    assert len(model.networks) == 2
+    assert (Path(moved) / "members" / "01" / "model.safetensors").is_file()
+    assert numbers(Path(moved))["findings"]["Hernia"]["verdict"] != "yes"
+    kept = read_predictions(Path(moved) / "members" / "00" / "validation_logits.parquet")
+    assert len(kept) == numbers(Path(moved))["images"]
+    old = read_predictions(world / "model" / "validation_logits.parquet")
+    assert len(old) == 16
+
+
+def test_labels_by_image_give_the_same_as_labels_by_study(site: Path, world: Path, tmp_path: Path) -> None:
+    with (world / "labels.csv").open() as file:
+        by_study = list(csv.DictReader(file))
+    images: dict[str, list[str]] = {}
+    with (world / "images.csv").open() as file:
+        for row in csv.DictReader(file):
+            images.setdefault(row["study_id"], []).append(row["path"])
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image_id", *by_study[0]])
+        writer.writeheader()
+        for row in by_study:
+            writer.writerows([{**row, "image_id": image} for image in images[row["study_id"]]])
+    words = ("--labels", tmp_path / "labels.csv", "--sensitivity", 0.9, "--finding", "Edema")
+    assert recalibrate(world, tmp_path / "here", *words) == 0
+    mine, theirs = numbers(tmp_path / "here"), numbers(site)
+    assert mine["findings"]["Edema"] == theirs["findings"]["Edema"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--sensitivity", 1.5), "is between 0 and 1"),
+        (("--point", "f2"), "Unknown operating point 'f2'"),
+        (("--finding", "Oedema"), "Did you mean 'Edema'"),
+        (("--minimum-auc", 0.3), "expected 0.5 or more"),
+        (("--width", 2), "expected a width between 0 and 1"),
+    ],
+)
+def test_options_that_mean_nothing(
+    world: Path, tmp_path: Path, words: tuple, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recalibrate(world, tmp_path / "here", *words) == 1
+    assert said in " ".join("".join(capsys.readouterr()).split())
+    assert not (tmp_path / "here").exists()
+
+
+def test_labels_that_fit_nothing(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "labels.csv").write_text("study_id,Edema\nelsewhere,1\n")
+    assert recalibrate(world, tmp_path / "here", "--labels", tmp_path / "labels.csv") == 1
+    assert "None of 120 images has a row in" in "".join(capsys.readouterr())
+    (tmp_path / "labels.csv").write_text("study_id,Odema\nstudy1,1\n")
+    assert recalibrate(world, tmp_path / "here", "--labels", tmp_path / "labels.csv") == 1
+    assert "none of its columns is a finding of this model: 'Odema' (nearest: 'Edema')" in "".join(capsys.readouterr())
+
+
+def test_a_model_that_was_never_calibrated(world: Path, tmp_path: Path) -> None:
+    """As imported weights are: values rank images; afterwards they are probabilities, with cuts."""
+    bare = shutil.copytree(world / "model", tmp_path / "bare")
+    content = json.loads((bare / "config.json").read_text())
+    content["uncalibrated"] = "imported: no calibrator came with the weights"
+    for unit in content["calibration"].values():
+        unit["fitted_on"], unit["thresholds"], unit["raw_thresholds"] = None, {}, {}
+    (bare / "config.json").write_text(json.dumps(content))
+    image = world / "images" / "3_0.png"
+    assert hilum.load(bare, device="cpu").predict(image, attention=False).thresholds["Edema"] is None
+    words = ("recalibrate", bare, world / "images.csv", "--labels", world / "labels.csv", "--bootstraps", 50)
+    assert run(*words, "--device", "cpu", "--out", tmp_path / "here") == 0
+    model = hilum.load(tmp_path / "here", device="cpu")
+    result = model.predict(image, attention=False)
+    assert result.calibrated
+    assert result.thresholds["Edema"]
+    assert "uncalibrated" not in json.loads((tmp_path / "here" / "config.json").read_text())
+    assert numbers(tmp_path / "here")["was_calibrated"] is False
+    assert Store.open(world / "store").preprocess_id == model.preprocess_id
