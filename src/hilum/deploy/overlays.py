@@ -80,8 +80,11 @@ def of_study(
 
 
 def scale_of(maps: Sequence[Float[np.ndarray, "_ _"] | None]) -> Scale:
-    """One scale for all views of a finding: from the median over them (nothing) to the highest value (strongest)."""
-    values = np.concatenate([np.zeros(0), *(np.ravel(part) for part in maps if part is not None)])
+    """One scale for all views of a finding: from the median over them (nothing) to the highest value (strongest).
+
+    Views that took no part (None, or 0 throughout) are left out.
+    """
+    values = np.concatenate([np.zeros(0), *(np.ravel(part) for part in maps if part is not None and part.any())])
     return (float(np.median(values)), float(values.max())) if len(values) else (0.0, 0.0)
 
 
