@@ -17,7 +17,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
-from hilum.commands import fit
+from hilum.commands import fit, predict
 from hilum.commands.predict_report_options import ReportOptions, parse_options
 from hilum.commands.predict_reports import write_reports
 from hilum.core.config import override
@@ -26,6 +26,7 @@ from hilum.core.seeding import forked
 from hilum.deploy.inputs import Inputs, resolve
 from hilum.deploy.predictor import Model, load
 from hilum.deploy.study_report import study_schema
+from hilum.evaluation.predictions import read_predictions
 
 CANARY = "Canary"
 
@@ -174,6 +175,20 @@ def test_what_is_finished_is_left_and_what_is_not_goes_on(
         write_reports(model, resolve([str(films / "d.png")]), np.array([0]), ReportOptions(out))
     with pytest.raises(ConfigError, match="another model, or with and without --raw"):
         write_reports(model, found, everything(found), ReportOptions(out), raw=True)
+
+
+def test_the_command_writes_reports_beside_its_table(model: Model, films: Path, tmp_path: Path) -> None:
+    asked = parse_options(tmp_path / "reports", "html")
+    table = tmp_path / "table.json"
+    predict.run(model.folder, [str(films)], table, study="own", device="cpu", score_flagged=True, reports=asked)
+    rows = read_predictions(table)
+    folder_of = {row["study_id"]: row["folder"] for row in rows_of(tmp_path / "reports" / "studies.csv")}
+    assert len(rows) == 3
+    for row in range(3):
+        document = json.loads((tmp_path / "reports" / folder_of[rows.study_id[row]] / "study.json").read_text())
+        listed = [one["probability"] for one in document["findings"]]
+        expected = [None if np.isnan(value) else value for value in rows.probabilities[row]]
+        assert listed == pytest.approx(expected, abs=1e-6)  # one image at a time, not in a batch
 
 
 def test_a_store_gives_documents_and_pages_and_no_dicom(model: Model, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def write_reports(
         part: positions of the images of this job among them; a study is never divided.
         options: what to write.
         raw: without calibration.
-        score_flagged: as `Model.predict`.
+        score_flagged: as `Model.predict`; images of a store always are.
         correct_inverted: as there.
 
     Returns:
@@ -118,7 +118,8 @@ def write_reports(
             else:
                 views = _views(model, found, study, left_out, refused)
                 if views:
-                    _write_study(model, study, views, found, options, left_out, raw, score_flagged, correct_inverted)
+                    chosen_by_hand = score_flagged or found.store is not None  # somebody has put it into the store
+                    _write_study(model, study, views, options, left_out, raw, chosen_by_hand, correct_inverted)
                     finished += 1
             bar.advance(len(study.positions))
     _write_left_out(options.folder, left_out)
@@ -217,7 +218,6 @@ def _write_study(
     model: Model,
     study: _Study,
     views: Sequence[_View],
-    found: Inputs,
     options: ReportOptions,
     left_out: _LeftOut,
     raw: bool,

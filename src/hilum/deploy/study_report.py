@@ -22,7 +22,6 @@ from hilum.deploy.validation import read_bands
 from hilum.evaluation.score_bands import ScoreBands
 
 FORMAT = "hilum-study-1"
-NOT_A_CHEST_XRAY = "not_a_chest_xray"
 _bands: WeakKeyDictionary[Model, dict[bool, ScoreBands]] = WeakKeyDictionary()
 
 
@@ -50,7 +49,7 @@ def study_document(result: StudyResult, model: Model, *, study_id: str, images: 
     """
     if len(images) != len(result.boxes):
         raise ValueError(f"facts of {len(images)} images for a result of {len(result.boxes)}")
-    scored = _scored(result)
+    scored = result.scored
     calibrated = result.calibrated
     described = [_image(result, number, facts, scored[number]) for number, facts in enumerate(images)]
     return {
@@ -96,17 +95,8 @@ def _read_bands(model: Model, calibrated: bool) -> ScoreBands:
     return read_bands(model.folder, content, model.composition, model.calibrators["study"], calibrated)
 
 
-def _scored(result: StudyResult) -> list[bool]:
-    return [bool(one) for one in getattr(result, "scored", [True] * len(result.boxes))]
-
-
-def _of(result: StudyResult, field: str, place: int, otherwise: Any) -> Any:
-    values = getattr(result, field, None)
-    return otherwise if values is None else values[place]
-
-
 def _image(result: StudyResult, place: int, facts: ImageFacts, scored: bool) -> dict[str, Any]:
-    given = [{"code": flag.code, "message": flag.message} for flag in _of(result, "image_flags", place, ())]
+    given = [{"code": flag.code, "message": flag.message} for flag in result.image_flags[place]]
     codes = {flag["code"] for flag in given}
     quality = [
         {"code": code, "message": f"The decoder says: {code.replace('_', ' ')}."}
@@ -115,8 +105,8 @@ def _image(result: StudyResult, place: int, facts: ImageFacts, scored: bool) -> 
     ]
     return {
         "number": place + 1,
-        "view": _of(result, "views", place, "UNKNOWN"),
-        "view_source": _of(result, "view_sources", place, "unknown"),
+        "view": result.views[place],
+        "view_source": result.view_sources[place],
         "rows": facts.rows,
         "columns": facts.columns,
         "box": [float(side) for side in result.boxes[place]],
@@ -144,7 +134,7 @@ def _finding(result: StudyResult, model: Model, name: str, scored: Sequence[bool
     trained = probability is not None if known else _is_trained(model, name)
     points = result.thresholds.get(name) or None
     band = bands.band(name, probability)
-    shares = getattr(result, "contributions", {}).get(name) if probability is not None else None
+    shares = result.contributions.get(name) if probability is not None else None
     images = [
         {
             "number": place + 1,
