@@ -1,4 +1,7 @@
-"""The page in a real browser before a stand-in server: everything that a reader does."""
+"""The page in a real browser before a stand-in server: everything that a reader does.
+
+Past 300 lines: one act of the reader after the other, which share what they look at.
+"""
 
 import json
 import re
@@ -261,6 +264,29 @@ def test_flags_withheld_studies_and_corrected_views_are_plain(context, server: S
     assert page.locator(".row .bar").count() == 0
     assert page.locator("[role=option]").count() == 40
     assert "none scored" in page.locator("#counted").inner_text()
+
+
+def test_files_may_be_dropped_anywhere(reader: Reader):
+    drag = """([name, content]) => {
+      const moved = new DataTransfer();
+      if (content) moved.items.add(new File([Uint8Array.from(content)], "dropped.png", { type: "image/png" }));
+      else moved.setData("text/plain", "words");
+      const event = new DragEvent(name, { dataTransfer: moved, bubbles: true, cancelable: true });
+      document.querySelector("main").dispatchEvent(event);
+      return event.defaultPrevented;
+    }"""
+    page, content = reader.page, list(image_file(1)["buffer"])
+    assert page.evaluate(drag, ["drop", None]) is False
+    page.evaluate(drag, ["dragenter", content])
+    assert page.locator("#curtain").is_visible()
+    page.evaluate(drag, ["dragleave", content])
+    assert page.locator("#curtain").is_hidden()
+    assert page.evaluate(drag, ["dragover", content])
+    page.evaluate(drag, ["dragenter", content])
+    assert page.evaluate(drag, ["drop", content])
+    page.wait_for_selector(".row")
+    assert page.locator("#curtain").is_hidden()
+    assert page.locator("figure.view").count() == 1
 
 
 def test_clearing_makes_the_server_forget(reader: Reader):

@@ -1,20 +1,21 @@
 // The page from top to bottom: what is dropped goes to the server, what comes back is shown, and what the reader does
-// with it stays here. Drawing is in viewer.js, the list in findings.js, requests in api.js.
+// with it stays here. Drawing is in viewer.js, the list in findings.js, requests in api.js, buttons in controls.js.
+// Past 300 lines: the life of one study, from the drop to its being forgotten.
 
 import { alertWith, hideAlert, report } from "./alerts.js";
 import * as api from "./api.js";
 import { Cases } from "./cases.js";
+import { listenForFiles, listenToControls } from "./controls.js";
 import { showDetail } from "./detail.js";
-import { announce, byId, icon, make, remember, remembered } from "./dom.js";
+import { announce, byId, icon, make, remembered } from "./dom.js";
 import { FindingList } from "./findings.js";
-import { listenToKeys } from "./keys.js";
 import { bytes, percent, seconds, thresholdName } from "./numbers.js";
 import { QUIET, Views } from "./views.js";
 
 const MOST_FILES = 4;
 const HEATS_KEPT = 12; // findings whose maps stay decoded; a map is as large as its image
 
-const state = { metadata: null, files: [], study: null, finding: null, run: null, heats: new Map(), shownOpacity: 80 };
+const state = { metadata: null, files: [], study: null, finding: null, run: null, heats: new Map() };
 const list = new FindingList(byId("list"), chooseFinding);
 const views = new Views(byId("views"), () => { byId("rerun").hidden = views.corrections() === null; });
 const cases = new Cases();
@@ -22,10 +23,27 @@ const cases = new Cases();
 start();
 
 async function start() {
+  listenToControls(list, views);
   listen();
-  settle();
+  phase("empty");
   showDetail(null);
   await introduce();
+}
+
+function listen() {
+  for (const id of ["choose", "another"]) byId(id).addEventListener("click", () => byId("files").click());
+  byId("files").addEventListener("change", (event) => { take(event.target.files); event.target.value = ""; });
+  listenForFiles(take);
+  byId("clear").addEventListener("click", () => { dismiss(); byId("choose").focus(); announce("The study is forgotten."); });
+  byId("stop").addEventListener("click", () => state.run?.abort());
+  byId("rerun").addEventListener("click", () => run(views.corrections()));
+  byId("alert-close").addEventListener("click", hideAlert);
+  for (const radio of document.querySelectorAll("input[name=by]")) radio.addEventListener("change", showSimilar);
+  for (const button of document.querySelectorAll("[data-save]")) {
+    button.addEventListener("click", () => save(button.dataset.save, button));
+  }
+  addEventListener("pagehide", () => { if (state.study) forget(state.study.study.id, true); });
+  addEventListener("pageshow", (event) => { if (event.persisted) clearAll(); });
 }
 
 /** Ask the server who it is; until it answers, nothing can be read. */
@@ -286,8 +304,6 @@ async function save(name, button) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- the reader
-
 /** Say what went wrong; `again` does the same once more. */
 function failed(error, again) {
   report(error, again, {
@@ -301,81 +317,4 @@ function phase(name) {
   document.body.classList.toggle("has-study", Boolean(state.study));
   byId("progress").hidden = name !== "working";
   for (const button of document.querySelectorAll("[data-save]")) button.disabled = name !== "study";
-}
-
-/** The choices that this browser remembers. */
-function settle() {
-  phase("empty");
-  for (const [name, otherwise] of [["sort", "probability"], ["grouping", "groups"], ["scale", "linear"]]) {
-    const select = byId(name);
-    select.value = remembered(name, [...select.options].map((option) => option.value), otherwise);
-    list.set(name, select.value);
-  }
-}
-
-function listen() {
-  for (const id of ["choose", "another"]) byId(id).addEventListener("click", () => byId("files").click());
-  byId("files").addEventListener("change", (event) => { take(event.target.files); event.target.value = ""; });
-  byId("clear").addEventListener("click", () => { dismiss(); byId("choose").focus(); announce("The study is forgotten."); });
-  byId("stop").addEventListener("click", () => state.run?.abort());
-  byId("rerun").addEventListener("click", () => run(views.corrections()));
-  byId("invert").addEventListener("click", () => views.invert());
-  byId("reset").addEventListener("click", () => views.reset());
-  byId("theme").addEventListener("click", changeTheme);
-  byId("keys").addEventListener("click", () => byId("help").showModal());
-  byId("alert-close").addEventListener("click", hideAlert);
-  byId("opacity").addEventListener("input", (event) => setOpacity(Number(event.target.value)));
-  byId("filter").addEventListener("input", (event) => list.set("filter", event.target.value));
-  for (const name of ["sort", "grouping", "scale", "threshold"]) {
-    byId(name).addEventListener("change", (event) => { remember(name, event.target.value); list.set(name, event.target.value); });
-  }
-  for (const radio of document.querySelectorAll("input[name=tool]")) radio.addEventListener("change", () => views.setTool(radio.value));
-  for (const radio of document.querySelectorAll("input[name=by]")) radio.addEventListener("change", showSimilar);
-  for (const button of document.querySelectorAll("[data-save]")) button.addEventListener("click", () => save(button.dataset.save, button));
-  for (const dialog of document.querySelectorAll("dialog")) {
-    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-  }
-  listenToKeys(list, views, {
-    changeTheme, useTool, stepOpacity: (step) => setOpacity(Number(byId("opacity").value) + step),
-    toggleOverlay: () => setOpacity(Number(byId("opacity").value) ? 0 : state.shownOpacity),
-  });
-  listenForFiles();
-  addEventListener("pagehide", () => { if (state.study) forget(state.study.study.id, true); });
-  addEventListener("pageshow", (event) => { if (event.persisted) clearAll(); });
-}
-
-/** A study may be dropped anywhere on the page. */
-function listenForFiles() {
-  let depth = 0;
-  const curtain = (shown) => { byId("curtain").hidden = !shown; };
-  const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
-  addEventListener("dragenter", (event) => { if (carriesFiles(event)) { depth += 1; curtain(true); } });
-  addEventListener("dragleave", (event) => { if (carriesFiles(event) && (depth -= 1) <= 0) { depth = 0; curtain(false); } });
-  addEventListener("dragover", (event) => { if (carriesFiles(event)) event.preventDefault(); });
-  addEventListener("drop", (event) => {
-    if (!carriesFiles(event)) return;
-    event.preventDefault(); // else the browser leaves the page for the file
-    depth = 0;
-    curtain(false);
-    take(event.dataTransfer.files);
-  });
-}
-
-function useTool(name) {
-  document.querySelector(`input[name=tool][value=${name}]`).checked = true;
-  views.setTool(name);
-}
-
-function setOpacity(value) {
-  const share = Math.min(100, Math.max(0, value));
-  if (share) state.shownOpacity = share;
-  byId("opacity").value = share;
-  byId("opacity-value").textContent = `${share} %`;
-  views.setOpacity(share / 100);
-}
-
-function changeTheme() {
-  const root = document.documentElement;
-  root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
-  remember("theme", root.dataset.theme);
 }

@@ -74,6 +74,7 @@ export class FindingList {
     if (!this.shown?.length) return;
     const from = this.active ? this.shown.indexOf(this.active) : step > 0 ? -1 : this.shown.length;
     const to = Math.min(this.shown.length - 1, Math.max(0, from + step));
+    if (document.activeElement === document.body) this.box.focus({ preventScroll: true }); // so that it is read aloud
     this.#activate(this.shown[to]);
     this.select(this.shown[to]);
   }

@@ -136,6 +136,7 @@ export class Viewer {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, this.canvas.clientWidth, this.canvas.clientHeight);
     if (!this.windowed) return;
+    if (this.stale) this.#renew();
     context.imageSmoothingEnabled = true;
     context.imageSmoothingQuality = "high";
     const frame = this.frame();
@@ -160,7 +161,13 @@ export class Viewer {
   }
 
   #applyWindow() {
-    if (!this.windowed) return;
+    this.stale = true;
+    this.#moved();
+  }
+
+  /** Grey after window, level and inversion; once a frame, however fast the hand is. */
+  #renew() {
+    this.stale = false;
     const table = new Uint32Array(256);
     const lowest = this.window.centre - this.window.width / 2;
     for (let grey = 0; grey < 256; grey += 1) {
@@ -173,7 +180,6 @@ export class Viewer {
     const words = new Uint32Array(pixels.data.buffer);
     for (let index = 0; index < words.length; index += 1) words[index] = table[this.grey[index]];
     context.putImageData(pixels, 0, 0);
-    this.#moved();
   }
 
   #moved() {
