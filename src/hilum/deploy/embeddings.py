@@ -87,15 +87,15 @@ class Encoder:
         """The encoder of a model: its first network.
 
         Raises:
-            ConfigError: the model runs as an exported graph, which gives no patch tokens.
+            CheckpointError: the model runs as an exported graph, which gives no patch tokens.
         """
         if isinstance(model, Encoder):
             return model
         network = model.networks[0]
         if not isinstance(network, Network):
-            raise ConfigError(
-                "Embeddings come from the torch network of a model; this one runs as an exported graph. Load it with "
-                "the torch engine."
+            raise CheckpointError(
+                "What a finding's query pools, and features, come from the torch network of a model; this one runs as "
+                "an exported graph. Load the model that it was exported from."
             )
         config = network.config
         return cls(

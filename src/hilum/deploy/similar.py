@@ -153,9 +153,11 @@ class Index:
         A search by image needs the same backbone at the same resolution; one by a finding also the same head.
 
         Raises:
-            CheckpointError: another one.
+            CheckpointError: another one; or, for a finding, one that runs as an exported graph.
         """
         if isinstance(model, Model) and model.digest == self.header["model"]:
+            if self.asked is not None:
+                Encoder.of(model)  # an exported graph has no queries to ask with
             return
         encoder = Encoder.of(model)
         kind = "backbone" if self.asked is None else "head"
