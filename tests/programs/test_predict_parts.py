@@ -224,6 +224,29 @@ def test_a_killed_program_goes_on(folder: Path, tmp_path: Path, number: signal.S
     assert predictions.image_uid.tolist() == expected.image_uid.tolist()
 
 
+LOADED = """
+import sys
+from hilum import cli
+sys.argv[0] = "hilum"
+try:
+    cli.main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+slow = ("torch._dynamo", "torch._inductor", "sympy", "scipy.optimize", "scipy.stats", "sklearn", "polars", "pydicom")
+print("LOADED", [name for name in slow if name in sys.modules])
+"""
+
+
+@pytest.mark.slow
+def test_one_picture_waits_for_no_library_that_it_does_not_need(folder: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-c", LOADED, "predict", str(folder / "model"), str(folder / "films" / "00.png"), "--out",
+        str(tmp_path / "out.csv"), "--device", "cpu",
+    ]  # fmt: skip
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "LOADED []" in told
+
+
 # Several processes
 
 

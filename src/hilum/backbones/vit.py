@@ -127,6 +127,8 @@ class VisionTransformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
+        if self.mask_token.is_meta:  # weights follow; torch would load its compiler to draw numbers that nobody reads
+            return
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.config.positions == "sincos":
             self.pos_embed.data.copy_(sincos_positions(self.config.embed_dim, self.config.grid))
