@@ -167,9 +167,35 @@ def test_an_interrupted_index_is_the_same_in_the_end(folder: Path, tmp_path: Pat
     np.testing.assert_array_equal(resumed.vectors, straight.vectors)
     np.testing.assert_array_equal(resumed.finding("Mass").vectors, straight.finding("Mass").vectors)
     assert not (tmp_path / "b" / "progress.json").exists()
-    (tmp_path / "b" / "index.json").unlink()  # another question under the same name begins anew
-    other = build_index(encoder, store, range(20), tmp_path / "b", ["Edema"], 4)
-    assert len(other) == 10
+
+
+def test_what_was_begun_for_something_else_is_not_gone_on_with(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    store, encoder = Store.open(folder / "store"), Encoder.of(load(folder / "model", "cpu"))
+
+    build_index(encoder, store, range(44), tmp_path / "b", [], 8, part=8)
+    (tmp_path / "b" / "index.json").unlink()  # as if it had been stopped before its last file
+    (tmp_path / "b" / "progress.json").write_text(json.dumps({"key": "of another model", "parts": 6}))
+    other = build_index(encoder, store, range(20, 40), tmp_path / "b", [], 8, part=8)
+    expected = build_index(encoder, store, range(20, 40), tmp_path / "c", [], 8, part=8)
+    np.testing.assert_array_equal(other.vectors, expected.vectors)
+
+    monkeypatch.setattr(embedding_parts, "IMAGES", 4)
+    real = embedding_parts.embed_many
+    calls: list[int] = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(embedding_parts, "embed_many", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embed.run(str(folder / "model"), [f"{folder}/store:train"], tmp_path / "f.npz", device="cpu")
+    embed.run(str(folder / "model"), [f"{folder}/store:test"], tmp_path / "f.npz", device="cpu")
+    found = read_embeddings(tmp_path / "f.npz")
+    run_embed(folder, tmp_path / "g.npz")
+    np.testing.assert_allclose(found.vectors, read_embeddings(tmp_path / "g.npz").vectors, atol=2e-6)
 
 
 @pytest.mark.parametrize("finding", [None, "Mass"])
