@@ -2,9 +2,10 @@
 
     python runs/screening.py STORE OUT.json
 
-Fits the screening of `hilum fit` on the training split of a store, exactly as `fit` does, and judges its test split: the
-images as they are (false flags), inverted, turned, cropped and tiled copies of each, and KIND_IMAGES drawings of each
-kind of tests/programs/strangers.py. Fixed before it was run: seed 0, QUANTILE and all other numbers of deploy/screening.
+Fits the screening of `hilum fit` on the training split of a store, exactly as `fit` does, and judges its test split:
+the images as they are (false flags), inverted, turned, cropped and tiled copies of each, and KIND_IMAGES drawings of
+each kind of tests/programs/strangers.py. Fixed before it was run: the seed, the split, all numbers of
+deploy/screening.py. What pictures are described by was chosen on another split of the same X-rays and on these kinds.
 """
 
 import json
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "programs"))
 import strangers
 
 from hilum.commands.fit_outputs import screen_inputs
-from hilum.core.intervals import wilson
+from hilum.core.intervals import wilson_interval
 from hilum.data.store import Store
 from hilum.deploy.gradients import gradient_map
 from hilum.deploy.screening import read_screening
@@ -30,6 +31,7 @@ SEED = 0
 
 
 def main() -> None:
+    """Fit, judge, print and write."""
     store, out = Store.open(Path(sys.argv[1])), Path(sys.argv[2])
     out.parent.mkdir(parents=True, exist_ok=True)
     examples = SimpleNamespace(store=store, train=store.indices("train"), val=store.indices("val"))
@@ -46,11 +48,15 @@ def main() -> None:
         judged = screening.judge(np.stack([gradient_map(one) for one in ones]))
         codes = Counter(one.flag.code for one in judged if one.flag)
         flagged = sum(codes.values())
-        rows[name] = {"images": len(ones), "flagged": flagged, "codes": dict(codes), "ci95": wilson(flagged, len(ones))}
+        rows[name] = {
+            "images": len(ones),
+            "flagged": flagged,
+            "codes": dict(codes),
+            "ci95": wilson_interval(flagged, len(ones)),
+        }
         low, high = rows[name]["ci95"]
-        print(
-            f"{name:16} {flagged:4} of {len(ones):4} flagged, {flagged / len(ones):6.1%} [{low:.1%}, {high:.1%}]  {dict(codes)}"
-        )
+        share = f"{flagged / len(ones):6.1%} [{low:.1%}, {high:.1%}]"
+        print(f"{name:16} {flagged:4} of {len(ones):4} flagged, {share}  {dict(codes)}")
     views = [str(view) for view in store.views[store.indices("test")]]
     described = None
     if screening.views is not None:

@@ -11,7 +11,8 @@ DATA=${DATA:-../shared/data/nih-sample}
 make --quiet setup
 PATH="$PWD/.venv/bin:$PATH"
 
-hilum manifest "nih=$DATA" --split project --val-fraction 0.15 --test-fraction 0.2 --out "$OUT/nih/manifest.parquet"
+hilum manifest "nih=$DATA" --split project --val-fraction 0.15 --test-fraction 0.2 --seed 11 \
+  --out "$OUT/nih/manifest.parquet"
 hilum build "$OUT/nih/manifest.parquet" --size 256 --encoding raw --workers 1 --out "$OUT/nih/store"
 python runs/screening.py "$OUT/nih/store" "$OUT/nih/result.json"
 
