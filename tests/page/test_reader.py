@@ -158,6 +158,13 @@ def test_rows_are_sorted_grouped_and_say_what_they_show(reader: Reader):
     page.select_option("#grouping", "flat")
     assert all(reader.row(name).get_attribute("aria-label") == f"{name}: never trained" for name in NEVER_TRAINED)
     assert reader.names()[38:] == sorted(NEVER_TRAINED)
+    never, other = reader.row(NEVER_TRAINED[0]), reader.row("Edema")
+    assert never.inner_text().split("\n") == [NEVER_TRAINED[0], "never trained"]
+    for part in (".name", ".value"):  # in the same columns as the others
+        edges = [one.locator(part).bounding_box() for one in (never, other)]
+        side = "x" if part == ".name" else "right"
+        places = [{**box, "right": box["x"] + box["width"]}[side] for box in edges]
+        assert places[0] == pytest.approx(places[1], abs=0.5)
     assert reader.row("Tuberculosis").locator(".reserve").count() == 1
 
 
