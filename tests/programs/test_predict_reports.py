@@ -73,7 +73,7 @@ def films(tmp_path_factory) -> Path:
     write_dicom(path / "b.dcm", 2, "1.2.3", "P1", view="LL")
     write_dicom(path / "c.dcm", 3, "1.2.4", "P2")
     cv2.imwrite(str(path / "d.png"), np.random.default_rng(4).integers(0, 255, (30, 44), np.uint8))
-    (path / "short.png").write_bytes((path / "d.png").read_bytes()[:200])
+    (path / f"z{CANARY}.png").write_bytes((path / "d.png").read_bytes()[:200])
     return path
 
 

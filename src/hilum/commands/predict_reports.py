@@ -28,7 +28,7 @@ from hilum.core.tracking import progress, say, warn
 from hilum.data.images import kind_of, read_image
 from hilum.deploy.fhir import NOBODY, fhir_bundle
 from hilum.deploy.finding_codes import local_code
-from hilum.deploy.inputs import HEADER_BYTES, Inputs, Refused
+from hilum.deploy.inputs import HEADER_BYTES, Inputs
 from hilum.deploy.network import store_identity
 from hilum.deploy.predictor import Model, StudyResult
 from hilum.deploy.study_page import POINT, study_page
@@ -63,7 +63,6 @@ class _View(NamedTuple):
     view_source: str
     path: Path | None
     """None: of a store."""
-    position: int
 
 
 @dataclass
@@ -109,14 +108,14 @@ def write_reports(
     _write_index(options.folder, studies)
     mine = set(np.asarray(part).tolist())
     chosen = [study for study in studies if study.positions[0] in mine]
-    left_out, finished, refused = _LeftOut(), 0, {one.path for one in found.refused}
+    left_out, finished = _LeftOut(), 0
     with progress("reports", sum(len(study.positions) for study in chosen), "images") as bar:
         for study in chosen:
             folder = options.folder / study.name
             if _is_finished(folder, model, raw, options.formats):
                 finished += 1
             else:
-                views = _views(model, found, study, left_out, refused)
+                views = _views(model, found, study, left_out)
                 if views:
                     chosen_by_hand = score_flagged or found.store is not None  # somebody has put it into the store
                     _write_study(model, study, views, options, left_out, raw, chosen_by_hand, correct_inverted)
@@ -190,27 +189,23 @@ def _is_finished(folder: Path, model: Model, raw: bool, formats: Sequence[str]) 
     return all(any(folder.glob(_FILES[name])) for name in formats)
 
 
-def _views(model: Model, found: Inputs, study: _Study, left_out: _LeftOut, refused: set[Path]) -> list[_View]:
-    """The images of a study that can be read."""
+def _views(model: Model, found: Inputs, study: _Study, left_out: _LeftOut) -> list[_View]:
+    """The images of a study that can be read. Files are called by their number: names may hold those of people."""
     views = []
-    for position in study.positions:
+    for number, position in enumerate(study.positions, 1):
         if found.store is not None:
             index = int(found.indices[position])
             pixels = found.store.read(index)
-            facts = ImageFacts(*pixels.shape)
-            views.append(_View(pixels, facts, (), str(found.store.views[index]), "given", None, position))
+            views.append(_View(pixels, ImageFacts(*pixels.shape), (), str(found.store.views[index]), "given", None))
             continue
         image = found.images[position]
         try:
-            decoded = read_image(image.path, image.path.name, model.short_side, recipe=model.preprocess_id)
+            decoded = read_image(image.path, f"image {number}", model.short_side, recipe=model.preprocess_id)
         except ImageError as error:
-            left_out.add(study.name, f"image {image.image_id}", error)
-            if image.path not in refused:
-                refused.add(image.path)
-                found.refused.append(Refused(image.path, error.reason, str(error)))
+            left_out.add(study.name, f"image {number}", error)
             continue
         facts = ImageFacts(decoded.rows, decoded.cols)
-        views.append(_View(decoded.pixels, facts, decoded.quality, image.view, image.view_source, image.path, position))
+        views.append(_View(decoded.pixels, facts, decoded.quality, image.view, image.view_source, image.path))
     return views
 
 
