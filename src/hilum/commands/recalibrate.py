@@ -6,71 +6,41 @@ model with `site_report.html` and `site_report.json`. The old one is only read.
 
 import dataclasses
 import difflib
-import threading
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 import hilum
+from hilum.commands.recalibrate_inputs import Site, read_site
 from hilum.core.errors import (
-    ImageError,
     LeakageError,
     PredictionError,
-    PreprocessingMismatchError,
     StageError,
     UnknownNameError,
 )
 from hilum.core.files import sha256_file, write_json
-from hilum.core.tracking import next_step, progress, say, warn
+from hilum.core.tracking import next_step, say, warn
 from hilum.core.types import RESEARCH_NOTICE
-from hilum.data.images import read_image
 from hilum.deploy import model_files as files
-from hilum.deploy.admission import Gate, RawReading
-from hilum.deploy.inputs import DATASET, Inputs, Refused, resolve
-from hilum.deploy.network import store_identity
-from hilum.deploy.out_of_sample import labels_of_studies
+from hilum.deploy.inputs import resolve
 from hilum.deploy.predictor import Model, load
 from hilum.deploy.site_model import NUMBERS_NAME, REPORT_NAME, write_site_model
 from hilum.deploy.validation import read_validations
-from hilum.evaluation.calibration import Calibrator, check_out_of_sample, fingerprint
+from hilum.evaluation.calibration import Calibrator, fingerprint
 from hilum.evaluation.curves import curves
-from hilum.evaluation.joining import join, labelled
 from hilum.evaluation.map_choice import FOLDS, compare
-from hilum.evaluation.predictions import Predictions, bare_ids
+from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.recalibration import CrossFitted, cross_fit_site, recalibrate
 from hilum.evaluation.site_judgement import Rules, discrimination, drift_of, judge_site
 from hilum.evaluation.site_report import write_site_report
-from hilum.evaluation.studies import study_uids
 from hilum.evaluation.thresholds import operating_point, point_name
 from hilum.evaluation.truth import Truth, read_truth
 
 FORMAT = "hilum-site-1"
-READING_THREADS = 2
 CARD_RESAMPLES = 300
 """Of a model's validation, which can be a hundred times as large as a site's studies."""
-
-
-class Site(NamedTuple):
-    """Labelled studies of a site as the model sees them, not calibrated.
-
-    Args:
-        tables: by unit (image, study); patients are those of the labels where these say.
-        labels: by unit, codes, rows and columns as in the tables.
-        members: raw predictions of each network, per image.
-        left_out: counts, by reason.
-        exposed: images that the model has met; None where that is not known.
-        overlap: that the old calibrator was fitted on some of them, in words; empty: it was not.
-    """
-
-    tables: dict[str, Predictions]
-    labels: dict[str, np.ndarray]
-    members: list[Predictions]
-    left_out: dict[str, int]
-    exposed: int | None
-    overlap: str
 
 
 def run(
@@ -129,7 +99,7 @@ def run(
     content = files.read_config(model)
     loaded, truth = load(model, device), read_truth(labels)
     _check_findings(loaded, truth, finding)
-    site = _read_site(loaded, resolve(inputs), truth, batch_size)
+    site = read_site(loaded, resolve(inputs), truth, batch_size)
     _refuse_met(site, accept_exposed)
 
     groups = loaded.groups
@@ -185,107 +155,6 @@ def _check_findings(model: Model, truth: Truth, asked: Sequence[str]) -> None:
         raise PredictionError(f"{truth.source}: none of its columns is a finding of this model: {listed}.")
     if strangers:
         warn(f"{truth.source}: not findings of this model, and left out: {listed}")
-
-
-def _read_site(model: Model, found: Inputs, truth: Truth, batch_size: int) -> Site:
-    identity = store_identity(found.store, found.indices) if found.store else found.identity()
-    indices = found.indices if found.store else np.arange(len(found.images))
-    patients = _patients(identity, truth)
-    known = labelled(truth, _table(identity, patients))
-    left_out = {"unlabelled images": int((~known).sum())}
-    if not known.any():
-        raise PredictionError(
-            f"None of {len(known)} images has a row in {truth.source}. Labels are joined by image_uid, image_id or "
-            "study_id; image_id is the SOP instance UID of DICOM, else the path within the folder that was named."
-        )
-    chosen = np.flatnonzero(known)
-    identity = {name: column[chosen] for name, column in identity.items()}
-    with progress("predict", len(chosen), "images") as bar:
-        reading = _read(model, found, identity, indices[chosen], batch_size, bar.advance)
-    left_out |= Counter(one.reason for one in found.refused)
-    left_out |= Counter(one.flag.code for one in reading.flagged if not one.scored)
-    pictures = found.store.pictures[indices[chosen]] if found.store else None
-    image = model.assemble(identity, reading, raw=True, unit="image", pictures=pictures)
-    study = model.assemble(identity, reading, raw=True, unit="study", pictures=pictures)
-    rows = {name: np.asarray(column)[reading.kept] for name, column in identity.items()}
-    joined = join(truth, _table(rows, patients[chosen][reading.kept]))
-    if "test" in joined.splits.tolist():
-        raise StageError(f"{truth.source}: nothing is fitted on the test split. Leave it for judging the result.")
-    codes = np.full((len(image), len(image.findings)), -1, np.int8)
-    for column, name in enumerate(image.findings):
-        if name in joined.findings:
-            codes[:, column] = joined.labels[:, joined.findings.index(name)]
-    of_image = study_uids(image.dataset, image.patient_id, image.study_id, image.image_uid)
-    whose = dict(zip(of_image.tolist(), joined.predictions.patient_id.tolist(), strict=True))
-    members = [
-        dataclasses.replace(image, findings=network.findings, probabilities=values, metadata={})
-        for network, values in zip(model.networks, reading.probabilities, strict=True)
-    ]
-    return Site(
-        {
-            "image": dataclasses.replace(image, patient_id=joined.predictions.patient_id),
-            "study": dataclasses.replace(study, patient_id=np.array([whose[uid] for uid in study.image_uid.tolist()])),
-        },
-        {"image": codes, "study": labels_of_studies(codes, of_image, study.image_uid)},
-        members,
-        {reason: count for reason, count in left_out.items() if count},
-        int(image.metadata["exposed_images"]) if found.store else None,
-        _overlap(model, image, study),
-    )
-
-
-def _read(
-    model: Model, found: Inputs, identity: dict[str, np.ndarray], indices: np.ndarray, batch_size: int, done: Any
-) -> RawReading:
-    if found.store:
-        if found.store.preprocess_id != model.preprocess_id:
-            raise PreprocessingMismatchError(
-                f"{found.store.path} was built for preprocessing {found.store.preprocess_id!r}, this model needs "
-                f"{model.preprocess_id!r}. Build it again with --intensity {model.preprocess_id}, or name the files."
-            )
-        return model.read_images(identity, indices, found.store.read, batch_size, READING_THREADS, done)
-    lock = threading.Lock()
-
-    def read(index: int) -> np.ndarray | None:
-        path = found.images[index].path
-        try:
-            return read_image(path, path.name, model.short_side, recipe=model.preprocess_id).pixels
-        except ImageError as error:
-            with lock:
-                found.refused.append(Refused(path, error.reason, str(error)))
-            return None
-
-    gate = Gate(model.screening)
-    return model.read_images(identity, indices, read, batch_size, READING_THREADS, done, gate)
-
-
-def _table(identity: dict[str, np.ndarray], patients: np.ndarray) -> Predictions:
-    """Images without predictions, to be joined with labels."""
-    rows: dict[str, Any] = {**identity, "patient_id": patients}
-    return Predictions(**rows, findings=("-",), probabilities=np.zeros((len(patients), 1)))
-
-
-def _patients(identity: dict[str, np.ndarray], truth: Truth) -> np.ndarray:
-    """Whose each image is. Files that do not say (their patient is their study) take it from the labels."""
-    patients = np.asarray(identity["patient_id"]).astype(object)
-    unknown = (identity["dataset"] == DATASET) & (identity["patient_id"] == identity["study_id"])
-    for name in ("study_id", "image_id", "image_uid"):
-        keys = bare_ids(getattr(truth, name), truth.dataset)
-        told = {key: patient for key, patient in zip(keys.tolist(), truth.patient_id.tolist(), strict=True) if patient}
-        told.pop("", None)
-        for row in np.flatnonzero(unknown):
-            patients[row] = told.get(str(identity[name][row]), patients[row])
-    return patients.astype(str)
-
-
-def _overlap(model: Model, image: Predictions, study: Predictions) -> str:
-    for unit, table in (("image", image), ("study", study)):
-        if fitted_on := model.calibrators[unit].fitted_on:
-            try:
-                check_out_of_sample(table, fitted_on, "The model's calibrator")
-            except StageError as error:
-                return str(error)
-    return ""
 
 
 def _refuse_met(site: Site, accepted: bool) -> None:

@@ -30,6 +30,7 @@ from hilum.evaluation.map_choice import (
     cross_fit,
     cross_fitted_kinds,
     deal_patients,
+    kinds_of,
     known_items,
 )
 from hilum.evaluation.predictions import Predictions, column_indices
@@ -231,16 +232,11 @@ class Calibrator:
         if values["findings_sha256"] != findings_hash(values["findings"]):
             raise PredictionError("The calibrator's findings do not match their hash; the file was edited by hand.")
         _check_content(values)
-        kinds = {kind for one in values["maps"].values() for kind in _kinds(one)}
+        kinds = {kind for one in values["maps"].values() for kind in kinds_of(one)}
         for kind in sorted(kinds - set(CALIBRATORS)):
             raise UnknownNameError("calibrator", kind, CALIBRATORS)
         own = {key: values[key] for key in keys}
         return cls(tuple(values["findings"]), **own, cross_fitted=values.get("cross_fitted"), steps=values.get("steps"))
-
-
-def _kinds(one: Mapping[str, Any] | None) -> list[str]:
-    """Of a map and of those it was fitted on top of."""
-    return [one["kind"], *_kinds(one.get("after"))] if one else []
 
 
 def _check_content(values: Mapping[str, Any]) -> None:

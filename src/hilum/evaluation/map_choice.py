@@ -108,6 +108,11 @@ def apply_map(one: Mapping[str, Any] | None, probabilities: Float[np.ndarray, " 
     return CALIBRATORS[one["kind"]].apply(one["parameters"], before)
 
 
+def kinds_of(one: Mapping[str, Any] | None) -> list[str]:
+    """The kind of a map, and of those that it was fitted on top of."""
+    return [one["kind"], *kinds_of(one.get("after"))] if one else []
+
+
 def deal_patients(patients: Sequence[Any] | np.ndarray, folds: int) -> Int[np.ndarray, " N"]:
     """The fold of each item: whole patients, dealt at random and always alike.
 
