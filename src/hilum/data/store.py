@@ -142,6 +142,14 @@ class Store:
         """The leak by design that was accepted when the manifest was made, in words; "" for none."""
         return str(self.header.get("accepted_leak", ""))
 
+    @property
+    def licences(self) -> dict[str, list[str]]:
+        """By dataset, tags of the licences of its images (`data/licences.py`), as far as the manifest had them."""
+        tags: dict[str, set[str]] = {}
+        for shard in self.shards:
+            tags.setdefault(shard.dataset, set()).add(shard.licence)
+        return {dataset: sorted(found - {""}) for dataset, found in sorted(tags.items())}
+
     @cached_property
     def image_ids(self) -> np.ndarray:
         """Text (N,): the source's own id."""

@@ -118,6 +118,8 @@ def test_shards_hold_one_dataset_and_one_licence(tmp_path):
     summary = build_store(manifest_path, tmp_path / "store", encoding="raw", workers=1, **SMALL)
     store = Store.open(tmp_path / "store")
     groups = [(shard.dataset, shard.licence) for shard in store.shards]
+    assert store.licences == {dataset: sorted({tag for name, tag in groups if name == dataset}) for dataset in "ab"}
+    assert store.licences["a"]
     assert set(groups) == {("a", "open"), ("a", "credentialed"), ("b", "open"), ("b", "credentialed")}
     assert summary.shards == len(groups) > 4
     frame = pl.read_parquet(tmp_path / "store" / "manifest.parquet")
