@@ -89,17 +89,24 @@ def store_maps(
         groups = [np.flatnonzero(studies[positions] == study) for study in dict.fromkeys(studies[positions].tolist())]
         for rows in groups if together else np.arange(len(positions))[:, None]:
             weights = _weights(model, identity, positions[rows]) if together else np.ones(1)
-            for row, maps in zip(rows, mean_of_maps(_parts(model, readings, rows), weights), strict=True):
+            for row, maps in zip(rows, mean_of_maps(_parts(model, readings, rows), weights), strict=False):
                 position = int(positions[row])
                 names = wanted.get(int(chosen[position]), ())
-                found.extend((position, columns[name], maps[columns[name]]) for name in names if name in columns)
+                found.extend(
+                    (position, columns[name], maps[columns[name]])
+                    for name in names
+                    if name in columns and np.isfinite(maps[columns[name]]).all()
+                )
 
     raw_probabilities(
         model.networks, chosen, store.read, batch_size, workers, done, studies, identity["view"], observe,
         attention=True,
     )  # fmt: skip
     if not found:
-        raise ConfigError("There is no map to make: this model was never trained for the findings that were asked for.")
+        raise ConfigError(
+            "There is no map to make: this model has none of the findings that were asked for, or was not trained for "
+            "them."
+        )
     found.sort(key=lambda one: one[:2])
     kept = np.unique([position for position, _, _ in found])
     used = sorted({column for _, column, _ in found})

@@ -131,7 +131,7 @@ def mean_of_maps(parts: Sequence[Part], weights: Float[np.ndarray, " V"]) -> lis
     """Weighted mean of the maps of several networks, on the finest grid among them; one for each view.
 
     Each sums to 1 over its view; over the study, if any network looks at whole studies: then the maps of the others
-    take the weight of their view in the study. A finding that no network was trained for is NaN.
+    take the weight of their view in the study. A finding is NaN that no network was trained for, or has maps of.
 
     Args:
         parts: of each network; those without maps, or without a share, are left out.
@@ -147,8 +147,9 @@ def mean_of_maps(parts: Sequence[Part], weights: Float[np.ndarray, " V"]) -> lis
         grown = _regrid(maps, size)
         if over_study and not part.together:
             grown = grown * weights[:, None, None, None]
-        share = part.share * ~np.isnan(part.values).all(axis=0)[:, None, None]
-        total, mass = total + share * grown, mass + share
+        known = ~np.isnan(part.values).all(axis=0) & np.isfinite(grown).all(axis=(0, 2, 3))
+        share = part.share * known[:, None, None]
+        total, mass = total + share * np.nan_to_num(grown), mass + share
     joined = np.divide(total, mass, out=np.full(total.shape, np.nan), where=np.broadcast_to(mass > 0, total.shape))
     return list(joined)
 
@@ -189,7 +190,7 @@ def contributions(
         )
         sums = views.sum(axis=0)
         even = np.repeat(weights[:, None], len(findings), axis=1)
-        share = part.share * ~np.isnan(part.values).all(axis=0)
+        share = part.share * (~np.isnan(part.values).all(axis=0) & np.isfinite(views).all(axis=0))
         total += share * np.nan_to_num(np.divide(views, sums, out=even, where=sums > 0))
         mass += share
     return {

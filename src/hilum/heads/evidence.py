@@ -12,16 +12,13 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hilum.backbones.contributions import cls_contributions
 from hilum.backbones.vit import VisionTransformer
-from hilum.heads.csra import CSRAHead
 from hilum.heads.extension import ExtendedHead
 from hilum.heads.features import Features
 from hilum.heads.linear import LinearHead
-from hilum.heads.ml_decoder import MLDecoder
-from hilum.heads.registry import Head
 from hilum.heads.study_sets import same_study
 from hilum.heads.view_attention import ViewAttention
 
@@ -30,21 +27,23 @@ FLAT = 1e-5
 """Log-odds a patch, in the mean, below which evidence is rounding."""
 
 
-def kind_of_maps(head: Head | ExtendedHead) -> MapKind:
+def kind_of_maps(head: nn.Module) -> MapKind:
     """What the maps of a head are; of an extended one, those of its first head."""
     inner = head.main if isinstance(head, ExtendedHead) else head
     inner = inner.inner if isinstance(inner, ViewAttention) else inner
-    return "attention" if isinstance(inner, MLDecoder) else "evidence"
+    return "evidence" if isinstance(inner, LinearHead) or hasattr(inner, "evidence") else "attention"
 
 
 @torch.no_grad()
 def maps_of(
-    head: Head | ExtendedHead,
+    head: nn.Module,
     features: Features,
     backbone: VisionTransformer,
     images: Float[Tensor, "B _ H W"],
 ) -> Float[Tensor, "B C h w"]:
     """Maps of every finding, float32, 0 or more; each sums to 1, over a study where the head looks at whole studies.
+
+    A head of another kind has the maps of its method `attention`, or of `evidence` (B, C, N); NaN where it has neither.
 
     Args:
         head: with its weights, in evaluation mode.
@@ -60,15 +59,18 @@ def maps_of(
             pairs = zip(head.heads, parts, strict=True)
             parts = [part if one.needs_studies else part * weight[:, None, None, None] for one, part in pairs]
         return torch.cat(parts, dim=1)
-    if isinstance(head, MLDecoder):
-        return head.attention(features).float()
     if isinstance(head, ViewAttention):
         alone = maps_of(head.inner, features, backbone, images)
         return alone * head.view_weights(features)[:, :, None, None]
-    if isinstance(head, CSRAHead):
-        blank = read_patches(backbone, torch.zeros_like(images[:1]), features)
-        return as_maps(head.evidence(features) - head.evidence(blank)).unflatten(-1, features.grid)
-    same = same_study(features) if head.needs_studies else None
+    same = same_study(features) if getattr(head, "needs_studies", False) else None
+    if not isinstance(head, LinearHead):
+        if (add := getattr(head, "evidence", None)) is not None:
+            blank = read_patches(backbone, torch.zeros_like(images[:1]), features)
+            return as_maps(add(features) - add(blank), same).unflatten(-1, features.grid)
+        if (attend := getattr(head, "attention", None)) is not None:
+            return attend(features).float()
+        shape = (features.cls.shape[0], len(getattr(head, "bias")), *features.grid)  # noqa: B009
+        return torch.full(shape, torch.nan, device=features.cls.device)
     terms = linear_terms(head, features, backbone, images)
     terms = terms - linear_terms(head, features, backbone, torch.zeros_like(images[:1]))
     evidence = torch.einsum("brcn,br->bcn", terms, head.share_of_image(features))

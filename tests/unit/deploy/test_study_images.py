@@ -81,3 +81,12 @@ def test_contributions_add_up_to_one_and_untrained_findings_have_none() -> None:
     both = contributions(NAMES, [part(half, None), part(PLAIN[:2], maps(2, 3, True), 2.0, True)], np.full(2, 0.5))
     for shares in both.values():
         assert sum(shares) == pytest.approx(1)
+
+
+def test_a_network_without_maps_leaves_them_to_the_others() -> None:
+    found, nothing = maps(2, 3, True), np.full((2, 2, 3, 3), np.nan)
+    parts = [part(PLAIN[:2], found, together=True), part(PLAIN[:2], nothing, together=True)]
+    np.testing.assert_allclose(np.stack(mean_of_maps(parts, np.full(2, 0.5))), found)
+    said = contributions(NAMES, parts, np.full(2, 0.5))
+    assert said["Mass"] == pytest.approx(found[:, 1].sum(axis=(1, 2)).tolist())
+    assert contributions(NAMES, parts[1:], np.full(2, 0.5)) == {"Edema": None, "Mass": None}

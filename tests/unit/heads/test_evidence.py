@@ -186,6 +186,27 @@ def test_every_head_has_maps_that_sum_to_one(backbone, images, name, settings) -
     torch.testing.assert_close(maps_of(head, alone, backbone, images[rows]), maps[rows], atol=1e-5, rtol=1e-4)
 
 
+def test_heads_of_other_kinds_have_the_maps_that_they_say_they_have(backbone, images) -> None:
+    """As docs/how-to/add-a-head.md has it: `attention`, `evidence`, or neither."""
+    features, mean = features_of(backbone, images)._replace(study=None, view=None), make("linear")
+
+    class Other(nn.Module):
+        needs_patches, needs_studies = True, False
+        bias = mean.bias
+
+    plain = maps_of(Other(), features, backbone, images)
+    assert plain.shape == (7, FINDINGS, 4, 3)
+    assert plain.isnan().all()
+
+    class Terms(Other):
+        def evidence(self, features: Features) -> torch.Tensor:
+            return features.patches[:, :, :FINDINGS].transpose(1, 2)
+
+    blank = features_of(backbone, torch.zeros_like(images[:1])).patches[:, :, :FINDINGS].transpose(1, 2)
+    expected = as_maps(features.patches[:, :, :FINDINGS].transpose(1, 2) - blank).unflatten(-1, (4, 3))
+    torch.testing.assert_close(maps_of(Terms(), features, backbone, images), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_constants_that_a_bias_could_hold_do_not_move_a_map() -> None:
     evidence = torch.randn(3, 2, 12, generator=torch.Generator().manual_seed(0))
     shifted = evidence + torch.tensor([5.0, -7.0, 0.3])[:, None, None]
