@@ -118,7 +118,7 @@ def test_the_new_model_is_whole_and_the_old_one_untouched(
     assert new.probabilities["Mass"] == was.probabilities["Mass"]  # four positives: kept
     assert new.probabilities["Never"] is None
     assert new.flags["Mass"]
-    assert (tmp_path / "moved" / "README.md").read_text().startswith("# Recalibrated for a site")
+    assert "\n# Recalibrated for a site\n" in (tmp_path / "moved" / "README.md").read_text()
 
 
 def test_the_report_says_what_was_planted(site: Path) -> None:

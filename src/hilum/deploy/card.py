@@ -102,6 +102,18 @@ def model_card(
     return "\n\n".join(_block(part) for part in parts if part) + "\n"
 
 
+def with_preface(card: str, preface: str) -> str:
+    """A card with something to read before it; what model hubs read stays at the top.
+
+    Args:
+        card: as `model_card` makes it, or any other text.
+        preface: Markdown, of what the directory was made into.
+    """
+    parts = card.split("---\n", 2)
+    metadata, rest = (f"---\n{parts[1]}---\n\n", parts[2]) if len(parts) == 3 and not parts[0] else ("", card)
+    return f"{metadata}{preface.strip()}\n\n---\n\n{rest.lstrip()}"
+
+
 def _block(lines: Sequence[str]) -> str:
     """Paragraphs; consecutive list items and table rows stay together."""
     text = ""

@@ -14,6 +14,7 @@ import hilum
 from hilum.core.files import atomic_path, write_text
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy import model_files as files
+from hilum.deploy.card import with_preface
 from hilum.deploy.predictor import member_folders
 
 MEMBERS = "members"
@@ -86,11 +87,11 @@ def _card(model: Path, site: Mapping[str, Any]) -> str:
     before = card.read_text(encoding="utf-8") if card.is_file() else ""
     overall = site["overall"]
     names = {word: ", ".join(overall[word]) or "none" for word in ("yes", "not_shown", "no")}
-    return (
+    preface = (
         f"# Recalibrated for a site\n\n{RESEARCH_NOTICE}\n\n"
         f"Calibrators and operating points were fitted on {site['studies']} labelled studies of {site['patients']} "
         f"patients of one site; the weights are those of the model below. Fit for this site: **{overall['verdict']}** "
         f"(yes: {names['yes']}; not shown: {names['not_shown']}; no: {names['no']}). The whole report is in "
-        f"`{REPORT_NAME}`. What the card below says of calibration and scores is of the model as it was.\n\n"
-        f"---\n\n{before}"
+        f"`{REPORT_NAME}`. What the card below says of calibration and scores is of the model as it was."
     )
+    return with_preface(before, preface)

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hilum.deploy import card_evidence
 from hilum.deploy import model_files as files
-from hilum.deploy.card import model_card, write_cards
+from hilum.deploy.card import model_card, with_preface, write_cards
 from hilum.deploy.card_evidence import Evidence, measure_validation
 from hilum.deploy.checklist import CLAIM, OPEN, TRIPOD, answers, checklist
 from hilum.deploy.ensemble_model import read_composition
@@ -180,3 +180,13 @@ def test_combine_writes_both_and_a_second_writing_is_the_same(fitted: Path, tmp_
         text = (path / "README.md").read_text()
     assert text.endswith("\n## More\n")
     assert text.count("## Validation") == 1
+
+
+def test_what_a_directory_was_made_into_is_said_first_and_hubs_still_read_it(fitted: Path) -> None:
+    content, evidence = measured(fitted / "linear")
+    card = model_card(content, evidence)
+    text = with_preface(card, "# Recalibrated\n\nFor a site.\n")
+    assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "hilum"
+    assert text.index("# Recalibrated") < text.index("# 3 findings on chest X-rays")
+    assert text.replace("# Recalibrated\n\nFor a site.\n\n---\n\n", "") == card
+    assert with_preface("# Of others\n\n---\n", "# New") == "# New\n\n---\n\n# Of others\n\n---\n"
