@@ -38,6 +38,7 @@ def draw_sheet(query: Sequence[Case], found: Sequence[Case], finding: str | None
         finding: that was searched by: it is bright wherever a study has it. None: the whole image.
     """
     line, font = TEXT + 4, ImageFont.load_default(TEXT)
+    found = [case._replace(labels=tuple(sorted(case.labels, key=lambda name: name != finding))) for case in found]
     rows = [cases[start : start + ACROSS] for cases in (query, found) for start in range(0, len(cases), ACROSS)]
     heights = [SIDE + GAP + line * (2 + max(len(_wrapped(case.labels, font)) for case in cases)) for cases in rows]
     picture = Image.new("RGB", (GAP + ACROSS * (SIDE + GAP), 2 * GAP + line + sum(heights)), BACKGROUND)
@@ -48,10 +49,12 @@ def draw_sheet(query: Sequence[Case], found: Sequence[Case], finding: str | None
             left, top = GAP + place * (SIDE + GAP), 2 * GAP + line + sum(heights[:number])
             _draw_pixels(picture, pen, font, case, left, top)
             pen.text((left, top + SIDE + 4), _cut(case.title, font), WORDS, font)
-            texts = _wrapped(sorted(case.labels, key=lambda name: name != finding), font)
-            for below_title, (text, names) in enumerate(texts, 1):
-                colour = BRIGHT if finding in names else QUIET
-                pen.text((left, top + SIDE + 4 + below_title * line), text, colour, font)
+            for row, names in enumerate(_wrapped(case.labels, font), 1):
+                start = float(left)
+                for name in names:
+                    colour = BRIGHT if name.rstrip(",") == finding else QUIET
+                    pen.text((start, top + SIDE + 4 + row * line), name, colour, font)
+                    start += font.getlength(name + " ")
     return np.asarray(picture)
 
 
@@ -84,19 +87,16 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     return text + "…"
 
 
-def _wrapped(
-    labels: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> list[tuple[str, tuple[str, ...]]]:
-    """Labels in lines that fit below a picture, and which are in each; the last says how many are left."""
+def _wrapped(labels: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[list[str]]:
+    """Labels in lines that fit below a picture, with their commas; the last line says how many are left."""
     lines: list[list[str]] = []
-    for label in labels:
-        if lines and font.getlength(", ".join([*lines[-1], label])) <= SIDE:
-            lines[-1].append(label)
+    for number, label in enumerate(labels):
+        text = label if number == len(labels) - 1 else f"{label},"
+        if lines and font.getlength(" ".join([*lines[-1], text])) <= SIDE:
+            lines[-1].append(text)
         else:
-            lines.append([label])
-    shown = [(_cut(", ".join(line), font), tuple(line)) for line in lines[: LINES - 1]]
-    rest = sum(len(line) for line in lines[LINES - 1 :])
-    if rest:
-        names = tuple(name for line in lines[LINES - 2 :] for name in line)
-        shown[-1] = (f"and {len(names)} more", names)
-    return shown
+            lines.append([_cut(text, font)])
+    if len(lines) < LINES:
+        return lines
+    hidden = sum(len(line) for line in lines[LINES - 2 :])
+    return [*lines[: LINES - 2], [f"and {hidden} more"]]
