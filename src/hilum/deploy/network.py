@@ -19,6 +19,7 @@ from hilum.core.types import view_kind
 from hilum.data.images import shrink
 from hilum.data.store import Indices, Store
 from hilum.data.transforms import evaluation_crop, normalise, preprocessing
+from hilum.deploy.fast_cpu import fast_backbone
 from hilum.deploy.model_files import NetworkConfig
 from hilum.evaluation.predictions import IDENTITY
 from hilum.heads.batches import in_order
@@ -126,11 +127,22 @@ class Network:
         self.backbone = freeze(backbone).to(self.device)
         self.head = head.eval().requires_grad_(False).to(self.device)
         self.trained = np.array([finding.trained for finding in config.findings])
+        self.reads_with: VisionTransformer = self.backbone
+        """What features are read with: the backbone, or a faster copy of it (`speed_up`)."""
 
     @property
     def findings(self) -> tuple[str, ...]:
         """Names of the outputs, in order."""
         return tuple(finding.name for finding in self.config.findings)
+
+    def speed_up(self) -> bool:
+        """Read with a faster form of a bf16 backbone on a CPU (`fast_cpu.py`); whether there is one.
+
+        Values then differ from autocast's by rounding, so this is for those who ask for it.
+        """
+        if self.device.type == "cpu" and self.config.precision == "bf16":
+            self.reads_with = fast_backbone(self.backbone) or self.backbone
+        return self.reads_with is not self.backbone
 
     def crop(self, pixels: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "S S"]:
         """The square that the network sees of a decoded image, by way of the size that its training store had."""
@@ -179,7 +191,7 @@ class Network:
             view: position of each one's view in `core.types.VIEW_KINDS`; None: not known, "other".
         """
         found = extract(
-            self.backbone, images.to(self.device), self.recipe, self.config.head.blocks, self.head.needs_patches,
+            self.reads_with, images.to(self.device), self.recipe, self.config.head.blocks, self.head.needs_patches,
             self.config.precision,
         )  # fmt: skip
         if not self.head.needs_studies:

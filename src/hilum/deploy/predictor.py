@@ -478,7 +478,10 @@ def load(path: Path | str, device: str = "auto", engine: str | None = None, prec
         else:
             weights = files.read_weights(folder, config, _weights_digest(folder, described))
             chosen = choose_precision(precision, config.precision, place)
-            networks.append(Network(replace(config, precision=chosen), *weights, place))
+            network = Network(replace(config, precision=chosen), *weights, place)
+            if precision is not None:
+                network.speed_up()
+            networks.append(network)
         stated.append(config.precision)
         exposures.append(files.read_exposure(folder, described))
         leaks.append(described.get("accepted_leak") or "")
