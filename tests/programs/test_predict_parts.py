@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import strangers
+from jsonschema import Draft202012Validator
 
 from hilum.commands import fit, predict, predict_parts, predict_workers
 from hilum.core.errors import ConfigError, EmptyStudyError, HilumError, MissingColumnError
@@ -386,6 +388,8 @@ def test_a_parquet_table_says_what_a_csv_says(folder: Path, tmp_path: Path) -> N
     frame.write_csv(tmp_path / "table.csv")
     for suffix in ("csv", "parquet"):
         predict.run(folder / "model", [str(tmp_path / f"table.{suffix}")], tmp_path / f"of_{suffix}.json", device="cpu")
+    schema = json.loads(resources.files("hilum.evaluation").joinpath("predictions.schema.json").read_text())
+    Draft202012Validator(schema).validate(json.loads((tmp_path / "of_csv.json").read_text()))
     one, two = read_predictions(tmp_path / "of_csv.json"), read_predictions(tmp_path / "of_parquet.json")
     assert one.probabilities.tobytes() == two.probabilities.tobytes()
     assert one.study_id.tolist() == two.study_id.tolist() == [str(n // 2) for n in range(12)]

@@ -16,6 +16,10 @@ from hilum.commands.predict_parts import Part, Work
 from hilum.core.files import write_text
 from hilum.deploy.admission import Flagged
 from hilum.deploy.inputs import Inputs, Refused
+from hilum.deploy.screening import STRANGER
+
+MANY = 0.05
+"""Share of inputs unlike the training images from which a person is told what that may mean."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,13 @@ class Account:
             codes = [one.flag.code for one in self.flagged if one.scored is scored]
             if codes:
                 lines.append(f"{len(codes)} images were flagged and {what} ({_listed(codes)}); see {flags_of(out)}")
+        strangers = sum(one.flag.code == STRANGER for one in self.flagged)
+        if strangers > MANY * self.given and self.given >= 20:
+            lines.append(
+                f"{strangers} of {self.given} do not look like the model's training images. If they are chest X-rays all "
+                "the same (another machine, other borders), the model's probabilities are untried on them; "
+                "--score-flagged scores them"
+            )
         return lines
 
     def nothing(self) -> str:
