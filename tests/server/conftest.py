@@ -112,10 +112,11 @@ class Server:
             pairs.append(("transfer-encoding", "chunked"))
         elif (body or method == "POST") and "content-length" not in names and "transfer-encoding" not in names:
             pairs.append(("content-length", str(len(body))))
-        address, _, query = path.partition("?")
+        # A server for real makes its path of bytes, so that no half of a character can be in it.
+        address, _, query = path.encode("utf-8", "replace").decode().partition("?")
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
-            "path": address, "raw_path": address.encode("utf-8", "surrogatepass"), "query_string": query.encode(),
+            "path": address, "raw_path": address.encode(), "query_string": query.encode(),
             "root_path": "",
             "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs],
             "client": ("127.0.0.1", 5), "server": ("127.0.0.1", 8000),

@@ -131,6 +131,7 @@ def run(
         service = Service(load(model, device), limits, cases, shared)
         closing.callback(service.close)
         log_to_stderr()
+        listening.listen()  # so that who reads the line below is not refused
         place = f"[{host}]" if ":" in host else host
         say(RESEARCH_NOTICE)
         say(f"Serving {model} at http://{place}:{listening.getsockname()[1]}/ (stop with Ctrl-C)")

@@ -84,7 +84,11 @@ def create_app(service: Service, settings: Settings) -> Gate:
         return _answer(error)
 
     async def by_framework(_: Request, error: Exception) -> Response:
-        return _answer(standard(error.status_code if isinstance(error, HTTPException) else 422))
+        if not isinstance(error, HTTPException):
+            return _answer(standard(422))
+        refused = standard(error.status_code)
+        refused.headers = {name: value for name, value in (error.headers or {}).items() if name.lower() == "allow"}
+        return _answer(refused)
 
     async def unexpected(_: Request, error: Exception) -> Response:
         return _answer(standard(500))  # the gate writes down where it came from
