@@ -165,3 +165,17 @@ def test_means_are_of_directions() -> None:
     assert names.tolist() == [2, 7]
     np.testing.assert_allclose(means, [[0, -1], [np.sqrt(0.5), np.sqrt(0.5)]], atol=1e-7)
     assert unit(np.zeros((1, 3))).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ml_decoder", "linear", "csra"])
+def test_a_gpu_gives_what_the_cpu_gives(name: str, squares: torch.Tensor) -> None:
+    encoder = encoder_of(head_of(name))
+    expected = encoder.read(squares, NAMES, STUDY, VIEW)
+    encoder.device = torch.device("cuda")
+    encoder.backbone.to("cuda")
+    encoder.head.to("cuda")
+    found = encoder.read(squares, NAMES, STUDY, VIEW)
+    np.testing.assert_allclose(found.cls, expected.cls, rtol=0, atol=1e-3)
+    for finding in NAMES:
+        np.testing.assert_allclose(found.pooled[finding], expected.pooled[finding], rtol=0, atol=1e-3)
