@@ -80,7 +80,7 @@ def maps_of(
 def read_patches(backbone: VisionTransformer, images: Float[Tensor, "B _ H W"], like: Features) -> Features:
     """Patch tokens of other images, read as `like` was; the rest is as it was there."""
     blocks = like.cls.shape[1] // backbone.config.embed_dim
-    tokens = backbone.intermediate(images, blocks)
+    tokens = backbone.intermediate(images.to(backbone.pos_embed.dtype), blocks)
     return like._replace(patches=torch.cat([block.patches.float() for block in tokens], dim=2))
 
 

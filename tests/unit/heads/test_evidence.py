@@ -166,9 +166,10 @@ HEADS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"), HEADS, ids=[f"{name}-{'-'.join(map(str, s.values()))}" for name, s in HEADS]
-)
+NAMES = [f"{name}-{'-'.join(map(str, settings.values()))}" for name, settings in HEADS]
+
+
+@pytest.mark.parametrize(("name", "settings"), HEADS, ids=NAMES)
 def test_every_head_has_maps_that_sum_to_one(backbone, images, name, settings) -> None:
     head, features = make(name, **settings), features_of(backbone, images)
     maps = maps_of(head, features, backbone, images)
@@ -251,6 +252,19 @@ def test_an_extended_head_has_the_maps_of_its_heads_side_by_side(backbone, image
     assert [kind_of_maps(one) for one in (head, decoder, make("csra", views="attention"))] == [
         "evidence", "attention", "evidence",
     ]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "settings"), HEADS, ids=NAMES)
+def test_maps_on_a_gpu_are_those_on_the_cpu(backbone, images, name, settings) -> None:
+    head, features = make(name, **settings), features_of(backbone, images)
+    expected = maps_of(head, features, backbone, images)
+    there = Features(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in features))
+    try:
+        found = maps_of(head.cuda(), there, backbone.cuda(), images.cuda()).cpu()
+    finally:
+        backbone.cpu()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_planted_patch_is_found(images) -> None:
