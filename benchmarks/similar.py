@@ -25,7 +25,8 @@ ROWS, DIM, COUNT, TURNS = 700_000, 768, 8, 7
 
 def write_index(path: Path, rows: int, dim: int) -> None:
     """A random index: vectors of length 1 in all directions, two studies to a patient, 40 findings."""
-    from hilum.deploy.similar import BLOCK, FORMAT, HEADER_NAME, ROWS_NAME, STUDIES_NAME
+    from hilum.deploy.nearest import BLOCK
+    from hilum.deploy.similar import FORMAT, HEADER_NAME, ROWS_NAME, STUDIES_NAME
 
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)

@@ -24,9 +24,10 @@ from hilum.core.files import write_json
 from hilum.core.tracking import progress, say
 from hilum.core.types import NEGATIVE, POSITIVE
 from hilum.data.store import Store
-from hilum.deploy.embeddings import load_encoder
+from hilum.deploy.encoder import load_encoder
 from hilum.deploy.index_building import build_index
-from hilum.deploy.similar import HEADER_NAME, Index, nearest
+from hilum.deploy.nearest import nearest
+from hilum.deploy.similar import HEADER_NAME, Index
 
 NEIGHBOURS, LEAST, RESAMPLES, SEED = 5, 10, 1000, 0
 

@@ -16,7 +16,8 @@ from hilum.core.errors import CheckpointError, ConfigError, EmptyStudyError, Pre
 from hilum.data.store import Store, write_arrays
 from hilum.deploy import embedding_parts
 from hilum.deploy.embedding_files import read_embeddings
-from hilum.deploy.embeddings import Encoder, embed_images
+from hilum.deploy.embeddings import embed_images
+from hilum.deploy.encoder import Encoder
 from hilum.deploy.index_building import build_index
 from hilum.deploy.predictor import load
 from hilum.deploy.similar import Index

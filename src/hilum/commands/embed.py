@@ -25,7 +25,8 @@ from hilum.data.images import read_image
 from hilum.data.store import Store
 from hilum.deploy.embedding_files import FORMAT, WRITERS, Embeddings, write_embeddings
 from hilum.deploy.embedding_parts import embed_resumably
-from hilum.deploy.embeddings import Embedded, Encoder, load_encoder, study_means
+from hilum.deploy.embeddings import study_means
+from hilum.deploy.encoder import Embedded, Encoder, load_encoder
 from hilum.deploy.inputs import Inputs, Refused, resolve
 from hilum.deploy.network import Read, store_identity
 from hilum.evaluation.predictions import IDENTITY

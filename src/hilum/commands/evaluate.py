@@ -187,7 +187,7 @@ def _localisation(
 ) -> dict[str, Any]:  # fmt: skip
     """Maps beside masks or boxes."""
     from hilum.data.regions import read_regions, sizes_of  # tables of boxes need polars; nothing else here does
-    from hilum.evaluation.localisation import TOLERANCE, localise
+    from hilum.evaluation.localisation import MIN_IMAGES, TOLERANCE, localise
     from hilum.evaluation.map_files import read_maps
 
     names = [path.stem for path in maps]
@@ -198,7 +198,7 @@ def _localisation(
     with progress("Localisation", len(truth), "regions") as bar:
         return localise(
             joined.predictions, read, truth, groups, TOLERANCE if tolerance is None else tolerance, bootstraps, seed,
-            min_images, bar.advance,
+            min_images or MIN_IMAGES, bar.advance,
         )  # fmt: skip
 
 

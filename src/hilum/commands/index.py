@@ -8,7 +8,7 @@ from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.tracking import next_step, progress, say
 from hilum.core.types import SPLITS
 from hilum.data.store import Store
-from hilum.deploy.embeddings import load_encoder
+from hilum.deploy.encoder import load_encoder
 from hilum.deploy.index_building import build_index
 
 READING_THREADS = 2

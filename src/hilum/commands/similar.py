@@ -14,7 +14,8 @@ from hilum.core.tracking import say, warn
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.images import read_image
 from hilum.deploy.case_sheet import Case, draw_sheet, encode_png
-from hilum.deploy.embeddings import Encoder, embed_finding, embed_study, load_encoder
+from hilum.deploy.embeddings import embed_finding, embed_study
+from hilum.deploy.encoder import Encoder, load_encoder
 from hilum.deploy.inputs import FileImage, Inputs, Refused, resolve
 from hilum.deploy.similar import Index, Match
 

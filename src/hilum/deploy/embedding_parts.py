@@ -18,7 +18,8 @@ from jaxtyping import Int64
 from hilum.core.errors import HilumError
 from hilum.core.files import atomic_file, read_json, write_json
 from hilum.data.store import Indices
-from hilum.deploy.embeddings import Embedded, Encoder, embed_many
+from hilum.deploy.embeddings import embed_many
+from hilum.deploy.encoder import Embedded, Encoder
 from hilum.deploy.network import Read
 from hilum.heads.batches import in_order
 

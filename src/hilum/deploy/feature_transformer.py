@@ -11,7 +11,8 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from hilum.core.errors import CheckpointError, ConfigError, UnknownNameError
 from hilum.data.store import Store
-from hilum.deploy.embeddings import Encoder, embed_many, load_encoder, study_means
+from hilum.deploy.embeddings import embed_many, study_means
+from hilum.deploy.encoder import Encoder, load_encoder
 from hilum.deploy.inputs import resolve
 from hilum.deploy.network import Read, store_identity
 from hilum.deploy.study_images import decode

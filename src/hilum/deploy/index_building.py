@@ -12,26 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float16, Int64
+from jaxtyping import Float16, Int, Int64
 
 import hilum
 from hilum.core.errors import ConfigError, EmptyStudyError, HilumError
 from hilum.core.files import atomic_file, read_json, write_json
 from hilum.core.types import FRONTAL_VIEWS, RESEARCH_NOTICE
 from hilum.data.store import Indices, Store
-from hilum.deploy.embeddings import Encoder, embed_many, study_means
+from hilum.deploy.embeddings import embed_many, study_means
+from hilum.deploy.encoder import Encoder
+from hilum.deploy.nearest import centre_of, lengths_of
 from hilum.deploy.network import store_identity
-from hilum.deploy.similar import (
-    FORMAT,
-    HEADER_NAME,
-    ROWS_NAME,
-    STUDIES_NAME,
-    Index,
-    centre_of,
-    column_of,
-    joined_labels,
-    lengths_of,
-)
+from hilum.deploy.similar import FORMAT, HEADER_NAME, ROWS_NAME, STUDIES_NAME, Index, column_of
 from hilum.evaluation.studies import study_uids
 from hilum.heads.batches import in_order
 
@@ -184,6 +176,13 @@ def describe_rows(store: Store, chosen: Int64[np.ndarray, " N"]) -> tuple[Int64[
         names, numbers = np.unique(_bytes(values), return_inverse=True)
         columns |= {f"{name}_names": names, name: numbers.reshape(-1).astype(np.int32)}
     return rows, columns
+
+
+def joined_labels(codes: Int[np.ndarray, "N C"], row_of: Int64[np.ndarray, " N"], rows: int) -> Int[np.ndarray, "R C"]:
+    """Label codes of studies: present where any image has it, else absent where any is known to lack it."""
+    found = np.full((rows, codes.shape[1]), np.iinfo(np.int8).min, np.int8)
+    np.maximum.at(found, row_of, codes)
+    return found
 
 
 def _bytes(texts: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ from hilum.core.errors import CheckpointError, ConfigError, UnknownNameError
 from hilum.core.seeding import forked
 from hilum.data.store import Store
 from hilum.data.transforms import normalise, preprocessing
-from hilum.deploy.embeddings import Encoder, embed_many, embed_study, load_encoder, study_means, unit
+from hilum.deploy.embeddings import embed_many, embed_study, study_means, unit
+from hilum.deploy.encoder import Encoder, load_encoder
 from hilum.deploy.predictor import load
 from hilum.heads.evidence import maps_of
 from hilum.heads.extension import ExtendedHead

@@ -11,10 +11,12 @@ import torch
 
 from hilum.core.errors import CheckpointError, ConfigError, EmptyStudyError, StoreError, UnknownNameError
 from hilum.data.store import Store, write_arrays
-from hilum.deploy.embeddings import Encoder, embed_finding, embed_images, embed_study
-from hilum.deploy.index_building import build_index
+from hilum.deploy.embeddings import embed_finding, embed_images, embed_study
+from hilum.deploy.encoder import Encoder
+from hilum.deploy.index_building import build_index, joined_labels
+from hilum.deploy.nearest import BLOCK, centre_of, lengths_of, nearest
 from hilum.deploy.predictor import load
-from hilum.deploy.similar import BLOCK, Index, centre_of, joined_labels, lengths_of, nearest
+from hilum.deploy.similar import Index
 
 TOLERANCE = 1e-12
 
