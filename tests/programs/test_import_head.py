@@ -191,6 +191,17 @@ def test_evaluating_it_on_what_it_has_probably_seen_is_refused(
     assert metrics["calibration"] is None
 
 
+def test_an_audit_knows_where_it_was_trained(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phantoms = tmp_path / "phantoms"
+    assert run("phantom", phantoms, "--layout", "nih", "--patients", 6, "--size", 64, "--workers", 1) == 0
+    assert run("manifest", f"nih={phantoms}", "--out", tmp_path / "manifest.parquet", "--split", "project") == 0
+    capsys.readouterr()
+    assert run("audit", tmp_path / "manifest.parquet", "--weights", world / "model") == 1
+    assert "CheXFound-CXR1M is known to have seen nih" in " ".join("".join(capsys.readouterr()).split())
+
+
 def test_best_is_what_the_public_code_selected(world: Path, tmp_path: Path, capsys) -> None:
     results = tmp_path / "results.json"
     lines = ["iter: 1", json.dumps({"best_classifier": {"name": "an earlier one", "accuracy": 0.1}}), "",

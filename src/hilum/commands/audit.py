@@ -10,7 +10,7 @@ import polars as pl
 from hilum.commands.build import parse_roots
 from hilum.core.errors import CheckpointError, LeakageError, UnknownNameError
 from hilum.core.files import read_json, write_text
-from hilum.core.tracking import next_step, say
+from hilum.core.tracking import next_step, say, warn
 from hilum.data.audit import AuditReport, audit
 from hilum.data.audit_pixels import Pixels
 from hilum.data.leaks import Problem, exposed_to_known_weights, known_exposures, seen_by_weights
@@ -103,7 +103,11 @@ def exposure_of(weights: str) -> Exposed:
         return partial(exposed_to_known_weights, weights=weights)
     folder = path if path.is_dir() else path.parent
     if (folder / EXPOSURE_NAME).is_file():
-        met = read_exposure(folder, read_json(folder / CONFIG_NAME, CheckpointError))
+        content = read_json(folder / CONFIG_NAME, CheckpointError)
+        met, public = read_exposure(folder, content), content["exposure"].get("weights")
+        if public:  # imported: no list of images, only what is known of where it was trained
+            warn(f"{folder}: {content['exposure']['not_recorded']}")
+            return partial(exposed_to_known_weights, weights=public)
         used = np.concatenate([met.train, met.val, met.pictures])
         return partial(_of_model, weights=folder.name, pretraining=met.pretraining, used=used)
     if not (folder / SEEN_NAME).is_file():

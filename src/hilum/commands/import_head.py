@@ -186,7 +186,7 @@ def _write(
         "fitted_on": None,
         "accepted_leak": "",
         "exposure": {
-            **files.write_exposure(out, files.Exposure()), "not_recorded": NOT_RECORDED,
+            **files.write_exposure(out, files.Exposure()), "not_recorded": NOT_RECORDED, "weights": SEEN,
             "datasets": sorted({fact.dataset for fact in known_exposures() if fact.weights == SEEN}),
         },
         "training": {"imported": imported},

@@ -213,9 +213,8 @@ def calibration_table(result: Mapping[str, Any], names: Sequence[str], after: Cu
 def _map(one: Mapping[str, Any] | None) -> str:
     if one is None:
         return "never trained"
-    kinds = {"temperature_bias": "intercept, and a slope held to the old one", "platt": "slope and intercept",
-             "isotonic": "steps"}  # fmt: skip
-    return text(one["flag"] or f"{kinds.get(one['kind'], one['kind'])}{', after the old map' * one['on_top']}")
+    kinds = {"temperature_bias": "intercept; slope held", "platt": "intercept and slope", "isotonic": "steps"}
+    return text(one["flag"] or kinds.get(one["kind"], one["kind"]))
 
 
 def _change(part: Mapping[str, Any]) -> str:
