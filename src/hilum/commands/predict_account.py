@@ -78,9 +78,8 @@ class Account:
         strangers = sum(one.flag.code == STRANGER for one in self.flagged)
         if strangers > MANY * self.given and self.given >= 20:
             lines.append(
-                f"{strangers} of {self.given} do not look like the model's training images. If they are chest X-rays all "
-                "the same (another machine, other borders), the model's probabilities are untried on them; "
-                "--score-flagged scores them"
+                f"{strangers} of {self.given} do not look like the model's training images. If they are chest X-rays "
+                "(of another machine, with other borders), the model is untried on such; --score-flagged scores them"
             )
         return lines
 
