@@ -96,7 +96,9 @@ def test_inside_extensions_and_attention_over_views_it_is_the_inner_heads(square
     alone = encoder_of(decoder)
     alone.findings = NAMES[:3]
     np.testing.assert_array_equal(mixed.pooled["Mass"], alone.read(squares, ["Mass"]).pooled["Mass"])
-    assert mixed.pooled["Nodule"].shape == (4, 12)
+    added = encoder_of(linear)
+    added.findings = NAMES[3:]
+    np.testing.assert_array_equal(mixed.pooled["Nodule"], added.read(squares, ["Nodule"]).pooled["Nodule"])
     attended = head_of("ml_decoder", views="attention")
     inner = encoder_of(attended.inner).read(squares, NAMES)
     outer = encoder_of(attended).read(squares, NAMES, STUDY, VIEW)
