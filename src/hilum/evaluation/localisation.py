@@ -31,6 +31,8 @@ from hilum.evaluation.predictions import Predictions, bare_ids
 
 TOLERANCE = 15 / 224
 """Of the pointing game, as a share of the square's side: 15 pixels, as it was published, at 224."""
+MIN_IMAGES = 5
+"""Findings with fewer images are listed and in no mean, unless another number is asked for."""
 MEASURES: tuple[str, ...] = ("energy", "area", "pointing", "pointing_chance")
 CHANCE = {"energy": "area", "pointing": "pointing_chance"}
 
@@ -154,7 +156,7 @@ def localise(
     tolerance: float = TOLERANCE,
     bootstraps: int = 1000,
     seed: int = 0,
-    min_images: int = 1,
+    min_images: int = MIN_IMAGES,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """`localisation` of `metrics.json`: how well each map file points at the regions, and how the files compare.
@@ -167,7 +169,8 @@ def localise(
         tolerance: of the pointing game, as a share of the square's side.
         bootstraps: resamples of patients; 0 for no intervals.
         seed: root of the resamples, as elsewhere.
-        min_images: findings with fewer images stay out of the means, and are listed.
+        min_images: findings with fewer images stay out of the means, and are listed. A finding of a single patient has
+            no interval.
         done: told of regions that were looked at.
 
     Raises:
@@ -177,10 +180,17 @@ def localise(
     counts = np.bincount(pairs.columns, minlength=len(predictions.findings))
     counted = np.flatnonzero(counts >= max(min_images, 1))
     names = [predictions.findings[column] for column in counted]
+    if not names:
+        raise PredictionError(
+            f"No finding has {min_images} images with a region in {regions.source} and a map; the most has "
+            f"{int(counts.max())}. Ask for fewer: --min-positives {int(counts.max())}."
+        )
     groups = dict(groups or {})
     member = (pairs.columns[:, None] == counted).astype(np.float64)  # P C
+    clusters = clusters_of(predictions)
+    several = [len(set(clusters[pairs.rows[pairs.columns == column]].tolist())) > 1 for column in counted]
     points = [_means(scores, member, np.ones((len(member), 1)))[0] for scores in pairs.scores]  # each C 4
-    samples = _resampled(pairs, member, clusters_of(predictions), bootstraps, seed)
+    samples = _resampled(pairs, member, clusters, bootstraps, seed)
     chosen = {"macro": np.ones(len(names), bool)} | {
         group: np.array([groups.get(name) == group for name in names], bool) for group in GROUPS
     }
@@ -192,7 +202,7 @@ def localise(
             **{group: _summary(point, sample, keep) for group, keep in chosen.items()},
             "findings": {
                 finding: {"images": int(counts[column]), "group": groups.get(finding),
-                          **_summary(point, sample, np.arange(len(names)) == place)}
+                          **_summary(point, sample if several[place] else sample[:0], np.arange(len(names)) == place)}
                 for place, (finding, column) in enumerate(zip(names, counted.tolist(), strict=True))
             },
         })  # fmt: skip
@@ -207,7 +217,7 @@ def localise(
         "maps": files,
         "differences": [
             {"first": files[0]["name"], "second": files[k]["name"], **_differences(points, samples, k),
-             "by_finding": _by_finding(points, samples, k, names)}
+             "by_finding": _by_finding(points, samples, k, names, several)}
             for k in range(1, len(files))
         ],
     }  # fmt: skip
@@ -267,7 +277,7 @@ def _differences(points: Sequence[np.ndarray], samples: Sequence[np.ndarray], k:
 
 
 def _by_finding(
-    points: Sequence[np.ndarray], samples: Sequence[np.ndarray], k: int, names: Sequence[str]
+    points: Sequence[np.ndarray], samples: Sequence[np.ndarray], k: int, names: Sequence[str], several: Sequence[bool]
 ) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {name: {} for name in names}
     for measure in CHANCE:
@@ -275,7 +285,8 @@ def _by_finding(
         for place in range(len(names)):
             gap = float(points[0][place, column] - points[k][place, column])
             own = slice(place, place + 1)
-            rows.append(difference_interval(samples[0][:, own, column], samples[k][:, own, column], gap))
+            drawn = slice(None if several[place] else 0)
+            rows.append(difference_interval(samples[0][drawn, own, column], samples[k][drawn, own, column], gap))
         for name, row, p in zip(names, rows, holm([row["p"] for row in rows]), strict=True):
             result[name][measure] = {**row, "p_holm": p, "shown_holm": p is not None and p < 0.05}
     return result

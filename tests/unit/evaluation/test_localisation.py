@@ -110,9 +110,11 @@ def test_the_tolerance_is_a_distance_from_the_region() -> None:
 
     for tolerance, hit in ((0.0, 0), (1.49 / 8, 0), (1.51 / 8, 1)):
         [file] = localise(predictions(2), {"one": maps_of(regions, beside)}, regions, tolerance=tolerance,
-                          bootstraps=0)["maps"]  # fmt: skip
+                          bootstraps=0, min_images=1)["maps"]  # fmt: skip
         assert file["macro"]["pointing"] == hit, tolerance
-    [file] = localise(predictions(2), {"one": maps_of(regions, even)}, regions, tolerance=0.5 / 8, bootstraps=0)["maps"]
+    [file] = localise(
+        predictions(2), {"one": maps_of(regions, even)}, regions, tolerance=0.5 / 8, bootstraps=0, min_images=1
+    )["maps"]
     assert file["macro"]["pointing_chance"] == 5 / 64  # itself and four neighbours
 
 
@@ -169,6 +171,19 @@ def test_means_are_over_images_and_then_over_findings_and_patients_are_resampled
     few = localise(predictions(), {"one": base}, regions, bootstraps=0, min_images=13)
     assert few["few_images"] == ["Edema"]
     assert few["maps"][0]["macro"]["counted"] == 1
+
+
+def test_a_single_patient_proves_nothing() -> None:
+    """Two images of one patient: no resample differs from another, so there is no interval and nothing is shown."""
+    regions, table = truth(2), predictions(2)
+    found = localise(table, {"one": maps_of(regions, lambda mask: mask), "two": maps_of(regions, even)}, regions,
+                     bootstraps=50, min_images=1)  # fmt: skip
+    mass = found["maps"][0]["findings"]["Mass"]
+    assert (mass["images"], mass["energy"], mass["ci95"]) == (2, 1, {})
+    assert not mass["above_chance"]["energy"]["shown"]
+    assert not found["differences"][0]["by_finding"]["Mass"]["energy"]["shown"]
+    with pytest.raises(PredictionError, match="No finding has 5 images"):
+        localise(table, {"one": maps_of(regions, even)}, regions)
 
 
 def test_files_are_compared_on_the_same_pairs_and_patients() -> None:
