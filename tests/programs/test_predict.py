@@ -138,6 +138,9 @@ def test_a_folder_of_films(folder: Path, films: Path, tmp_path: Path, capsys) ->
     assert rows["1.2.3"] == 2
     assert rows["1.2.4"] == rows["d.png"] == 1
     assert set(predictions.view[predictions.study_id == "1.2.3"]) == {"PA", "LL"}
+    sources = dict(zip(predictions.image_id.tolist(), predictions.view_source.tolist(), strict=True))
+    assert sources["d.png"] == "unknown"
+    assert set(predictions.view_source[predictions.study_id == "1.2.3"]) == {"header"}
     assert predictions.patient_id[predictions.study_id == "1.2.3"].tolist() == ["P1", "P1"]
     assert "exposed_images" not in predictions.metadata
     with (tmp_path / "films.csv.quarantine.csv").open() as file:

@@ -101,7 +101,7 @@ def run(
         loaded.composition = _other_rule(loaded, rule, raw)
     found = resolve(inputs, study_column)
     work, mine, part = _work(
-        found, loaded, model, engine, precision, batch_size, score_flagged, correct_inverted, shard
+        found, loaded, model, engine, precision, batch_size, score_flagged, correct_inverted, shard, devices
     )
     if len(work) + len(mine.refused) == 0 and shard:
         raise EmptyStudyError(f"--shard {shard}: this job has nothing to do; there are about as many jobs as studies.")
@@ -156,7 +156,7 @@ def _other_rule(model: Model, rule: StudyRule, raw: bool) -> Composition:
 
 def _work(
     found: Inputs, loaded: Model, model: Path, engine: str | None, precision: str | None, batch_size: int,
-    score_flagged: bool, correct_inverted: bool, shard: str | None,
+    score_flagged: bool, correct_inverted: bool, shard: str | None, devices: int,
 ) -> tuple[Work, Inputs, np.ndarray]:  # fmt: skip
     """What this job reads, its share of the inputs, and the positions of its images among all."""
     job, jobs = parse_shard(shard)
@@ -182,7 +182,7 @@ def _work(
     work = Work(
         model, engine, precision, None if found.store is None else found.store.path, places,
         {name: column[part] for name, column in identity.items()}, sources, batch_size,
-        score_flagged or found.store is not None, correct_inverted,
+        score_flagged or found.store is not None, correct_inverted, devices,
     )  # fmt: skip
     return work, found, part
 

@@ -7,6 +7,7 @@ another model begin afresh. What networks say is kept raw; studies, ensembles an
 
 import hashlib
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Int64
 
 from hilum.core.errors import HilumError, ImageError
@@ -30,7 +32,8 @@ from hilum.evaluation.studies import study_uids
 
 FORMAT = "hilum-predict-parts-1"
 BATCHES_A_PART = 16
-READING_THREADS = 2
+READING_THREADS, MOST_THREADS = 2, 16
+"""Threads that read and decode: on a CPU, whose cores the network wants; for a GPU, one for each core up to this."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ class Work:
     batch_size: int
     score_flagged: bool
     correct_inverted: bool
+    processes: int = 1
+    """That share the cores of this machine."""
+
+    def threads(self, device: str) -> int:
+        """Threads that read for one process, whose network runs on this type of device."""
+        cores = (os.cpu_count() or 1) // self.processes
+        return READING_THREADS if device == "cpu" else min(max(cores, READING_THREADS), MOST_THREADS)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -107,6 +117,8 @@ def read_part(
         StoreError: a damaged record of a store.
     """
     refused: list[RefusedImage] = []
+    device = getattr(model.networks[0], "device", None)
+    device = "cpu" if device is None else torch.device(device).type
 
     def read(position: int) -> np.ndarray | None:
         if store is not None:
@@ -120,7 +132,7 @@ def read_part(
 
     reading = model.read_images(
         {name: column[positions] for name, column in work.identity.items()}, positions, read, work.batch_size,
-        READING_THREADS, done, Gate(model.screening, work.score_flagged, work.correct_inverted),
+        work.threads(device), done, Gate(model.screening, work.score_flagged, work.correct_inverted),
         None if work.view_sources is None else work.view_sources[positions],
     )  # fmt: skip
     found = RawReading(
