@@ -40,6 +40,7 @@ STAGES = (
     ("loader", 420),
     ("head-step", 120),
     ("sweep", 300),
+    ("inference", 420),
 )
 """Name, and seconds it may take."""
 

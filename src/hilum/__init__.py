@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hilum.backbones.weights import load_backbone
     from hilum.deploy.feature_transformer import ChestXrayFeatures
+    from hilum.deploy.hub_models import from_pretrained
     from hilum.deploy.predictor import load
 
 __version__ = "0.1.0"
-__all__ = ["ChestXrayFeatures", "__version__", "load", "load_backbone"]
+__all__ = ["ChestXrayFeatures", "__version__", "from_pretrained", "load", "load_backbone"]
 
 _HOMES = {
     "ChestXrayFeatures": "hilum.deploy.feature_transformer",
+    "from_pretrained": "hilum.deploy.hub_models",
     "load": "hilum.deploy.predictor",
     "load_backbone": "hilum.backbones.weights",
 }

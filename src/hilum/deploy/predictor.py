@@ -426,6 +426,21 @@ class Model:
         chosen_on = self.calibrators[unit].fitted_on if unit in self.chosen else None
         return combined.replace(combined.probabilities, model=self.digest, chosen_on=chosen_on)
 
+    def push_to_hub(self, repository: str, *, private: bool = True, with_cases: bool = False) -> str:
+        """Send this model to the Hugging Face Hub; `hilum.from_pretrained` takes it back. Returns the commit's address.
+
+        Args:
+            repository: owner/name.
+            private: whether a new repository is.
+            with_cases: also validation predictions and labels, which name patients (`hub_models.push_model`).
+
+        Raises:
+            HilumError: as `hub_models.push_model`.
+        """
+        from hilum.deploy.hub_models import push_model  # it loads models itself
+
+        return push_model(self, repository, private=private, with_cases=with_cases)
+
     @property
     def preprocess_id(self) -> str:
         """The recipe that source files are read with, one of `intensity.RECIPES`; the same for all networks."""

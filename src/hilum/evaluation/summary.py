@@ -137,14 +137,15 @@ def evaluation_table(result: dict[str, Any]) -> str:
 
 def localisation_table(found: dict[str, Any]) -> str:
     """How well each map file points at the regions, beside chance, as aligned text; `localisation` of metrics.json."""
-    rows = [["maps", "findings", "energy", "area", "pointing", "chance"]]
+    rows = [["maps", "findings", "energy", "area", "others", "pointing", "chance", "others"]]
     for file in found["maps"]:
         for group in ("macro", "head", "medium", "tail"):
             part = file[group]
             if part["counted"]:
                 name = f"{file['name']} ({file['kind']})" if group == "macro" else f"  {group}"
-                cells = [_value_with_interval(part, "energy"), _cell(part["area"]),
-                         _value_with_interval(part, "pointing"), _cell(part["pointing_chance"])]  # fmt: skip
+                cells = [_value_with_interval(part, "energy"), _cell(part["area"]), _cell(part["energy_of_others"]),
+                         _value_with_interval(part, "pointing"), _cell(part["pointing_chance"]),
+                         _cell(part["pointing_of_others"])]  # fmt: skip
                 rows.append([name, str(part["counted"]), *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
