@@ -3,13 +3,15 @@
 Energy: the share of a map that lies in the region (energy-based pointing game, Wang et al. 2020, "Score-CAM", section
 4.3); an even map scores the region's area. Pointing game (Zhang et al. 2018, "Top-down Neural Attention by Excitation
 Backprop", section 4.3): whether the middle of the highest patch lies in the region, or no farther from it than a
-tolerance; a patch taken at random scores the share of patches that would hit. Both are means over images for each
-finding, then plain means over findings, with intervals by patient. What a map is: docs/explanation/where-it-looked.md.
+tolerance; a patch taken at random scores the share of patches that would hit. Chance is a low bar, because findings
+keep to their places: beside it stands what the mean map of the other images scores, which knows the finding and not the
+image. All are means over images for each finding, then plain means over findings, with intervals by patient. What a map
+is: docs/explanation/where-it-looked.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -33,8 +35,11 @@ TOLERANCE = 15 / 224
 """Of the pointing game, as a share of the square's side: 15 pixels, as it was published, at 224."""
 MIN_IMAGES = 5
 """Findings with fewer images are listed and in no mean, unless another number is asked for."""
-MEASURES: tuple[str, ...] = ("energy", "area", "pointing", "pointing_chance")
+MEASURES: tuple[str, ...] = (
+    "energy", "area", "pointing", "pointing_chance", "energy_of_others", "pointing_of_others",
+)  # fmt: skip
 CHANCE = {"energy": "area", "pointing": "pointing_chance"}
+OTHERS = {"energy": "energy_of_others", "pointing": "pointing_of_others"}
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,12 @@ class Pairs:
         rows: (P,) rows of the predictions.
         columns: (P,) findings of the predictions.
         scores: one for each map file: columns as `MEASURES`.
+        left_out: regions that were not judged, by reason.
     """
 
     rows: Int[np.ndarray, " P"]
     columns: Int[np.ndarray, " P"]
-    scores: tuple[Float[np.ndarray, "P 4"], ...]
+    scores: tuple[Float[np.ndarray, "P K"], ...]
     left_out: dict[str, int]
 
 
@@ -98,7 +104,8 @@ def pair_up(
               if image in row_of and name in column_of]  # fmt: skip
     left_out = {"regions of other images or findings": len(regions) - len(wanted), "without a map": 0,
                 "outside the square that was seen": 0}  # fmt: skip
-    rows, columns, scores = [], [], []
+    rows, columns = [], []
+    cells: list[list[_Cells]] = []
     done(len(regions) - len(wanted))
     for row, column, image, name in sorted(wanted):
         done(1)
@@ -113,21 +120,46 @@ def pair_up(
             values, box = one.maps[place], tuple(one.boxes[one.image[place]].tolist())
             grid = values.shape
             area = area_in_cells(region, box, grid)
-            each.append(score(values, area, distance_of_cells(region, box, grid), tolerance) if area.any() else None)
-        if any(part is None for part in each):
+            each.append(_Cells(values / values.sum(), area, distance_of_cells(region, box, grid)))
+        if not all(part.area.any() for part in each):
             left_out["outside the square that was seen"] += 1
             continue
         rows.append(row)
         columns.append(column)
-        scores.append(each)
+        cells.append(each)
     if not rows:
         raise PredictionError(
             f"No pair of image and finding has a region in {regions.source} and a map: {len(regions)} regions, "
             f"{sum(map(len, maps))} maps; {', '.join(f'{count} {why}' for why, count in left_out.items())}. "
             "Regions are matched by image_id and finding."
         )
-    table = np.asarray(scores, np.float64)  # P F 4
-    return Pairs(np.array(rows), np.array(columns), tuple(table.transpose(1, 0, 2)), left_out)
+    scores = [_score_all([each[k] for each in cells], np.array(columns), tolerance) for k in range(len(maps))]
+    return Pairs(np.array(rows), np.array(columns), tuple(scores), left_out)
+
+
+class _Cells(NamedTuple):
+    """One map on its grid, summing to 1, and where its region lies."""
+
+    values: np.ndarray
+    area: np.ndarray
+    distance: np.ndarray
+
+
+def _score_all(cells: Sequence[_Cells], columns: Int[np.ndarray, " P"], tolerance: float) -> Float[np.ndarray, "P K"]:
+    """Scores of every map of one file, and of the mean map of the other images in its place.
+
+    Where there is no other image, an even map stands for it.
+    """
+    total = {column: np.sum([cells[p].values for p in np.flatnonzero(columns == column).tolist()], axis=0)
+             for column in np.unique(columns).tolist()}  # fmt: skip
+    counts = np.bincount(columns)
+    table = np.empty((len(cells), len(MEASURES)))
+    for row, ((values, area, distance), column) in enumerate(zip(cells, columns.tolist(), strict=True)):
+        table[row, :4] = score(values, area, distance, tolerance)
+        others = total[column] - values if counts[column] > 1 else np.ones_like(values)
+        energy, _, pointing, _ = score(np.maximum(others, 0), area, distance, tolerance)
+        table[row, 4:] = energy, pointing
+    return table
 
 
 def _row_of(predictions: Predictions, wanted: set[str]) -> dict[str, int]:
@@ -189,7 +221,7 @@ def localise(
     member = (pairs.columns[:, None] == counted).astype(np.float64)  # P C
     clusters = clusters_of(predictions)
     several = [len(set(clusters[pairs.rows[pairs.columns == column]].tolist())) > 1 for column in counted]
-    points = [_means(scores, member, np.ones((len(member), 1)))[0] for scores in pairs.scores]  # each C 4
+    points = [_means(scores, member, np.ones((len(member), 1)))[0] for scores in pairs.scores]  # each C K
     samples = _resampled(pairs, member, clusters, bootstraps, seed)
     chosen = {"macro": np.ones(len(names), bool)} | {
         group: np.array([groups.get(name) == group for name in names], bool) for group in GROUPS
@@ -224,8 +256,8 @@ def localise(
 
 
 def _means(
-    scores: Float[np.ndarray, "P 4"], member: Float[np.ndarray, "P C"], weights: Float[np.ndarray, "P R"]
-) -> Float[np.ndarray, "R C 4"]:
+    scores: Float[np.ndarray, "P K"], member: Float[np.ndarray, "P C"], weights: Float[np.ndarray, "P R"]
+) -> Float[np.ndarray, "R C K"]:
     """Weighted mean of each finding's images; NaN where none of them was drawn."""
     total = np.einsum("pr,pc,pk->rck", weights, member, scores, optimize=True)
     mass = weights.T @ member  # R C
@@ -234,7 +266,7 @@ def _means(
 
 def _resampled(
     pairs: Pairs, member: Float[np.ndarray, "P C"], clusters: Int[np.ndarray, " N"], bootstraps: int, seed: int
-) -> list[Float[np.ndarray, "R C 4"]]:
+) -> list[Float[np.ndarray, "R C K"]]:
     """The same resamples of patients for every map file, as for every other metric of an evaluation."""
     found: list[list[np.ndarray]] = [[] for _ in pairs.scores]
     for first in range(0, bootstraps, BLOCK):
@@ -247,21 +279,25 @@ def _resampled(
 
 
 def _summary(
-    point: Float[np.ndarray, "C 4"], samples: Float[np.ndarray, "R C 4"], keep: Bool[np.ndarray, " C"]
+    point: Float[np.ndarray, "C K"], samples: Float[np.ndarray, "R C K"], keep: Bool[np.ndarray, " C"]
 ) -> dict[str, Any]:
-    """Means over some findings with their intervals, and how far they are above chance."""
+    """Means over some findings with their intervals, and how far they are above chance and above other images' maps."""
     if not keep.any():
-        return {**dict.fromkeys(MEASURES), "ci95": {}, "above_chance": {}, "counted": 0}
+        return {**dict.fromkeys(MEASURES), "ci95": {}, "above_chance": {}, "above_others": {}, "counted": 0}
     values = {name: float(point[keep, column].mean()) for column, name in enumerate(MEASURES)}
     ends = {name: interval(mean_over_findings(samples[:, keep, column])) for column, name in enumerate(MEASURES)}
-    above = {}
-    for name, chance in CHANCE.items():
-        ours, theirs = MEASURES.index(name), MEASURES.index(chance)
-        gap = values[name] - values[chance]
-        above[name] = difference_interval(samples[:, keep, ours], samples[:, keep, theirs], gap)
+
+    def above(which: Mapping[str, str]) -> dict[str, Any]:
+        result = {}
+        for name, other in which.items():
+            ours, theirs = MEASURES.index(name), MEASURES.index(other)
+            gap = values[name] - values[other]
+            result[name] = difference_interval(samples[:, keep, ours], samples[:, keep, theirs], gap)
+        return result
+
     return {
-        **values, "ci95": {name: pair for name, pair in ends.items() if pair}, "above_chance": above,
-        "counted": int(keep.sum()),
+        **values, "ci95": {name: pair for name, pair in ends.items() if pair}, "above_chance": above(CHANCE),
+        "above_others": above(OTHERS), "counted": int(keep.sum()),
     }  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from hilum.evaluation.tracks import MARKS, Position, axis, interval_track
 LEAD = (
     "Whether the model looked where the finding is. <b>Energy</b>: the share of a map that lies inside the true "
     "region; an even map would have the region's share of the area (tick). <b>Pointing</b>: how often the middle of "
-    "the highest patch lies in the region, or within the tolerance of it; the tick is a patch taken at random."
+    "the highest patch lies in the region, or within the tolerance of it; the tick is a patch taken at random. "
+    "<b>Others</b>: what the mean map of the other images with the finding scores in its place; it knows the finding "
+    "and not the image, so a map that is not above it may only say where such findings usually are."
 )
 KINDS = {"attention": "attention of the decoder", "evidence": "terms of the logit", "mixed": "attention and evidence"}
 MEASURES = (("energy", "area", "Energy"), ("pointing", "pointing_chance", "Pointing"))
@@ -55,19 +57,21 @@ def _mean_line(file: Mapping[str, Any], values: Mapping[str, Any], scale: Positi
     for measure, chance, name in MEASURES:
         value, base, ends = finite(values[measure]), finite(values[chance]), interval(values["ci95"].get(measure))
         words = f"{name} {decimal(value)} {bracket(ends)}, chance {decimal(base)}"
-        above = _is_above(values, measure)
+        above, others = _is_above(values, measure), finite(values[f"{measure}_of_others"])
         track = interval_track(value, ends, scale=scale, ticks=ticks, reference=base, label=words, hollow=not above)
         verdict = "" if above else ' <em class="not-shown">not shown to be above chance</em>'
+        if above and not _is_above(values, measure, "above_others"):
+            verdict = ' <em class="not-shown">not shown to be above others</em>'
         cells += (
             f'<td class="track-cell">{track}</td><td class="difference"><b>{decimal(value)}</b> '
-            f"<small>{bracket(ends)} chance {decimal(base)}</small>{verdict}</td>"
+            f"<small>{bracket(ends)} chance {decimal(base)}, others {decimal(others)}</small>{verdict}</td>"
         )
     return f'<tr><th scope="row">{text(file["name"])}</th>{cells}</tr>'
 
 
-def _is_above(values: Mapping[str, Any], measure: str) -> bool:
-    """Whether a score is shown to be above chance, on the same resampled patients."""
-    gap = values["above_chance"].get(measure) or {}
+def _is_above(values: Mapping[str, Any], measure: str, what: str = "above_chance") -> bool:
+    """Whether a score is shown to be above chance (or above the maps of other images), on the same resamples."""
+    gap = values[what].get(measure) or {}
     return bool(gap.get("shown")) and gap["difference"] > 0
 
 

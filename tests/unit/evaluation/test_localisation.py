@@ -98,6 +98,32 @@ def test_a_flipped_map_fails() -> None:
     assert macro["above_chance"]["pointing"]["difference"] < 0
 
 
+def test_a_map_that_knows_the_finding_and_not_the_image_is_not_above_that_of_others() -> None:
+    """The same map on every image is better than chance, for findings keep to their places, and not than others'."""
+    regions = truth()
+    band = np.zeros((8, 8))
+    band[3:6] = 1
+
+    same = localise(predictions(), {"one": maps_of(regions, lambda mask: band)}, regions, bootstraps=100)["maps"][0]
+    edema = same["findings"]["Edema"]
+    assert edema["above_chance"]["energy"]["shown"]
+    assert edema["energy_of_others"] == pytest.approx(edema["energy"]) == pytest.approx(2 / 3)
+    assert not same["macro"]["above_others"]["energy"]["shown"]
+    own = judged(lambda mask: mask)
+    mass = own["findings"]["Mass"]
+    by_hand = []
+    for n in range(COUNT):
+        boxes = [(m % 6, (m // 2) % 6) for m in range(COUNT)]
+        others = np.zeros((8, 8))
+        for m, (top, left) in enumerate(boxes):
+            if m != n:
+                others[top : top + 2, left : left + 2] += 1
+        top, left = boxes[n]
+        by_hand.append(others[top : top + 2, left : left + 2].sum() / others.sum())
+    assert mass["energy_of_others"] == pytest.approx(np.mean(by_hand))
+    assert own["macro"]["above_others"]["energy"]["shown"]
+
+
 def test_the_tolerance_is_a_distance_from_the_region() -> None:
     """The region is the patch in row 2, column 2; the middle of its neighbour is half a patch away."""
     region = union([[2 / 8, 2 / 8, 3 / 8, 3 / 8]])
