@@ -1,5 +1,6 @@
 """Maps, reports and similar cases over HTTP: the parts that others make, wired to their addresses."""
 
+import copy
 import io
 import json
 import re
@@ -8,10 +9,13 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
+import strangers
 from damage_inputs import phantom, radiograph, written
 from PIL import Image
 
 from hilum.commands import index as index_program
+from hilum.deploy.gradients import gradient_map
+from hilum.deploy.screening import fit_screening
 from hilum.deploy.server.gate import CONTENT_POLICY
 from hilum.deploy.similar import Index
 
@@ -150,8 +154,6 @@ def test_other_kinds_of_pictures_are_refused_by_their_header(server, modality: s
 
 def test_markup_in_names_stays_text(make_server, model, make_film) -> None:
     """A finding can be called anything; reports and JSON say it as text."""
-    import copy
-
     name = "<script>alert(1)</script>\"'&"
     other = copy.copy(model)
     predict = model.predict
@@ -182,3 +184,37 @@ def test_markup_in_names_stays_text(make_server, model, make_film) -> None:
 def test_policies_allow_nothing_from_elsewhere() -> None:
     assert "http" not in CONTENT_POLICY
     assert json.dumps(CONTENT_POLICY).count("'self'") == 2
+
+
+def test_a_picture_of_another_kind_is_withheld(make_server, model) -> None:
+    """With real screening, fitted on drawn films: ten kinds of pictures that are none, and two films that lie wrong."""
+    rng = np.random.default_rng(0)
+    maps = np.stack([gradient_map(strangers.film(rng, lateral)) for lateral in (False, True) for _ in range(100)])
+    views = ["PA"] * 100 + ["LATERAL"] * 100
+    other = copy.copy(model)
+    other.screening = fit_screening(maps, views, [str(n) for n in range(200)], maps[:20], views[:20])
+    server = make_server(of=other)
+    film = strangers.film(np.random.default_rng(2))
+    kinds = {name: make(np.random.default_rng(1), film) for name, make in strangers.DRAWN.items()}
+    assert len(kinds) >= 10
+    turned = {"inverted": 255 - film, "turned": np.ascontiguousarray(film[::-1])}
+    for name, picture in {**kinds, **turned}.items():
+        document = server.upload([png_of(picture)]).json
+        assert document["status"] == "withheld", name
+        assert {one["probability"] for one in document["findings"]} == {None}
+        assert document["study"]["images"][0]["scored"] is False
+        code = document["study"]["images"][0]["flags"][0]["code"]
+        assert code in ("not_a_chest_xray", "inverted", "turned"), name
+        study = document["study"]["id"]
+        assert server.ask("GET", f"/api/studies/{study}/maps/0/1.png").code == "no_map"
+        assert server.ask("GET", f"/api/studies/{study}/report.html").status == 200
+    document = server.upload([png_of(film), png_of(kinds[next(iter(kinds))])]).json
+    assert document["status"] == "scored"
+    assert [image["scored"] for image in document["study"]["images"]] == [True, False]
+    assert document["study"]["images"][0]["view_source"] == "classifier"
+
+
+def png_of(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
