@@ -30,7 +30,6 @@ import cv2
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from hilum.backbones.vit import SIZES, VisionTransformer, ViTConfig
@@ -153,9 +152,7 @@ def on_cpu() -> list[dict[str, Any]]:
             }  # fmt: skip
             rows.append(row)
             print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
-        print(
-            f"load of this machine while measuring, {os.cpu_count()} processors: {min(loads):.1f} to {max(loads):.1f}"
-        )
+        print(f"load of this machine, {os.cpu_count()} processors: {min(loads):.1f} to {max(loads):.1f}", flush=True)
         del sides
         gc.collect()
     return rows
@@ -196,6 +193,8 @@ def accuracy(demo: Path) -> list[dict[str, Any]]:
 
 
 def _auc_gap(labels: np.ndarray, one: np.ndarray, other: np.ndarray, over: Callable[..., Any]) -> float:
+    from sklearn.metrics import roc_auc_score
+
     gaps = []
     for column in range(labels.shape[1]):
         known = (labels[:, column] >= 0) & np.isfinite(one[:, column])
