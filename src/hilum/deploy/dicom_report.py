@@ -26,6 +26,8 @@ from hilum.deploy.finding_codes import SCHEME_DESIGNATOR, SCHEME_NAME, SCHEME_UI
 
 SERIES = 9101
 """Its series number: behind those of any radiograph."""
+LONGEST_MEANING = 63
+"""Characters of the meaning of a code: one less than an LO may have, for the space that makes its bytes even."""
 
 
 def structured_report(document: Mapping[str, Any], sources: Sequence[DicomSource], when: datetime | None = None) -> Any:
@@ -123,7 +125,7 @@ def _observer(hd: Any, document: Mapping[str, Any]) -> Any:
 
 
 def _own(hd: Any, value: str, meaning: str) -> Any:
-    return hd.sr.CodedConcept(value, SCHEME_DESIGNATOR, meaning)
+    return hd.sr.CodedConcept(value, SCHEME_DESIGNATOR, meaning[:LONGEST_MEANING])
 
 
 def _group(

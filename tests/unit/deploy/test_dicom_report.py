@@ -285,6 +285,16 @@ def test_images_that_are_left_out_are_no_source_of_a_finding(document, sources, 
     assert [one.image for one in make_pictures(document, sources, ["Pneumothorax"])] == [1]
 
 
+def test_names_of_findings_may_be_long_and_of_any_script(document, sources, tmp_path: Path) -> None:
+    names = ["Ättelöst " * 12, "肺炎", "<script>\\n"]
+    document["findings"] = [finding(name, 0.4) for name in names]
+    report = reread(dicom_report.structured_report(document, sources, WHEN), tmp_path)
+    groups = hd.sr.ComprehensiveSR.from_dataset(report).content.get_image_measurement_groups()
+    assert [group.tracking_identifier for group in groups] == [name.strip() for name in names]
+    assert [group.finding_type.meaning for group in groups] == [name[:63].strip() for name in names]
+    assert len(make_pictures(document, sources, names)) == 6
+
+
 def test_a_wide_caption_and_a_large_image_fit(document) -> None:
     line = dicom_pictures._caption(document, document["findings"][1], image(1))
     assert (

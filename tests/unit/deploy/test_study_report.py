@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -226,3 +227,11 @@ def test_there_are_no_intervals_where_the_calibrator_was_fitted_elsewhere(fitted
     homeless = load(fitted / "linear", "cpu")
     homeless.folder = None
     assert not bands_of(homeless).findings
+
+
+def test_the_reference_page_names_every_key_of_the_schema() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "reference" / "study-report.md").read_text(encoding="utf-8")
+    schema = study_schema()
+    keys = {*schema["properties"], *schema["$defs"]["image"]["properties"], *schema["$defs"]["finding"]["properties"]}
+    keys |= {*schema["properties"]["model"]["properties"]}
+    assert not [key for key in keys if f"`{key}`" not in page and f"`study.{key}`" not in page and key != "study"]
