@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 from fit_stores import SMALL, make_store
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 import hilum
 from hilum import cli
@@ -21,6 +23,7 @@ from hilum.core.config import override
 from hilum.core.seeding import forked
 from hilum.data.store import Store
 from hilum.deploy.ensemble_model import combine_models
+from hilum.deploy.validation import read_bands
 from hilum.evaluation.predictions import read_predictions
 
 STUDIES = 90
@@ -35,6 +38,21 @@ def run(*words: object) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def write_dicom(path: Path, pixels: np.ndarray, study: str, patient: str) -> None:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    dataset.StudyInstanceUID, dataset.PatientID, dataset.ViewPosition = study, patient, "PA"
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 8
+    dataset.HighBit, dataset.PixelRepresentation = 7, 0
+    dataset.PixelData = pixels.tobytes()
+    dataset.save_as(path, enforce_file_format=True)
 
 
 def state_of(folder: Path) -> dict[str, str]:
@@ -150,11 +168,53 @@ def test_nothing_is_judged_on_what_it_was_fitted_on(
     for unit in ((), ("--study", "own")):
         assert run("predict", site, world / "images.csv", "--device", "cpu", "--out", tmp_path / "p.csv", *unit) == 0
         capsys.readouterr()
-        status = run("evaluate", tmp_path / "p.csv", "--labels", world / "labels.csv", "--out", tmp_path / "e")
-        assert status == 1
+        labels = tmp_path / "labels.csv"  # of those findings that were predicted, and of the images that have labels
+        assert run("evaluate", tmp_path / "p.csv", "--labels", _complete(world, labels), "--out", tmp_path / "e") == 1
+        assert "nothing is judged on what it was fitted on" in "".join(capsys.readouterr())
     table = read_predictions(tmp_path / "p.csv")
     assert table.stage == "calibrated"
     assert "spec_at_sens90" in table.metadata["thresholds"]["Edema"]
+
+
+def test_dicom_files_whose_labels_know_patients_by_another_id(world: Path, tmp_path: Path) -> None:
+    """Two images of one study, two studies of one person; the hospital's table names people by numbers of its own."""
+    (tmp_path / "dicom").mkdir()
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["study_id", "patient_id", "Edema"])
+        for number in range(12):
+            writer.writerow([f"1.2.{number}", f"person {number // 2}", number % 2])
+            for view in range(2):
+                pixels = cv2.imread(str(world / "images" / f"{number}_0.png"), cv2.IMREAD_GRAYSCALE)
+                write_dicom(tmp_path / "dicom" / f"{number}_{view}.dcm", pixels, f"1.2.{number}", f"MRN{number}")
+    words = ("recalibrate", world / "model", tmp_path / "dicom", "--labels", tmp_path / "labels.csv", "--device", "cpu")
+    assert run(*words, "--bootstraps", 20, "--out", tmp_path / "here") == 0
+    result = numbers(tmp_path / "here")
+    assert (result["images"], result["studies"], result["patients"]) == (24, 12, 6)
+    assert not any("MRN" in path.read_text(errors="ignore") for path in (tmp_path / "here").glob("*.*"))
+
+
+def _complete(world: Path, out: Path) -> Path:
+    """Labels of every predicted study, without the column that the model does not know."""
+    with (world / "labels.csv").open() as file:
+        rows = [{key: value for key, value in row.items() if key != "Something else"} for row in csv.DictReader(file)]
+    rows = [{**row, "patient_id": ""} for row in rows]
+    rows += [{"study_id": f"study{number}", "Edema": "0"} for number in range(STUDIES, STUDIES + 10)]
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return out
+
+
+def test_what_scores_mean_here_is_kept_where_asked(site: Path, world: Path, tmp_path: Path) -> None:
+    """Intervals beside a prediction come from the site's own studies, or there are none."""
+    assert recalibrate(world, tmp_path / "without") == 0
+    for folder, expected in ((site, {"Edema", "Hernia", "Mass"}), (tmp_path / "without", set())):
+        model = hilum.load(folder, device="cpu")
+        content = json.loads((folder / "config.json").read_text())
+        bands = read_bands(folder, content, model.composition, model.calibrators["study"])
+        assert set(bands.findings) == expected
 
 
 def test_a_second_time_is_a_fit_on_the_same_items(

@@ -137,15 +137,19 @@ def _table(identity: dict[str, np.ndarray], patients: np.ndarray) -> Predictions
 
 
 def _patients(identity: dict[str, np.ndarray], truth: Truth) -> np.ndarray:
-    """Whose each image is. Files that do not say (their patient is their study) take it from the labels."""
+    """Whose each image is. Of files the labels know it better: they may name no patient, or one under another id."""
     patients = np.asarray(identity["patient_id"]).astype(object)
-    unknown = (identity["dataset"] == DATASET) & (identity["patient_id"] == identity["study_id"])
+    loose = np.flatnonzero(identity["dataset"] == DATASET)
     for name in ("study_id", "image_id", "image_uid"):
-        keys = bare_ids(getattr(truth, name), truth.dataset)
-        told = {key: patient for key, patient in zip(keys.tolist(), truth.patient_id.tolist(), strict=True) if patient}
-        told.pop("", None)
-        for row in np.flatnonzero(unknown):
-            patients[row] = told.get(str(identity[name][row]), patients[row])
+        keys = bare_ids(getattr(truth, name), truth.dataset).tolist()
+        known: dict[str, set[str]] = {}
+        for key, patient in zip(keys, truth.patient_id.tolist(), strict=True):
+            if key and patient:
+                known.setdefault(key, set()).add(patient)
+        for row in loose:
+            named = known.get(str(identity[name][row]), set())
+            if len(named) == 1 and patients[row] not in named:
+                patients[row] = next(iter(named))
     return patients.astype(str)
 
 

@@ -128,6 +128,16 @@ def test_the_order_of_studies_stays(planted) -> None:
         )
 
 
+def test_a_new_map_comes_after_the_old_one(planted, old) -> None:
+    """The intercept and slope of the log-odds of what the old calibrator says, by hand."""
+    table, _, _, new, _, before = planted
+    parameters = new.maps["Good"]["parameters"]
+    assert set(parameters) == {"slope", "intercept"}
+    expected = expit(parameters["slope"] * logit(before.probabilities[:, 0]) + parameters["intercept"])
+    np.testing.assert_allclose(new.apply_to(table).probabilities[:, 0], expected, rtol=1e-9)
+    assert (old.apply_to(table).probabilities[:, 0] != table.probabilities[:, 0]).all()
+
+
 def test_few_positives_keep_what_they_had(planted, old) -> None:
     _, _, result, new, after, before = planted
     assert new.maps["Rare"] == {**old.maps["Rare"], "flag": KEPT}
