@@ -247,10 +247,10 @@ def _maps(finding: ExampleFinding, example: ReportExample, films: Sequence[_Film
         path = outline(mask, film.width, film.height) if mask is not None else ""
         edge = f'<path class="lesion halo" d="{path}"/><path class="lesion" d="{path}"/>' if path else ""
         again = f'<g class="also">{edge}</g>' if edge else ""
-        heat = film.frame(_heat(level, film) + again, f"{name}: attention for {finding.name}")
+        heat = film.frame(_heat(level, film) + again, f"{name}: where the model looked for {finding.name}")
         outlined = f"{name}: true outline of {finding.name}" if edge else f"{name}: nothing outlined"
         truth = film.frame(edge, outlined if example.outlined else name)
-        left = "attention" if level is not None else "no attention map"
+        left = "where it looked" if level is not None else "no map"
         unseen = "no outline in this view" if example.outlined else "the same view"
         right = "true lesion" if edge else "absent" if finding.truth == 0 else unseen
         pairs.append(
@@ -259,7 +259,7 @@ def _maps(finding: ExampleFinding, example: ReportExample, films: Sequence[_Film
         )
     inside = attention_inside(finding.attention, finding.masks)
     note = "" if inside is None else (
-        f"{share(inside[0])} of the attention lies inside the outline, which takes {share(inside[1])} of the area."
+        f"{share(inside[0])} of the map lies inside the outline, which takes {share(inside[1])} of the area."
     )  # fmt: skip
     return (
         f'<section class="map"><header><h4>{text(finding.name)}</h4>'

@@ -59,7 +59,7 @@ def examples_lead(mapped: bool, outlined: bool) -> str:
         outlined: the data have outlines of lesions.
     """
     if not mapped and not outlined:
-        return "Each study as it came, with the model's probabilities. This model has no attention to show."
+        return "Each study as it came, with the model's probabilities. This model has no maps to show."
     beside = "what is truly there (outline)." if outlined else "the same view: these data have no outlines of lesions."
     return (
         "Each study first as it came, with the model's probabilities; then, finding by finding, where the model read "
@@ -70,7 +70,7 @@ def examples_lead(mapped: bool, outlined: bool) -> str:
 
 def examples_controls(outlined: bool) -> str:
     """Strength of the overlay, its key, and with `outlined` a box that draws the outline over the attention."""
-    box = '<label><input type="checkbox" id="outline"> outline on the attention too</label>' if outlined else ""
+    box = '<label><input type="checkbox" id="outline"> outline on the map too</label>' if outlined else ""
     return (
         '<div class="panel-row"><div class="controls" hidden>'
         f'<label>Overlay <input type="range" id="heat" min="0" max="100" value="85"></label>{box}</div>'

@@ -69,7 +69,7 @@ def test_a_report_of_data_without_outlines_says_so_once(fitted: Path, tmp_path: 
         explain=fitted / "decoder",
     )  # fmt: skip
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<b>UNKNOWN</b> attention" in page
+    assert "<b>UNKNOWN</b> where it looked" in page
     assert page.count("these data have no outlines of lesions") == 1
     assert "in this view" not in page
     assert 'id="outline"' not in page
