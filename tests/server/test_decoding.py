@@ -78,7 +78,9 @@ def test_pixels_are_those_of_the_reader(decoder) -> None:
         assert (picture.rows, picture.columns, picture.quality) == (image.rows, image.cols, image.quality)
 
 
-def test_the_process_can_do_little(decoder) -> None:
+def test_the_process_can_do_little(monkeypatch) -> None:
+    monkeypatch.setenv("A_SECRET", "correct-horse")
+    decoder = Decoder(None, "hilum-grey-1", Limits())
     decoder.decode(rasters()["png"], 1)
     limits = {
         line[:26].strip(): line[26:47].strip() for line in Path(f"/proc/{decoder.pid}/limits").read_text().splitlines()
@@ -90,10 +92,12 @@ def test_the_process_can_do_little(decoder) -> None:
     assert int(limits["Max cpu time"]) <= 12 + seconds(decoder.pid)
     environment = Path(f"/proc/{decoder.pid}/environ").read_bytes()
     assert {part.partition(b"=")[0] for part in environment.split(b"\0") if part} <= {
-        b"PATH", b"LANG", b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"LC_CTYPE",
+        b"PATH", b"LANG", b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"LC_CTYPE", b"PYTHONPATH",
+        b"LD_LIBRARY_PATH",
     }  # fmt: skip
     streams = {str(Path(f"/proc/{decoder.pid}/fd/{number}").readlink()) for number in (0, 1, 2)}
     assert streams == {"/dev/null"}  # what decoders print goes nowhere
+    decoder.close()
 
 
 def test_more_memory_than_allowed_is_not_had() -> None:

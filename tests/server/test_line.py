@@ -121,6 +121,23 @@ def test_one_that_leaves_does_not_take_the_other_along(held_up, make_film) -> No
     assert asyncio.run(run()).status == 200
 
 
+def test_who_leaves_and_comes_back_is_not_taken_for_gone(held_up, make_film) -> None:
+    server, go, calls = held_up
+
+    async def run():
+        busy = asyncio.ensure_future(server.uploaded([make_film(33)]))
+        await until(lambda: len(calls) == 1)
+        await server.uploaded([make_film(34)], gone_after=0.05)
+        again = asyncio.ensure_future(server.uploaded([make_film(34)]))
+        await asyncio.sleep(0)
+        go.set()
+        await busy
+        return await again
+
+    assert asyncio.run(run()).status == 200
+    assert server.lives()
+
+
 def spoiled(model, change):
     """The model with another answer."""
     other = copy.copy(model)

@@ -4,6 +4,7 @@ import contextlib
 import random
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -338,3 +339,15 @@ def test_a_model_that_is_not_there_is_said_so(tmp_path: Path, capsys) -> None:
     assert "error:" in capsys.readouterr().err
     assert run(["serve", "model", "--port", "70000"]) == 2
     assert run(["serve", "model", "--queue", "0"]) == 1
+
+
+@pytest.mark.slow
+def test_a_missing_extra_is_one_sentence() -> None:
+    for package in ("fastapi", "uvicorn", "python_multipart"):
+        program = f"import sys; sys.modules[{package!r}] = None; sys.argv = ['hilum', 'serve', 'model']"
+        done = subprocess.run(
+            [sys.executable, "-c", f"{program}; from hilum.cli import main; main()"], capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr == 'error: hilum serve needs the extra: pip install "hilum[serve]"\n'

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from damage_inputs import mutate, phantom, radiograph, written
 from pydicom import Dataset
@@ -116,7 +117,7 @@ def test_what_is_asked_is_not_repeated(server, caplog, method: str, path: str) -
 
 
 @contextlib.contextmanager
-def program(words: list[str], folder: Path) -> Iterator[tuple[int, list[bytes]]]:
+def program(words: list[str], folder: Path, killed: bool = False) -> Iterator[tuple[int, list[bytes]]]:
     """`hilum serve` as a process of its own, in a folder of its own; its port, and what it said, once it has ended."""
     environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     for name in ("tmp", "home", "work"):
@@ -134,8 +135,10 @@ def program(words: list[str], folder: Path) -> Iterator[tuple[int, list[bytes]]]
             assert started, (folder / "err").read_bytes()
             yield int(started[1]), said
         finally:
-            child.terminate()
+            own = psutil.Process(child.pid).children(recursive=True)
+            child.kill() if killed else child.terminate()
             child.wait(30)
+            assert psutil.wait_procs(own, timeout=10)[1] == []  # the process that decodes has ended too
     said += [(folder / "out").read_bytes(), (folder / "err").read_bytes()]
 
 
@@ -170,3 +173,15 @@ def test_200_files_leave_no_mark_anywhere(model_folder, make_multipart, tmp_path
     assert [path for path in left if found(path.read_bytes()) or found(str(path).encode())] == []
     assert not list((tmp_path / "tmp").iterdir())
     assert {path: path.stat().st_mtime_ns for path in model_folder.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_server_that_was_killed(model_folder, make_multipart, make_film, tmp_path) -> None:
+    words = ["serve", str(model_folder / "model"), "--port", "0", "--device", "cpu"]
+    with program(words, tmp_path, killed=True) as (port, _):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body, kind = make_multipart([make_film(1)])
+        connection.request("POST", "/api/studies", body, {"X-Hilum": "page", "Content-Type": kind})
+        assert connection.getresponse().status == 200
+        connection.close()
+    assert not list((tmp_path / "tmp").iterdir())

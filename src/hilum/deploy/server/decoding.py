@@ -5,6 +5,7 @@ ended and replaced, and the image is refused; the server goes on.
 """
 
 import math
+import os
 import secrets
 import subprocess
 import sys
@@ -141,8 +142,11 @@ class Decoder:
             sys.executable, "-m", "hilum.deploy.server.decode_child", str(self.limits.decode_memory),
             str(self.limits.decode_seconds), self._salt,
         ]  # fmt: skip
-        # Nothing of this process's environment, which may hold a token; one thread for every library.
+        # Of this process's environment, which may hold secrets, only where code is; one thread for every library.
         environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(one for one in sys.path if one)
+        if "LD_LIBRARY_PATH" in os.environ:
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
         )  # fmt: skip

@@ -75,7 +75,7 @@ class Line:
             job.task = asyncio.create_task(self._work(job))
             self.jobs[digest] = job
             # Also where its task is cancelled before it begins; and an error that nobody waits for is no news.
-            job.task.add_done_callback(lambda task: self._leave(digest, task))
+            job.task.add_done_callback(lambda task: self._leave(job, task))
         assert job.task is not None, "every job in the line has one"
         job.waiting += 1
         try:
@@ -83,6 +83,7 @@ class Line:
         finally:
             job.waiting -= 1
             if job.waiting == 0 and not job.task.done():
+                self._forget(job)  # at once, so that the same upload, sent again now, does not join what is given up
                 job.task.cancel()
 
     async def in_model_thread(self, call: Callable[[], T]) -> T:
@@ -108,9 +109,13 @@ class Line:
         job.milliseconds = {"decode_ms": round(1000 * (decoded - start)), "model_ms": round(1000 * (ended - decoded))}
         return study
 
-    def _leave(self, digest: bytes, task: "asyncio.Task[Study]") -> None:
-        job = self.jobs.pop(digest, None)
-        if task.cancelled() or task.exception() is not None or job is None:
+    def _forget(self, job: Job) -> None:
+        if self.jobs.get(job.digest) is job:
+            del self.jobs[job.digest]
+
+    def _leave(self, job: Job, task: "asyncio.Task[Study]") -> None:
+        self._forget(job)
+        if task.cancelled() or task.exception() is not None:
             return
-        took = sum(job.milliseconds.values()) / 1000 / max(1, len(self.jobs) + 1)
+        took = sum(job.milliseconds.values()) / 1000 / (len(self.jobs) + 1)
         self.seconds = _FORGETTING * self.seconds + (1 - _FORGETTING) * took
