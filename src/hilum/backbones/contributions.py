@@ -32,8 +32,8 @@ def cls_contributions(
 ) -> Contributions:
     """Take directions . [CLS of the last n blocks] apart into what each token added by attention.
 
-    Costs one pass of the backbone, and beside it depth · n · K · D multiplications a token: a percent or two for 40
-    findings.
+    Costs one pass of the backbone and a fifth more: each block's queries, keys and values are computed once more, and
+    depth · n · K · D multiplications a token come on top.
 
     Args:
         backbone: in evaluation mode.

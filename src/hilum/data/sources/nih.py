@@ -2,7 +2,7 @@
 
 Layouts: ROOT/images/*.png, or Kaggle's ROOT/images_0NN/images/*.png. One image per study: the number after the
 patient's in the file name is the follow-up. (The column `Follow-up #` differs from it in the 2020 table.) Boxes
-(`BBox_List_2017.csv`) are checked and counted; nothing reads them yet. Other readers' labels of the same images
+(`BBox_List_2017.csv`) are checked and counted; `data/regions.py` reads them. Other readers' labels of the same images
 (Majkowska 2020) are left out: they know four findings, on a few thousand images of the official test list and others.
 Source: Wang et al., ChestX-ray8, CVPR 2017.
 """
