@@ -125,7 +125,8 @@ def _observer(hd: Any, document: Mapping[str, Any]) -> Any:
 
 
 def _own(hd: Any, value: str, meaning: str) -> Any:
-    return hd.sr.CodedConcept(value, SCHEME_DESIGNATOR, meaning[:LONGEST_MEANING])
+    text = meaning.replace("\\", "/")[:LONGEST_MEANING]  # a backslash would part it in two
+    return hd.sr.CodedConcept(value, SCHEME_DESIGNATOR, text)
 
 
 def _group(
