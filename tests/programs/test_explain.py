@@ -10,9 +10,11 @@ import pytest
 from fit_stores import DECODER, SMALL
 from PIL import Image
 
-from hilum.commands import combine_models, evaluate, explain, fit, predict
+from hilum.commands import build, combine_models, evaluate, explain, fit, manifest, predict
 from hilum.core.config import override
 from hilum.core.errors import ConfigError, EmptyStudyError, UnknownNameError
+from hilum.data.phantoms.writing import write_phantoms
+from hilum.data.regions import area_in_cells, read_regions, sizes_of
 from hilum.data.store import Store, write_arrays
 from hilum.deploy.predictor import load
 from hilum.evaluation.map_files import read_maps
@@ -217,3 +219,25 @@ def test_no_image_with_a_region_is_said(folder: Path, tmp_path: Path) -> None:
             folder / "linear", [f"{folder / 'store'}:test"], maps=tmp_path / "m.npz", regions=tmp_path / "r.csv",
             device="cpu",
         )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "table"), [("nih", "BBox_List_2017.csv"), ("vindr", "annotations/annotations_test.csv")]
+)
+def test_boxes_of_drawn_patients_hold_their_masks(tmp_path: Path, layout: str, table: str) -> None:
+    """From the folder to the manifest: ids, sizes and coordinates of the boxes are those of the masks beside them."""
+    write_phantoms(tmp_path / "data", layout, 60, 3, 96)
+    manifest.run([f"{layout}={tmp_path / 'data'}"], tmp_path / "manifest.parquet", split="official", seed=0)
+    build.run(tmp_path / "manifest.parquet", tmp_path / "store", 64, "raw")
+    boxes = read_regions(tmp_path / "data" / table, sizes_of(tmp_path / "store"))
+    masks = read_regions(tmp_path / "data" / "masks.csv")
+    ids = set(Store.open(tmp_path / "store").image_ids.tolist())
+    both = [key for key in boxes.keys if key in set(masks.keys)]
+    assert len(both) > 10
+    assert {image for image, _ in both} <= ids
+    for image, finding in both:
+        box, mask = (area_in_cells(one.region(image, finding), (0, 0, 1, 1), (64, 64)) for one in (boxes, masks))
+        assert (box >= mask - 1e-9).all(), (image, finding)
+        if layout == "nih":  # elsewhere a label can stand for several findings, with a box for each
+            assert box.sum() <= mask.any(axis=1).sum() * mask.any(axis=0).sum() + 1e-9
