@@ -173,3 +173,22 @@ def test_the_password_goes_to_orthanc_alone(script, fake, tmp_path, monkeypatch,
     assert state.authorization == {"Basic aGlsdW06c2VjcmV0"}
     printed = capsys.readouterr()
     assert "secret" not in printed.out + printed.err
+
+
+def test_the_command_that_it_gives_is_one_that_hilum_takes(script, fake, tmp_path, monkeypatch) -> None:
+    from typer.testing import CliRunner
+
+    from hilum.cli import app
+    from hilum.commands import predict
+
+    _, address = fake
+    given: list[list[str]] = []
+    monkeypatch.setattr(script.subprocess, "run", lambda command, **_: given.append(command))
+    run(script, address, tmp_path, monkeypatch)
+    taken: dict[str, object] = {}
+    monkeypatch.setattr(predict, "run", lambda *arguments, **options: taken.update(options, arguments=arguments))
+    place = given[0].index("predict")
+    done = CliRunner().invoke(app, given[0][place:])
+    assert done.exit_code == 0, done.output
+    assert taken["arguments"][:2] == (Path("MODEL"), [given[0][place + 2]])
+    assert (taken["reports"].formats, taken["reports"].captures) == (("sr", "sc"), "above")
