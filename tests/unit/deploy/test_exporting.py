@@ -9,17 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.commands import export as program
 from hilum.commands import predict
 from hilum.core.errors import CheckpointError, ConfigError, HilumError, UnknownNameError
+from hilum.core.seeding import forked
 from hilum.data.store import Store
+from hilum.deploy import model_files as files
 from hilum.deploy import predictor
 from hilum.deploy.engines import EXPORT_NAME, GraphNetwork, choose_precision
 from hilum.deploy.exporting import comparing, directory
 from hilum.deploy.exporting.comparing import Difference, difference, fixtures, refuse_if_different
 from hilum.deploy.exporting.directory import export_model
-from hilum.deploy.network import Reading
+from hilum.deploy.exporting.graph import OUTPUTS, program_of
+from hilum.deploy.network import Network, Reading
 from hilum.evaluation.predictions import read_predictions
+from hilum.heads.extension import ExtendedHead
+from hilum.heads.registry import HeadConfig, build_head
 
 pytest.importorskip("onnx", reason="the extra [export] is not installed")
 pytest.importorskip("onnxscript", reason="the extra [export] is not installed")
@@ -228,3 +234,46 @@ def test_precision_is_fp32_unless_it_is_asked_for(fitted: Path, store: Store, mo
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert [choose_precision(asked, "bf16") for asked in (None, "fp32", "auto")] == ["bf16", "fp32", "bf16"]
     assert choose_precision("auto", "fp32") == "bf16"
+
+
+HEADS = {
+    "linear with mean patch": {"name": "linear", "patch_mean": True},
+    "csra": {"name": "csra", "csra_temperatures": (1.0, 4.0)},
+    "decoder": {"name": "ml_decoder"},
+    "decoder with everything": {
+        "name": "ml_decoder", "decoder_layers": 2, "cls_memory": True, "positions": "sincos",
+        "attention_temperature": True, "pyramid": True, "cat_cls": True,
+    },
+    "decoder with groups": {"name": "ml_decoder", "query_groups": 2},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_kind_of_head_becomes_a_graph_for_any_number_of_images(head: str, extended: bool) -> None:
+    sizes = {"decoder_dim": 8, "decoder_feed_forward": 12, "decoder_heads": 2}
+    config = HeadConfig(embed_dim=12, findings=3, blocks=2, **HEADS[head], **sizes)
+    architecture = ViTConfig(12, 2, 2, patch_size=4, image_size=32, layer_scale=0.5, registers=2)
+    with forked(0, "test"):
+        backbone, built = VisionTransformer(architecture), build_head(config)
+        if extended:
+            other = build_head(HeadConfig("linear", 12, 1, 2))
+            built = ExtendedHead(built, [other], [3, 1])
+    names = ("Edema", "Hernia", "Mass", "Scoliosis")[: 3 + extended]
+    findings = tuple(files.Finding(name, "head", True, 5, 10) for name in names)
+    network = Network(files.NetworkConfig(architecture, config, findings, "hilum-grey-1", 32, None), backbone, built)
+    run = program_of(network).module()
+
+    def read(pictures: np.ndarray) -> Reading:
+        with torch.no_grad():
+            found = dict(zip(OUTPUTS, run(torch.from_numpy(pictures)), strict=True))
+        assert torch.equal(found["probabilities"], torch.sigmoid(found["logits"]))
+        values = torch.sigmoid(found["logits"].double()).numpy()
+        return Reading(values, found["attention"].double().numpy(), found["cls"].numpy(), found["patch_mean"].numpy())
+
+    pictures = fixtures(32)
+    expected = comparing.read_in_batches(lambda part: network.read(torch.from_numpy(part), attention=True), pictures)
+    assert expected.attention is not None
+    assert np.ptp(expected.probabilities[:, 0]) > 1e-4
+    refuse_if_different(difference(expected, comparing.read_in_batches(read, pictures)), head)
