@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from hilum.core.errors import HilumError, PredictionError, StageError
+from hilum.core.errors import CheckpointError, HilumError, PredictionError, StageError
 from hilum.deploy import model_files as files
 from hilum.deploy.out_of_sample import labels_of_studies, refuse_in_sample
 from hilum.evaluation.calibration import Calibrator
@@ -132,7 +132,7 @@ _Part = tuple[list[Predictions], np.ndarray, list[np.ndarray]]
 def _parts(path: Path, content: Mapping[str, Any]) -> list[_Part]:
     try:
         if content["format"] == files.ENSEMBLE_FORMAT:
-            folders = [path / member["path"] for member in content["members"]]
+            folders = [_folder(path, number, member) for number, member in enumerate(content["members"], 1)]
             members, labels = join_members([files.read_validation(folder) for folder in folders], folders)
             trained_on = [files.read_exposure(folder, files.read_config(folder)).train for folder in folders]
             return [(members, labels, trained_on)]
@@ -140,6 +140,18 @@ def _parts(path: Path, content: Mapping[str, Any]) -> list[_Part]:
     except HilumError:
         return []
     return [([predictions], labels, [trained]) for predictions, labels in _tables(path, content)]
+
+
+def _folder(path: Path, number: int, member: Mapping[str, Any]) -> Path:
+    """Where a member is: where the ensemble says, or in an export of it; it has to be the same one.
+
+    Raises:
+        CheckpointError: it is in neither.
+    """
+    for folder in (path / member["path"], path / f"member_{number}"):
+        if (folder / files.CONFIG_NAME).is_file() and files.digest_of(folder) == member["digest"]:
+            return folder
+    raise CheckpointError(f"{path}: the member {member['path']} is not there, or is another one.")
 
 
 def _tables(path: Path, content: Mapping[str, Any]) -> list[tuple[Predictions, np.ndarray]]:

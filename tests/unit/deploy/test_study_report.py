@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,26 @@ def test_there_are_no_intervals_where_the_calibrator_was_fitted_elsewhere(fitted
     homeless = load(fitted / "linear", "cpu")
     homeless.folder = None
     assert not bands_of(homeless).findings
+
+
+def test_an_export_of_an_ensemble_keeps_its_intervals_and_a_changed_one_has_none(
+    fitted, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr("hilum.evaluation.score_bands.FEWEST", 3)
+    original = load(fitted / "ensemble", "cpu")
+    shutil.copytree(fitted / "ensemble", tmp_path / "exported")
+    for number, name in ((1, "linear"), (2, "decoder")):
+        shutil.copytree(fitted / name, tmp_path / "exported" / f"member_{number}")
+    moved = load(fitted / "ensemble", "cpu")
+    moved.folder = tmp_path / "exported"
+    for name in original.findings:
+        for found, wanted in zip(bands_of(moved).findings[name], bands_of(original).findings[name], strict=True):
+            assert np.array_equal(found, wanted)
+    changed = tmp_path / "exported" / "member_2" / "config.json"
+    changed.write_text(changed.read_text() + " ")
+    other = load(fitted / "ensemble", "cpu")
+    other.folder = tmp_path / "exported"
+    assert not bands_of(other).findings
 
 
 def test_the_reference_page_names_every_key_of_the_schema() -> None:
