@@ -225,6 +225,19 @@ def test_a_study_finds_others_and_not_its_own_patient(
     assert picture.std() > 20
 
 
+def test_whose_a_study_is_may_be_said_in_a_table(folder: Path, tmp_path: Path) -> None:
+    """A renamed file is known by its patient, with or without the dataset before it, or by what is excluded by hand."""
+    shutil.copy(folder / "films" / "000036.png", tmp_path / "renamed.png")
+    for patient, exclude, left_out in (
+        ("p9", [], 2), ("arrays/p9", [], 2), ("", [], 0), ("", ["arrays/s18"], 1), ("p9", ["p8", "s0"], 5)
+    ):  # fmt: skip
+        (tmp_path / "t.csv").write_text(f"path,patient_id\nrenamed.png,{patient}\n")
+        similar.run(folder / "index", [str(tmp_path / "t.csv")], tmp_path / "c.json", exclude=exclude, device="cpu")
+        content = json.loads((tmp_path / "c.json").read_text())
+        assert content["left_out"] == left_out
+        assert (content["cases"][0]["study_id"] == "arrays/s18") is (left_out == 0)
+
+
 def test_what_cannot_be_is_said(folder: Path, tmp_path: Path, capsys) -> None:
     film = str(folder / "films" / "000040.png")
     with pytest.raises(ConfigError, match=r"\.csv or \.json"):
