@@ -170,7 +170,10 @@ def _study(
     if not readable:
         return []
     result = model.predict([image.path for image in readable], view_names=[image.view for image in readable])
-    names = _chosen(result, findings, threshold)
+    for number, (flags, scored) in enumerate(zip(result.image_flags, result.scored, strict=True), 1):
+        for flag in flags * (not scored):
+            warn(f"{folder.name}, image {number} takes no part: {flag.message}")
+    names = _chosen(result, findings, threshold) if any(result.scored) else []
     lines: list[list[Any]] = []
     rows: list[SheetRow] = []
     view_names = [image.view for image in readable]
@@ -199,7 +202,7 @@ def _study(
         words = f"{finding}   {probability:.3f}" + (f"   (threshold {cut:.3f})" if cut is not None else "")
         rows.append(SheetRow(words, maps, captions))
     write_bytes(folder / "sheet.png", png(contact_sheet(pictures, result.boxes, view_names, rows)))
-    if not names:
+    if not names and any(result.scored):
         say(f"{folder / 'sheet.png'}: no finding is above its threshold ({threshold}); name some with --finding")
     return lines
 

@@ -77,7 +77,8 @@ def explain_study(
         threshold: which operating point.
     """
     views = [store.read(int(index)) for index in indices]
-    result = model.predict(views, view_names=[str(store.views[index]) for index in indices])
+    names = [str(store.views[index]) for index in indices]
+    result = model.predict(views, view_names=names, score_flagged=True)  # somebody has chosen what is in a store
     codes = store.labels[list(indices)].max(axis=0)  # of the study: positive where any image is
     truth = dict(zip(store.findings, codes.tolist(), strict=True))
     present = [name for name in result.findings if truth.get(name) == POSITIVE]
