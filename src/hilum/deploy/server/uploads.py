@@ -252,8 +252,6 @@ class _Parts:
             size = self.limits.file_bytes // MEBIBYTE
             raise RefusedError(413, "file_too_large", f"A file is larger than {size} MiB.", len(self.upload.files) + 1)
         if self._name == b"files":
-            if self.upload.size + end - start > self.limits.study_bytes:
-                raise _study_too_large(self.limits)
             self.upload.hold(end - start)
         self._content += data[start:end]
 
