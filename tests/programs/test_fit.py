@@ -56,7 +56,7 @@ def settings(folder: Path) -> dict:
 def test_a_model_directory_is_complete_and_holds_no_pickle(folder: Path) -> None:
     expected = {
         "model.safetensors", "config.json", "validation_logits.parquet", "validation_labels.npz", "search.json",
-        "README.md", "exposure.npz",
+        "README.md", "checklist.md", "exposure.npz",
     }  # fmt: skip
     for name in ("linear", "decoder"):
         assert {path.name for path in (folder / name).iterdir()} == expected

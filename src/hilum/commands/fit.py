@@ -19,12 +19,12 @@ from hilum.commands.fit_targets import open_learning_set
 from hilum.commands.fit_tune import Tuned, TuneRecord, tune_on_both, tune_on_train
 from hilum.core.config import to_dict
 from hilum.core.errors import ConfigError
-from hilum.core.files import write_json, write_text
+from hilum.core.files import write_json
 from hilum.core.tracking import next_step, say, warn
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.transforms import preprocessing
 from hilum.deploy import model_files as files
-from hilum.deploy.card import model_card
+from hilum.deploy.card import write_cards
 from hilum.deploy.network import Network, choose_device
 from hilum.deploy.out_of_sample import fit_calibrators, fit_composition
 from hilum.evaluation.calibration import fingerprint
@@ -202,12 +202,13 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
             "learning_rate": chosen.variant.learning_rate,
             "refit_epochs": chosen.refit_epochs,
             "sources": examples.describe_sources(),
+            "licences": {name: store.licences.get(name, []) for name in examples.sources},
             "backbone": opened.provenance,
             "tuning": None if tuning is None else to_dict(tuning),
             "store": {name: store.fingerprint(rows) for name, rows in (("train", train), ("val", val))},
         },
     }
-    write_text(out / files.CARD_NAME, model_card(content))
+    write_cards(out, content, composition)
     files.write_config(out, content)
     say(f"{out}: {config.head}, {chosen.variant}, validation mAP {chosen.score:.3f} in the search")
     next_step(f"hilum predict {out} {data}:test --out test.parquet")
