@@ -122,9 +122,7 @@ class Screening:
             said = "bright and dark are exchanged" if code == INVERTED else f"it lies {turn}"
             return Judgement(Flag(code, f"This looks like a chest X-ray, but {said}."), own)
         if own > self.threshold:
-            return Judgement(
-                Flag(STRANGER, "This does not look like the chest X-rays that the model has learned."), own
-            )
+            return Judgement(Flag(STRANGER, _STRANGER), own)
         return Judgement(None, own)
 
 
