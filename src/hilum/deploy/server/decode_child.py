@@ -98,18 +98,24 @@ def _load_decoders() -> None:
 def _confine(memory: int) -> None:
     """From here on: no file grows, few are open, no core dump, and so much memory beyond what there is."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    most = pages * resource.getpagesize() + memory
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + memory)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_NOFILE, 32)
+    _limit(resource.RLIMIT_CORE, 0)
+
+
+def _limit(what: int, most: int) -> None:
+    """Set a limit for good; one that is already lower stays."""
+    already = resource.getrlimit(what)[1]
+    most = most if already == resource.RLIM_INFINITY else min(most, already)
+    resource.setrlimit(what, (most, most))
 
 
 def _allow_seconds(seconds: float) -> None:
     """So much processor time from now on; the kernel ends the process that takes more."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    used, hard = resource.getrusage(resource.RUSAGE_SELF), resource.getrlimit(resource.RLIMIT_CPU)[1]
     most = int(used.ru_utime + used.ru_stime + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _decode(content: bytes, request: dict[str, Any], salt: bytes) -> tuple[dict[str, Any], list[bytes]]:
