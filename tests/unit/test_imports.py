@@ -64,7 +64,7 @@ def test_tables_and_numbers_need_no_torch(module: str) -> None:
 def test_public_names_are_these() -> None:
     import hilum
 
-    assert hilum.__all__ == ["ChestXrayFeatures", "__version__", "load", "load_backbone"]
+    assert hilum.__all__ == ["ChestXrayFeatures", "__version__", "from_pretrained", "load", "load_backbone"]
     for name in hilum.__all__:
         assert getattr(hilum, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
