@@ -144,13 +144,16 @@ def test_the_model_says_what_it_is(world: Path, tmp_path: Path, capsys: pytest.C
     assert content["preprocessing"] == {"id": "chexfound-1", "resolution": SIDE, "short_side": 512}
     groups = {one["name"]: one["group"] for one in content["findings"]}
     assert (groups["Cardiomegaly"], groups["Mass"], groups["Azygos Lobe"]) == ("head", "medium", "tail")
-    assert "## Not calibrated" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "## Not calibrated" in card
+    assert "\nWhich images these weights have seen is not recorded. By what is published" in card
+    assert "CXR-LT, CheXpert, BRAX and NIH" in card
 
     cv2.imwrite(str(tmp_path / "one.png"), IMAGE)
     assert run("predict", out, tmp_path / "one.png", "--out", tmp_path / "one.csv") == 0
     printed = " ".join("".join(capsys.readouterr()).split())
     assert "not calibrated: imported" in printed
-    assert "exposure: imported: which images its weights have seen is not recorded" in printed
+    assert "exposure: imported: which images these weights have seen is not recorded" in printed
     table = read_predictions(tmp_path / "one.csv")
     assert table.stage == "raw"
     assert "thresholds" not in table.metadata
@@ -191,9 +194,7 @@ def test_evaluating_it_on_what_it_has_probably_seen_is_refused(
     assert metrics["calibration"] is None
 
 
-def test_an_audit_knows_where_it_was_trained(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_audit_knows_where_it_was_trained(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     phantoms = tmp_path / "phantoms"
     assert run("phantom", phantoms, "--layout", "nih", "--patients", 6, "--size", 64, "--workers", 1) == 0
     assert run("manifest", f"nih={phantoms}", "--out", tmp_path / "manifest.parquet", "--split", "project") == 0

@@ -37,10 +37,11 @@ RESULTS_NAME = "results_eval_linear.json"
 UNCALIBRATED = (
     "imported: no calibrator came with the weights; fit one on labelled studies of your own (hilum recalibrate)"
 )
-NOT_RECORDED = (
-    "imported: which images its weights have seen is not recorded. By what is published it has seen the training data "
-    "of these datasets, and probably development and test images of CXR-LT"
+WHAT_IS_KNOWN = (
+    "Which images these weights have seen is not recorded. By what is published they have seen training data of CXR-LT, "
+    "CheXpert, BRAX and NIH, and probably development and test images of CXR-LT"
 )
+NOT_RECORDED = f"imported: {WHAT_IS_KNOWN[0].lower()}{WHAT_IS_KNOWN[1:]}"
 
 
 def run(
@@ -216,8 +217,8 @@ def _card(content: Mapping[str, Any]) -> str:
             "",
             "## Exposed",
             "",
-            f"{exposure['not_recorded'].removeprefix('imported: ').capitalize()}: {', '.join(exposure['datasets'])}. "
-            "Scores on images of these datasets say nothing of unseen images.",
+            f"{WHAT_IS_KNOWN}. All images of "
+            f"{', '.join(exposure['datasets'])} count as met: scores on them say nothing of unseen images.",
             "",
             "## Images",
             "",
