@@ -38,8 +38,8 @@ UNCALIBRATED = (
     "imported: no calibrator came with the weights; fit one on labelled studies of your own (hilum recalibrate)"
 )
 WHAT_IS_KNOWN = (
-    "Which images these weights have seen is not recorded. By what is published they have seen training data of CXR-LT, "
-    "CheXpert, BRAX and NIH, and probably development and test images of CXR-LT"
+    "Which images these weights have seen is not recorded. By what is published they have seen training data of "
+    "CXR-LT, CheXpert, BRAX and NIH, and probably development and test images of CXR-LT"
 )
 NOT_RECORDED = f"imported: {WHAT_IS_KNOWN[0].lower()}{WHAT_IS_KNOWN[1:]}"
 
