@@ -15,7 +15,9 @@ import cv2
 import numpy as np
 import pytest
 import strangers
+from damage_inputs import png, radiograph, saved, written
 from jsonschema import Draft202012Validator
+from PIL import Image
 
 from hilum.commands import fit, predict, predict_parts, predict_workers
 from hilum.core.errors import ConfigError, EmptyStudyError, HilumError, MissingColumnError
@@ -202,12 +204,15 @@ cli.main()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
-def test_a_killed_program_goes_on(folder: Path, tmp_path: Path, number: signal.Signals, status: int) -> None:
+def test_a_killed_program_goes_on(
+    folder: Path, tmp_path: Path, number: signal.Signals, status: int, devices: int
+) -> None:
     out = tmp_path / "out.csv"
     command = [
         sys.executable, "-c", PROGRAM, "predict", str(folder / "model"), f"{folder / 'store'}:train", "--out", str(out),
-        "--device", "cpu", "--batch-size", "2",
+        "--device", "cpu", "--batch-size", "2", "--devices", str(devices),
     ]  # fmt: skip
     done = Path(f"{out}.parts") / "3.done"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as program:
@@ -215,7 +220,7 @@ def test_a_killed_program_goes_on(folder: Path, tmp_path: Path, number: signal.S
         while not done.exists() and program.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         program.send_signal(number)
-        told = program.communicate()[0]
+        told = program.communicate(timeout=60)[0]  # ends when nobody, no process of its own either, can write to it
     assert (program.returncode, out.exists()) == (status, False), told
     assert status != 75 or "Run the same command again" in told
     again = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -447,6 +452,35 @@ def test_jobs_account_for_every_input_once(folder: Path, tmp_path: Path) -> None
             if name in totals:
                 totals[name] += count
     assert totals == {"given": 23, "predicted": 12, "refused": 10, "repeated": 1}
+
+
+def test_every_kind_of_damage_is_refused_by_its_reason_and_counted(folder: Path, tmp_path: Path) -> None:
+    pictures = Image.fromarray(strangers.film(np.random.default_rng(1)))
+    whole = saved(pictures)
+
+    def dicom(number: int, **options) -> bytes:
+        return written(radiograph(np.asarray(pictures), SOPInstanceUID=f"1.2.{number}", **options))
+
+    sound = {"a.png": whole, "b.jpg": saved(pictures, "JPEG"), "c.dcm": dicom(1)}
+    broken = {
+        "zero_bytes": b"", "truncated": whole[: len(whole) // 2], "not_an_image": b"<html>403</html>" * 9,
+        "damaged": whole[:60] + bytes([whole[60] ^ 1]) + whole[61:],
+        "no_pixel_data": dicom(2)[: dicom(2).index(b"\xe0\x7f\x10\0")],
+        "multi_frame": dicom(3, NumberOfFrames=3),
+        "unsupported_mode": saved(pictures.convert("CMYK"), "JPEG"), "too_large": png(50000, 50000, 1, 0, b"x"),
+        "size_mismatch": dicom(4, Rows=21),
+    }  # fmt: skip
+    for name, content in {**sound, **{f"{reason}.png": content for reason, content in broken.items()}}.items():
+        (tmp_path / name).write_bytes(content)
+    inputs = [str(tmp_path / name) for name in (*sound, *(f"{reason}.png" for reason in broken))]
+    out = tmp_path / "out.json"
+    predict.run(folder / "model", [*inputs, inputs[0]], out, device="cpu", batch_size=2, score_flagged=True)
+    predictions = read_predictions(out)
+    assert len(predictions) == 3
+    assert predictions.metadata["inputs"]["given"] == 13
+    assert [predictions.metadata["inputs"][name] for name in ("predicted", "refused", "repeated")] == [3, 9, 1]
+    with Path(f"{out}.quarantine.csv").open() as file:
+        assert {Path(row["path"]).stem: row["reason"] for row in csv.DictReader(file)} == {one: one for one in broken}
 
 
 def test_a_model_without_screening_says_so(folder: Path, tmp_path: Path, capsys) -> None:
