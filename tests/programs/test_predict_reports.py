@@ -250,3 +250,26 @@ def test_unknown_formats_and_captures_are_refused(tmp_path: Path) -> None:
         parse_options(tmp_path, "json,pdf")
     with pytest.raises(UnknownNameError, match="choice of captures 'some'"):
         parse_options(tmp_path, "sc", "some")
+
+
+def test_pictures_are_scaled_by_what_each_view_contributes(
+    model: Model, films: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from hilum.commands import predict_reports
+    from hilum.deploy import dicom_pictures
+
+    given: list[dict] = []
+    drawn, captured = predict_reports.study_page, dicom_pictures.pictures
+    monkeypatch.setattr(predict_reports, "study_page", lambda d, p, maps: given.append(maps) or drawn(d, p, maps))
+    monkeypatch.setattr(
+        dicom_pictures, "pictures", lambda d, s, p, maps, c: given.append(maps) or captured(d, s, p, maps, c)
+    )
+    found = resolve([str(films)])
+    write_reports(model, found, np.array([0, 1]), ReportOptions(tmp_path / "out", ("html", "sc")))
+    result = model.predict([films / f"{CANARY}.dcm", films / "b.dcm"])
+    assert len(given) == 2
+    for maps in given:
+        for name in ("Edema", "Mass"):
+            shares = result.contributions[name]
+            assert [one.sum() for one in maps[name]] == pytest.approx(shares, abs=1e-6)
+        assert result.contributions["Edema"][0] != pytest.approx(0.5, abs=1e-3)

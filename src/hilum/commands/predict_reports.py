@@ -30,7 +30,8 @@ from hilum.deploy.fhir import NOBODY, fhir_bundle
 from hilum.deploy.finding_codes import local_code
 from hilum.deploy.inputs import HEADER_BYTES, Inputs
 from hilum.deploy.network import store_identity
-from hilum.deploy.predictor import Model, StudyResult
+from hilum.deploy.overlays import of_study
+from hilum.deploy.predictor import Model
 from hilum.deploy.study_page import POINT, study_page
 from hilum.deploy.study_report import ImageFacts, study_document
 from hilum.evaluation.studies import study_uids
@@ -231,6 +232,10 @@ def _write_study(
     result = dataclasses.replace(result, view_sources=known, quality=[view.quality for view in views])
     document = study_document(result, model, study_id=study.name, images=[view.facts for view in views])
     folder, formats = options.folder / study.name, _formats(options)
+    maps = {
+        name: None if views_of is None else of_study(views_of, result.contributions[name])
+        for name, views_of in result.attention.items()
+    }
     references = options.references.get(study.study_id, NOBODY)
     pixels: list[np.ndarray] = []
     if set(formats) & set(PICTURE_FORMATS):
@@ -239,20 +244,20 @@ def _write_study(
             for view in views
         ]
     if "html" in formats:
-        write_text(folder / _FILES["html"], study_page(document, pixels, result.attention))
+        write_text(folder / _FILES["html"], study_page(document, pixels, maps))
     if "fhir" in formats:
         write_json(folder / _FILES["fhir"], fhir_bundle(document, references))
     if "fhir-r4b" in formats:
         write_json(folder / _FILES["fhir-r4b"], fhir_bundle(document, references, "R4B"))
     if set(formats) & set(DICOM_FORMATS):
-        _write_dicom(folder, document, result, views, pixels, options, left_out)
+        _write_dicom(folder, document, maps, views, pixels, options, left_out)
     write_json(folder / DOCUMENT_NAME, document)
 
 
 def _write_dicom(
     folder: Path,
     document: Mapping[str, Any],
-    result: StudyResult,
+    maps: Mapping[str, Sequence[np.ndarray] | None],
     views: Sequence[_View],
     pixels: Sequence[np.ndarray],
     options: ReportOptions,
@@ -268,9 +273,7 @@ def _write_dicom(
     ]
     made: dict[str, Callable[[list[Any]], None]] = {
         "sr": lambda sources: _save(structured_report(document, sources), folder / _FILES["sr"]),
-        "sc": lambda sources: _save_all(
-            pictures(document, sources, pixels, result.attention, chosen), document, folder
-        ),
+        "sc": lambda sources: _save_all(pictures(document, sources, pixels, maps, chosen), document, folder),
     }
     for name in DICOM_FORMATS:
         if name not in options.formats:

@@ -65,7 +65,7 @@ def pictures(
         sources: of its images, in their order.
         pixels: of each whole image, as displayed.
         maps: by finding, one for each image, on the patch grid, covering the `box` of the document
-            (`StudyResult.attention`).
+            (`StudyResult.attention`), scaled by what each image contributes (`overlays.of_study`).
         findings: names; those without a map are passed over.
         when: time of the content; None: now.
 

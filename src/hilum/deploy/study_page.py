@@ -68,7 +68,8 @@ def study_page(
     Args:
         document: as `study_document` makes it.
         pixels: of each whole image as it is displayed, of any size.
-        maps: by finding, one for each image, covering the `box` of the document (`StudyResult.attention`).
+        maps: by finding, one for each image, covering the `box` of the document (`StudyResult.attention`),
+            scaled by what each image contributes (`overlays.of_study`).
         facts: name -> value, for the end of the page.
 
     Raises:
