@@ -21,6 +21,7 @@ from hilum.deploy.engines import EXPORT_NAME, GraphNetwork, choose_precision
 from hilum.deploy.exporting import comparing, directory
 from hilum.deploy.exporting.comparing import Difference, difference, fixtures, refuse_if_different
 from hilum.deploy.exporting.directory import export_model
+from hilum.deploy.exporting.formats import Written
 from hilum.deploy.exporting.graph import OUTPUTS, program_of
 from hilum.deploy.network import Network, Reading
 from hilum.evaluation.predictions import read_predictions
@@ -112,17 +113,24 @@ def test_the_card_and_the_record_say_how_far_the_export_is_from_the_predictor(ex
 
 
 def test_an_export_that_differs_is_not_written(fitted: Path, tmp_path: Path, monkeypatch) -> None:
-    def wrong(network, folder, notes):
-        network.head.linear.weight.data.mul_(1.01)
-        try:
-            return directory.FORMATS["torch-export"](network, folder, notes)
-        finally:
-            network.head.linear.weight.data.div_(1.01)
+    moved = [0.0]
 
-    monkeypatch.setitem(directory.FORMATS, "onnx", wrong)
+    def stand_in(network, folder, notes):
+        (folder / "model.graph").write_bytes(b"graph")
+
+        def session(squares, maps):
+            reading = network.read(torch.from_numpy(squares), attention=True)
+            logits = np.log(reading.probabilities) - np.log1p(-reading.probabilities) + moved[0]
+            return {**reading._asdict(), "logits": logits}
+
+        return Written("model.graph", {}, lambda file: session)
+
+    monkeypatch.setitem(directory.FORMATS, "onnx", stand_in)
+    export_model(fitted / "linear", "onnx", tmp_path / "same")
+    moved[0] = 0.01
     with pytest.raises(CheckpointError, match=r"differs from the predictor in probabilities by .* Nothing was written"):
-        export_model(fitted / "linear", "onnx", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        export_model(fitted / "linear", "onnx", tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
 
 def test_differences_are_found() -> None:
@@ -205,6 +213,7 @@ def test_mistakes_are_answered(fitted: Path, exported: Path, tmp_path: Path) -> 
         assert isinstance(caught.value, kind)
 
 
+@pytest.mark.slow
 def test_a_torch_program_runs_alone_and_is_not_read_by_hilum(fitted: Path, tmp_path: Path) -> None:
     export_model(fitted / "decoder", "torch-export", tmp_path / "out")
     [network] = predictor.load(fitted / "decoder", "cpu").networks
