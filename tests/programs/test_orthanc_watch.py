@@ -25,8 +25,11 @@ if any(image.read_bytes() == b"broken" for image in images):
     sys.exit("Patient^Name cannot be read")
 out = pathlib.Path(arguments[arguments.index("--reports") + 1]) / "study_0001"
 out.mkdir(parents=True)
+if images[0].read_bytes() == b"hand":
+    (out / "study.json").write_text('{"status": "withheld"}')
+    sys.exit("None of 1 inputs could be scored")
 (out / "study.sr.dcm").write_bytes(b"report of " + b"+".join(image.read_bytes() for image in images))
-(out / "study.json").write_text("{}")
+(out / "study.json").write_text('{"status": "scored"}')
 """
 
 
@@ -138,6 +141,16 @@ def test_a_stable_study_is_read_once_and_its_report_starts_nothing(script, fake,
     assert len(state.stored) == 1
 
 
+def test_a_study_of_no_chest_has_no_report_and_is_not_tried_again(script, fake, tmp_path, monkeypatch, capsys) -> None:
+    state, address = fake
+    state.studies["aa"] = [("DX", ["hand"])]
+    for _ in range(2):
+        run(script, address, tmp_path, monkeypatch)
+    assert state.stored == []
+    assert "aa" in state.metadata
+    assert "aa" not in capsys.readouterr().err
+
+
 def test_a_study_that_grows_is_read_again(script, fake, tmp_path, monkeypatch) -> None:
     state, address = fake
     run(script, address, tmp_path, monkeypatch)
@@ -183,7 +196,8 @@ def test_the_command_that_it_gives_is_one_that_hilum_takes(script, fake, tmp_pat
 
     _, address = fake
     given: list[list[str]] = []
-    monkeypatch.setattr(script.subprocess, "run", lambda command, **_: given.append(command))
+    answer = script.subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(script.subprocess, "run", lambda command, **_: given.append(command) or answer)
     run(script, address, tmp_path, monkeypatch)
     taken: dict[str, object] = {}
     monkeypatch.setattr(predict, "run", lambda *arguments, **options: taken.update(options, arguments=arguments))
