@@ -1,6 +1,7 @@
 """`hilum predict --reports`: from files to reports of studies, read back by independent readers."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -273,3 +274,91 @@ def test_pictures_are_scaled_by_what_each_view_contributes(
             shares = result.contributions[name]
             assert [one.sum() for one in maps[name]] == pytest.approx(shares, abs=1e-6)
         assert result.contributions["Edema"][0] != pytest.approx(0.5, abs=1e-3)
+
+
+def table_of(folder: Path, rows: list[tuple[str, str]]) -> Inputs:
+    """Inputs of a table that says which file is of which study."""
+    text = "".join(f"{path},{study},{study}\n" for path, study in rows)
+    (folder / "table.csv").write_text("path,study_id,patient_id\n" + text)
+    return resolve([str(folder / "table.csv")])
+
+
+@pytest.fixture
+def broken(films: Path, tmp_path: Path) -> Inputs:
+    """A study whose second image of three is damaged, and one that is damaged altogether."""
+    (tmp_path / "half.png").write_bytes((films / "d.png").read_bytes()[:200])
+    names = [films / "d.png", "half.png", films / "b.dcm"]
+    (tmp_path / "other.png").write_bytes((films / "d.png").read_bytes()[:300])
+    return table_of(tmp_path, [*((str(name), "A") for name in names), ("other.png", "B")])
+
+
+def test_an_image_that_cannot_be_read_is_told_of_in_the_report_and_counted_as_it_was_given(
+    model: Model, broken: Inputs, tmp_path: Path
+) -> None:
+    write_reports(model, broken, everything(broken), ReportOptions(tmp_path / "out", ("html", "sr")))
+    document = json.loads((tmp_path / "out" / "study_0001" / "study.json").read_text())
+    jsonschema.validate(document, study_schema())
+    assert [one["number"] for one in document["study"]["images"]] == [1, 2]
+    [flag] = [one for one in document["flags"] if one["code"] == "images_unread"]
+    assert flag["message"] == "1 more image of this study could not be read, and took no part."
+    assert flag["message"] in (tmp_path / "out" / "study_0001" / "study.html").read_text()
+    rows = [(row["folder"], row["what"], row["reason"]) for row in rows_of(tmp_path / "out" / "not_written.csv")]
+    assert rows == [("study_0001", "image 2", "truncated"), ("study_0001", "sr", "not_dicom"),
+                    ("study_0002", "image 1", "truncated")]  # fmt: skip
+
+
+def test_jobs_and_runs_that_go_on_keep_each_others_lists(model: Model, broken: Inputs, tmp_path: Path) -> None:
+    def listed() -> list[tuple[str, str]]:
+        return [(row["folder"], row["what"]) for row in rows_of(tmp_path / "out" / "not_written.csv")]
+
+    both = [("study_0001", "image 2"), ("study_0002", "image 1")]
+    write_reports(model, broken, np.array([0, 1, 2]), ReportOptions(tmp_path / "out"))
+    assert listed() == both[:1]
+    write_reports(model, broken, np.array([3]), ReportOptions(tmp_path / "out"))
+    assert listed() == both
+    write_reports(model, broken, everything(broken), ReportOptions(tmp_path / "out"))  # all is there
+    assert listed() == both
+
+
+def test_a_study_without_captures_is_finished_and_more_captures_are_made(
+    model: Model, films: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from hilum.deploy.predictor import StudyResult
+
+    real = model.predict
+
+    def nothing_above(*arguments, **options) -> StudyResult:
+        result = real(*arguments, **options)
+        high = {name: None if cuts is None else dict.fromkeys(cuts, 1.0) for name, cuts in result.thresholds.items()}
+        return dataclasses.replace(result, thresholds=high)
+
+    monkeypatch.setattr(model, "predict", nothing_above)
+    found, out = resolve([str(films / "c.dcm")]), tmp_path / "out"
+    write_reports(model, found, np.array([0]), ReportOptions(out, ("sc",)))
+    before = (out / "study_0001" / "study.json").stat().st_mtime_ns
+    write_reports(model, found, np.array([0]), ReportOptions(out, ("sc",)))
+    assert (out / "study_0001" / "study.json").stat().st_mtime_ns == before
+    assert not list(out.rglob("capture_*"))
+    write_reports(model, found, np.array([0]), ReportOptions(out, ("sc",), "all"))
+    assert len(list(out.rglob("capture_*"))) == 3
+
+
+def test_reports_of_one_folder_are_made_with_the_same_options(model: Model, films: Path, tmp_path: Path) -> None:
+    found, out = resolve([str(films / "c.dcm")]), tmp_path / "out"
+    write_reports(model, found, np.array([0]), ReportOptions(out))
+    with pytest.raises(ConfigError, match=r"other options \(--score-flagged\)"):
+        write_reports(model, found, np.array([0]), ReportOptions(out), score_flagged=True)
+    (tmp_path / "references.csv").write_text("study_id,patient\n1.2.4,Patient/7\n9,Patient/9\n")
+    asked = parse_options(out, "fhir", references=tmp_path / "references.csv")
+    write_reports(model, found, np.array([0]), asked)  # the first with FHIR
+    with pytest.raises(ConfigError, match=r"other options \(--references\)"):
+        write_reports(model, found, np.array([0]), ReportOptions(out, ("fhir",)))
+
+
+def test_references_of_nobody_are_told_of(model: Model, films: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "references.csv").write_text("study_id,patient\n1.2.4,Patient/7\nsomebody,Patient/9\n")
+    asked = parse_options(tmp_path / "out", "fhir", references=tmp_path / "references.csv")
+    write_reports(model, resolve([str(films / "c.dcm")]), np.array([0]), asked)
+    printed = capsys.readouterr().err
+    assert "1 of 2 references are of studies that are not among the inputs" in printed
+    assert "somebody" not in printed

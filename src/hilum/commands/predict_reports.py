@@ -3,17 +3,22 @@
     DIR/studies.csv                  which folder is which study of the input, as a prediction table calls it
     DIR/study_0001/study.json        the document (docs/reference/study-report.md); written last, so it says "finished"
     DIR/study_0001/study.html, study.fhir.json, study.sr.dcm, capture_<finding>_<image>.dcm
-    DIR/not_written.csv              what could not be made, and why
+    DIR/not_written.csv              what could not be made, and why: of all studies, whichever job or run had them
+    DIR/not_written/study_0001.csv   the same of one study, from which the list is made
+    DIR/options.json                 what was asked for that changes what a report says
 
 Study by study, as a server would answer. A folder that holds everything that is asked for, made by the same model, is
-left as it is, so that an interrupted run goes on. Past 300 lines: the way from a list of files to each file of a study.
+left as it is, so that an interrupted run goes on. Images are counted as they were given, also where one cannot be read.
+Past 300 lines: the way from a list of files to each file of a study.
 """
 
 import csv
 import dataclasses
+import hashlib
 import io
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,10 +42,12 @@ from hilum.deploy.study_report import ImageFacts, study_document
 from hilum.evaluation.studies import study_uids
 
 INDEX_NAME, LEFT_OUT_NAME, DOCUMENT_NAME = "studies.csv", "not_written.csv", "study.json"
-PICTURE_FORMATS = ("html", "sc")
+OPTIONS_NAME, LEFT_OUT_FOLDER = "options.json", "not_written"
+LEFT_OUT_COLUMNS = ("folder", "what", "reason", "message")
+PICTURE_FORMATS, FHIR_FORMATS = ("html", "sc"), ("fhir", "fhir-r4b")
 _FILES = {
     "json": DOCUMENT_NAME, "html": "study.html", "fhir": "study.fhir.json", "fhir-r4b": "study.fhir-r4b.json",
-    "sr": "study.sr.dcm", "sc": "capture_*.dcm",
+    "sr": "study.sr.dcm",
 }  # fmt: skip
 
 
@@ -57,6 +64,8 @@ class _Study(NamedTuple):
 class _View(NamedTuple):
     """One image of a study, ready for the model."""
 
+    number: int
+    """Among those that were given, from 1."""
     pixels: UInt8[np.ndarray, "H W"]
     facts: ImageFacts
     quality: tuple[str, ...]
@@ -68,13 +77,19 @@ class _View(NamedTuple):
 
 @dataclass
 class _LeftOut:
-    """What could not be made, for the list at the end."""
+    """What could not be made of one study."""
 
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def add(self, folder: str, what: str, error: HilumError) -> None:
         reason = error.reason if isinstance(error, ImageError) else type(error).__name__
         self.rows.append((folder, what, reason, str(error)))
+
+    def write(self, path: Path) -> None:
+        """Before the study's document, so that who finds that has this too."""
+        path.unlink(missing_ok=True)  # of an earlier run
+        if self.rows:
+            write_text(path, _csv(LEFT_OUT_COLUMNS, self.rows))
 
 
 def write_reports(
@@ -101,28 +116,33 @@ def write_reports(
         how many studies have a report, those that had one before among them.
 
     Raises:
-        ConfigError: a folder that holds reports of other inputs, or DICOM formats without one DICOM file.
+        ConfigError: a folder that holds reports of other inputs or options, or DICOM formats without one DICOM file.
     """
+    chosen_by_hand = score_flagged or found.store is not None  # somebody has put it into the store
     if set(options.formats) & set(DICOM_FORMATS):
         _need_dicom(found)
     studies = _studies(found)
+    _warn_of_strangers(options, studies)
     _write_index(options.folder, studies)
+    _write_options(options, chosen_by_hand, correct_inverted)
     mine = set(np.asarray(part).tolist())
     chosen = [study for study in studies if study.positions[0] in mine]
-    left_out, finished = _LeftOut(), 0
+    finished = 0
     with progress("reports", sum(len(study.positions) for study in chosen), "images") as bar:
         for study in chosen:
             folder = options.folder / study.name
-            if _is_finished(folder, model, raw, options.formats):
+            if _is_finished(folder, model, raw, options):
                 finished += 1
             else:
+                left_out = _LeftOut()
                 views = _views(model, found, study, left_out)
                 if views:
-                    chosen_by_hand = score_flagged or found.store is not None  # somebody has put it into the store
                     _write_study(model, study, views, options, left_out, raw, chosen_by_hand, correct_inverted)
                     finished += 1
+                else:
+                    left_out.write(_left_out_path(options.folder, study.name))
             bar.advance(len(study.positions))
-    _write_left_out(options.folder, left_out)
+    _write_left_out(options.folder, {study.name for study in chosen})
     say(f"{options.folder}: reports of {finished} of {len(chosen)} studies ({', '.join(_formats(options))})")
     return finished
 
@@ -165,20 +185,51 @@ def _studies(found: Inputs) -> list[_Study]:
     ]
 
 
-def _write_index(folder: Path, studies: Sequence[_Study]) -> None:
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["folder", "study_id", "images"])
-    writer.writerows([study.name, study.study_id, len(study.positions)] for study in studies)
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _warn_of_strangers(options: ReportOptions, studies: Sequence[_Study]) -> None:
+    strangers = set(options.references) - {study.study_id for study in studies}
+    if strangers:
+        warn(f"{len(strangers)} of {len(options.references)} references are of studies that are not among the inputs")
+
+
+def _write_index(folder: Path, studies: Sequence[_Study]) -> None:
+    text = _csv(
+        ("folder", "study_id", "images"), [(study.name, study.study_id, len(study.positions)) for study in studies]
+    )
     path = folder / INDEX_NAME
-    if path.exists() and path.read_text(encoding="utf-8") != text.getvalue():
+    if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(
             f"{path} lists other studies than these inputs: their reports would be mixed. Choose another folder."
         )
-    write_text(path, text.getvalue())
+    write_text(path, text)
 
 
-def _is_finished(folder: Path, model: Model, raw: bool, formats: Sequence[str]) -> bool:
+def _write_options(options: ReportOptions, score_flagged: bool, correct_inverted: bool) -> None:
+    """Remember what changes a report, so that those of one folder are all made with the same."""
+    asked: dict[str, Any] = {"score_flagged": score_flagged, "correct_inverted": correct_inverted}
+    if set(options.formats) & set(FHIR_FORMATS):
+        listed = sorted((study, str(one)) for study, one in options.references.items())
+        asked["references"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    path = options.folder / OPTIONS_NAME
+    before = read_json(path, ConfigError) if path.exists() else {}
+    differing = [name for name, value in asked.items() if before.get(name, value) != value]
+    if differing:
+        raise ConfigError(
+            f"{options.folder} holds reports that were made with other options "
+            f"({', '.join('--' + name.replace('_', '-') for name in differing)}): they would be mixed. Choose another "
+            "folder."
+        )
+    write_json(path, {**before, **asked})
+
+
+def _is_finished(folder: Path, model: Model, raw: bool, options: ReportOptions) -> bool:
     path = folder / DOCUMENT_NAME
     if not path.exists():
         return False
@@ -187,7 +238,15 @@ def _is_finished(folder: Path, model: Model, raw: bool, formats: Sequence[str]) 
     calibrated = not raw and not model.reservations.uncalibrated
     if (made_by.get("digest"), made_by.get("calibrated")) != (model.digest, calibrated):
         raise ConfigError(f"{path} was written by another model, or with and without --raw. Choose another folder.")
-    return all(any(folder.glob(_FILES[name])) for name in formats)
+    wanted = [folder / _FILES[name] for name in options.formats if name != "sc"]
+    if "sc" in options.formats and document["status"] == "scored":
+        wanted += [
+            folder / _capture_name(one["name"], image["number"])
+            for one in _captured(document, options.captures)
+            for image in document["study"]["images"]
+            if image["scored"]
+        ]
+    return all(path.exists() for path in wanted)
 
 
 def _views(model: Model, found: Inputs, study: _Study, left_out: _LeftOut) -> list[_View]:
@@ -197,7 +256,8 @@ def _views(model: Model, found: Inputs, study: _Study, left_out: _LeftOut) -> li
         if found.store is not None:
             index = int(found.indices[position])
             pixels = found.store.read(index)
-            views.append(_View(pixels, ImageFacts(*pixels.shape), (), str(found.store.views[index]), "given", None))
+            view = str(found.store.views[index])
+            views.append(_View(number, pixels, ImageFacts(*pixels.shape), (), view, "given", None))
             continue
         image = found.images[position]
         try:
@@ -206,7 +266,7 @@ def _views(model: Model, found: Inputs, study: _Study, left_out: _LeftOut) -> li
             left_out.add(study.name, f"image {number}", error)
             continue
         facts = ImageFacts(decoded.rows, decoded.cols)
-        views.append(_View(decoded.pixels, facts, decoded.quality, image.view, image.view_source, image.path))
+        views.append(_View(number, decoded.pixels, facts, decoded.quality, image.view, image.view_source, image.path))
     return views
 
 
@@ -230,7 +290,8 @@ def _write_study(
         for view, source in zip(views, result.view_sources, strict=True)
     ]
     result = dataclasses.replace(result, view_sources=known, quality=[view.quality for view in views])
-    document = study_document(result, model, study_id=study.name, images=[view.facts for view in views])
+    unread = len(study.positions) - len(views)
+    document = study_document(result, model, study_id=study.name, images=[view.facts for view in views], unread=unread)
     folder, formats = options.folder / study.name, _formats(options)
     maps = {
         name: None if views_of is None else of_study(views_of, result.contributions[name])
@@ -251,6 +312,7 @@ def _write_study(
         write_json(folder / _FILES["fhir-r4b"], fhir_bundle(document, references, "R4B"))
     if set(formats) & set(DICOM_FORMATS):
         _write_dicom(folder, document, maps, views, pixels, options, left_out)
+    left_out.write(_left_out_path(options.folder, study.name))
     write_json(folder / DOCUMENT_NAME, document)
 
 
@@ -268,9 +330,7 @@ def _write_dicom(
     from hilum.deploy.dicom_report import structured_report
     from hilum.deploy.dicom_source import read_source
 
-    chosen = [
-        one["name"] for one in document["findings"] if options.captures == "all" or (one["above"] or {}).get(POINT)
-    ]
+    chosen = [one["name"] for one in _captured(document, options.captures)]
     made: dict[str, Callable[[list[Any]], None]] = {
         "sr": lambda sources: _save(structured_report(document, sources), folder / _FILES["sr"]),
         "sc": lambda sources: _save_all(pictures(document, sources, pixels, maps, chosen), document, folder),
@@ -279,15 +339,25 @@ def _write_dicom(
         if name not in options.formats:
             continue
         try:
-            made[name]([read_source(view.path, number) for number, view in enumerate(views, 1) if view.path])
+            made[name]([read_source(view.path, view.number) for view in views if view.path])
         except (ImageError, ConfigError) as error:
             left_out.add(folder.name, name, error)
 
 
+def _captured(document: Mapping[str, Any], captures: str) -> list[Mapping[str, Any]]:
+    """The findings that secondary captures are made of."""
+    return [
+        one for one in document["findings"] if one["has_map"] and (captures == "all" or (one["above"] or {}).get(POINT))
+    ]
+
+
+def _capture_name(finding: str, image: int) -> str:
+    return f"capture_{local_code(finding).value}_{image}.dcm"
+
+
 def _save_all(captures: Any, document: Mapping[str, Any], folder: Path) -> None:
     for one in captures:
-        code = local_code(document["findings"][one.finding]["name"]).value
-        _save(one.dataset, folder / f"capture_{code}_{one.image}.dcm")
+        _save(one.dataset, folder / _capture_name(document["findings"][one.finding]["name"], one.image))
 
 
 def _save(dataset: Any, path: Path) -> None:
@@ -297,16 +367,21 @@ def _save(dataset: Any, path: Path) -> None:
         dataset.save_as(temporary, enforce_file_format=True)
 
 
-def _write_left_out(folder: Path, left_out: _LeftOut) -> None:
+def _left_out_path(folder: Path, study: str) -> Path:
+    return folder / LEFT_OUT_FOLDER / f"{study}.csv"
+
+
+def _write_left_out(folder: Path, mine: Collection[str]) -> None:
+    """Put the lists of all studies together, of other jobs and of earlier runs too; warn of those of this job."""
+    rows: list[tuple[str, ...]] = []
+    for path in sorted((folder / LEFT_OUT_FOLDER).glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows += [tuple(row) for row in list(csv.reader(file))[1:]]
     path = folder / LEFT_OUT_NAME
     path.unlink(missing_ok=True)  # of an earlier run
-    if not left_out.rows:
-        return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["folder", "what", "reason", "message"])
-    writer.writerows(sorted(left_out.rows))
-    write_text(path, text.getvalue())
-    reasons = Counter(f"{what.split()[0]}: {reason}" for _, what, reason, _ in left_out.rows)
-    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    warn(f"{len(left_out.rows)} reports or images were left out ({listed}); {path} says why")
+    if rows:
+        write_text(path, _csv(LEFT_OUT_COLUMNS, sorted(rows)))
+    reasons = Counter(f"{what.split()[0]}: {reason}" for study, what, reason, _ in rows if study in mine)
+    if reasons:
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        warn(f"{reasons.total()} reports or images were left out ({listed}); {path} says why")

@@ -35,7 +35,9 @@ class ImageFacts:
     """Width."""
 
 
-def study_document(result: StudyResult, model: Model, *, study_id: str, images: Sequence[ImageFacts]) -> dict[str, Any]:
+def study_document(
+    result: StudyResult, model: Model, *, study_id: str, images: Sequence[ImageFacts], unread: int = 0
+) -> dict[str, Any]:
     """A study as plain JSON values, as `study_schema` says.
 
     Args:
@@ -43,6 +45,7 @@ def study_document(result: StudyResult, model: Model, *, study_id: str, images: 
         model: the model; the intervals come from validation predictions in its folder, where it has one.
         study_id: a name of ours for the study; it is shown, so it must not come from a file.
         images: facts of each image, in the order in which they were predicted.
+        unread: images of the study that could not be read, and are not among these.
 
     Raises:
         ValueError: facts of another number of images than the result has.
@@ -61,7 +64,7 @@ def study_document(result: StudyResult, model: Model, *, study_id: str, images: 
         },
         "study": {"id": study_id, "images": described},
         "status": "scored" if any(scored) else "withheld",
-        "flags": _study_flags(result, scored),
+        "flags": _study_flags(result, scored, unread),
         "findings": [_finding(result, model, name, scored, bands_of(model, calibrated)) for name in result.findings],
     }  # fmt: skip
 
@@ -116,13 +119,16 @@ def _image(result: StudyResult, place: int, facts: ImageFacts, scored: bool) -> 
     }
 
 
-def _study_flags(result: StudyResult, scored: Sequence[bool]) -> list[dict[str, str]]:
+def _study_flags(result: StudyResult, scored: Sequence[bool], unread: int) -> list[dict[str, str]]:
     flags = []
     if not any(scored):
         flags.append(("withheld", "No image looks like a chest X-ray that this model can read; nothing was scored."))
     elif not all(scored):
         left_out = ", ".join(str(number) for number, one in enumerate(scored, 1) if not one)
         flags.append(("images_left_out", f"Image {left_out} took no part in the study's probabilities."))
+    if unread:
+        more = f"{unread} more image{'s' if unread > 1 else ''} of this study"
+        flags.append(("images_unread", f"{more} could not be read, and took no part."))
     if not result.calibrated:
         flags.append(("uncalibrated", "These scores are not calibrated; they order studies, and are no probabilities."))
     return [{"code": code, "message": message} for code, message in flags]
