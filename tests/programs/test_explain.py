@@ -1,6 +1,7 @@
 """`hilum explain`: pictures of studies, maps of a split, and their judgement by `hilum evaluate`."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hilum.core.errors import ConfigError, EmptyStudyError, UnknownNameError
 from hilum.data.phantoms.writing import write_phantoms
 from hilum.data.regions import area_in_cells, read_regions, sizes_of
 from hilum.data.store import Store, write_arrays
-from hilum.deploy.predictor import load
+from hilum.deploy.predictor import Model, load
 from hilum.evaluation.map_files import read_maps
 
 FINDINGS = ("Edema", "Mass")
@@ -126,6 +127,7 @@ def test_a_file_that_cannot_be_read_is_left_out_and_named(folder: Path, tmp_path
         ({"out": "o", "maps": "m.npz"}, ConfigError, "Say --out FOLDER"),
         ({}, ConfigError, "Say --out FOLDER"),
         ({"maps": "m.csv"}, ConfigError, "ends in .npz"),
+        ({"maps": "m.npz", "together": True}, ConfigError, "--together makes one study of files"),
         ({"out": "o", "regions": "r.csv"}, ConfigError, "goes with --maps"),
         ({"out": "o", "threshold": "best"}, UnknownNameError, "threshold"),
         ({"out": "o", "findings": ["Oedema"]}, UnknownNameError, "Did you mean 'Edema'"),
@@ -137,6 +139,38 @@ def test_options_that_do_not_go_together_are_refused(folder: Path, tmp_path: Pat
     paths = {name: tmp_path / value if name in ("out", "maps", "regions") else value for name, value in options.items()}
     with pytest.raises(error, match=message):
         explain.run(folder / "linear", files, device="cpu", **paths)
+
+
+def test_pictures_are_called_by_the_views_that_were_recognised_and_never_written_over(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    assert explain._file_names(["Pleural Effusion", "A/B", "A B", "肺炎", "結核"]) == {
+        "Pleural Effusion": "Pleural_Effusion", "A/B": "A_B", "A B": "A_B_no2", "肺炎": "finding",
+        "結核": "finding_no2",
+    }  # fmt: skip
+    predicted = Model.predict
+    monkeypatch.setattr(
+        Model, "predict", lambda *given, **more: dataclasses.replace(predicted(*given, **more), views=["LATERAL"])
+    )
+    files = write_pictures(folder, tmp_path / "in", [44])
+    explain.run(folder / "linear", files, tmp_path / "out", ["Mass", "Mass"], device="cpu")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "Mass_1_LATERAL.png", "image_1_LATERAL.png", "index.csv", "sheet.png",
+    }  # fmt: skip
+    assert [row["view"] for row in read_index(tmp_path / "out")] == ["LATERAL"] * 2
+
+
+def test_regions_of_an_id_that_two_datasets_have_are_refused(folder: Path, tmp_path: Path) -> None:
+    write_arrays(
+        tmp_path / "store", [np.zeros((36, 32), np.uint8)] * 4, np.ones((4, 2), np.int8), FINDINGS,
+        splits=["test"] * 4, image_ids=["1", "2", "1", "3"], datasets=["a", "a", "b", "b"],
+    )  # fmt: skip
+    (tmp_path / "r.csv").write_text("image_id,finding,path\n1,Edema,a.png\n")
+    with pytest.raises(ConfigError, match="'1' occurs in several datasets"):
+        explain.run(
+            folder / "linear", [f"{tmp_path / 'store'}:test"], maps=tmp_path / "m.npz", regions=tmp_path / "r.csv",
+            device="cpu",
+        )  # fmt: skip
 
 
 def test_a_folder_that_holds_something_is_left_alone(folder: Path, tmp_path: Path) -> None:

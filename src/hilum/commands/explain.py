@@ -8,6 +8,7 @@ pictures for each, and asks other things (which findings, above which threshold)
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def run(
         raise ConfigError("Say --out FOLDER for pictures of files, or --maps FILE.npz for the maps of STORE:split.")
     if regions is not None and maps is None:
         raise ConfigError("--regions chooses which maps of a store are kept; it goes with --maps.")
+    if together and maps is not None:
+        raise ConfigError("--together makes one study of files; the images of a store know theirs. Leave it out.")
     if maps is not None and maps.suffix != ".npz":
         raise ConfigError(f"--maps {maps}: expected a name that ends in .npz.")
     loaded = load(model, device)
@@ -103,9 +106,15 @@ def _maps_of_store(
     else:
         names_of = bare_ids(store.image_ids[found.indices], store.datasets[found.indices]).tolist()
         place = dict(zip(names_of, found.indices.tolist(), strict=True))
+        repeated = {name for name, count in Counter(names_of).items() if count > 1}
         pairs: dict[int, list[str]] = {}
         for image, name in read_regions(regions, sizes_of(store.path)).keys:
             if image in place and name in names:
+                if image in repeated:
+                    raise ConfigError(
+                        f"Image id {image!r} occurs in several datasets of {store.path}, and regions know images by "
+                        "their id alone. Build a store of one dataset."
+                    )
                 pairs.setdefault(place[image], []).append(name)
         wanted = pairs
     together = any(network.needs_studies for network in model.networks)
@@ -176,11 +185,11 @@ def _study(
     names = _chosen(result, findings, threshold) if any(result.scored) else []
     lines: list[list[Any]] = []
     rows: list[SheetRow] = []
-    view_names = [image.view for image in readable]
-    for number, (image, pixels) in enumerate(zip(readable, pictures, strict=True), 1):
-        name = f"image_{number}_{image.view}.png"
+    file_names = _file_names(names)
+    for number, (image, view, pixels) in enumerate(zip(readable, result.views, pictures, strict=True), 1):
+        name = f"image_{number}_{view}.png"
         write_bytes(folder / name, png(pixels))
-        lines.append([number, image.path, image.view, "", "", "", "", ""])
+        lines.append([number, image.path, view, "", "", "", "", ""])
     for finding in names:
         maps = result.attention[finding]
         probability, cut = result.probabilities[finding], (result.thresholds[finding] or {}).get(threshold)
@@ -191,26 +200,39 @@ def _study(
         maps = of_study(maps, parts)
         scale = scale_of(maps)
         captions = []
-        for number, (image, pixels, values, box) in enumerate(
-            zip(readable, pictures, maps, result.boxes, strict=True), 1
+        for number, (image, view, pixels, values, box) in enumerate(
+            zip(readable, result.views, pictures, maps, result.boxes, strict=True), 1
         ):
-            name = f"{re.sub(r'[^A-Za-z0-9]+', '_', finding).strip('_')}_{number}_{image.view}.png"
+            name = f"{file_names[finding]}_{number}_{view}.png"
             write_bytes(folder / name, overlay_png(pixels, values, box, scale))
             part = None if parts is None else parts[number - 1]
-            captions.append(image.view if part is None else f"{image.view}, {100 * part:.0f} % of the answer")
-            lines.append([number, image.path, image.view, finding, probability, cut, part, folder / name])
+            captions.append(view if part is None else f"{view}, {100 * part:.0f} % of the answer")
+            lines.append([number, image.path, view, finding, probability, cut, part, folder / name])
         words = f"{finding}   {probability:.3f}" + (f"   (threshold {cut:.3f})" if cut is not None else "")
         rows.append(SheetRow(words, maps, captions))
-    write_bytes(folder / "sheet.png", png(contact_sheet(pictures, result.boxes, view_names, rows)))
+    write_bytes(folder / "sheet.png", png(contact_sheet(pictures, result.boxes, result.views, rows)))
     if not names and any(result.scored):
         say(f"{folder / 'sheet.png'}: no finding is above its threshold ({threshold}); name some with --finding")
     return lines
 
 
+def _file_names(findings: Sequence[str]) -> dict[str, str]:
+    """Names in letters and digits; where that leaves two alike, or nothing, a number goes behind them."""
+    names: dict[str, str] = {}
+    for finding in findings:
+        name = bare = re.sub(r"[^A-Za-z0-9]+", "_", finding).strip("_") or "finding"
+        number = 1
+        while name.casefold() in {one.casefold() for one in names.values()} | {"image"}:
+            number += 1
+            name = f"{bare}_no{number}"
+        names[finding] = name
+    return names
+
+
 def _chosen(result: StudyResult, findings: Sequence[str], threshold: str) -> list[str]:
     """The findings to show, the most probable beside its threshold first; those named in their order."""
     if findings:
-        return list(findings)
+        return list(dict.fromkeys(findings))
     above = {}
     for name in result.findings:
         probability, cut = result.probabilities[name], (result.thresholds[name] or {}).get(threshold)
