@@ -263,6 +263,11 @@ def test_flags_withheld_studies_and_corrected_views_are_plain(context, server: S
     assert server.uploads[1]["views"] == ["AP", ""]
     assert list(server.studies) == ["study0002"]
     assert page.locator(".source").all_inner_texts() == ["given", "recognised"]
+    page.locator("figcaption select").nth(1).select_option("RL")
+    page.locator("#rerun").click()
+    page.wait_for_selector("#rerun", state="hidden")
+    assert server.uploads[2]["views"] == ["AP", "RL"]  # the first correction holds
+    assert page.locator(".source").all_inner_texts() == ["given", "given"]
     server.withheld = True
     with page.expect_response("**/api/studies"):
         reader.give()

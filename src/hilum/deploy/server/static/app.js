@@ -17,7 +17,7 @@ const HEATS_KEPT = 12; // findings whose maps stay decoded; a map is as large as
 
 const state = { metadata: null, files: [], study: null, finding: null, run: null, heats: new Map() };
 const list = new FindingList(byId("list"), chooseFinding);
-const views = new Views(byId("views"), () => { byId("rerun").hidden = views.corrections() === null; });
+const views = new Views(byId("views"), () => { byId("rerun").hidden = !views.changed(); });
 const cases = new Cases();
 
 start();
@@ -36,7 +36,7 @@ function listen() {
   listenForFiles(take);
   byId("clear").addEventListener("click", () => { dismiss(); byId("choose").focus(); announce("The study is forgotten."); });
   byId("stop").addEventListener("click", () => state.run?.abort());
-  byId("rerun").addEventListener("click", () => run(views.corrections()));
+  byId("rerun").addEventListener("click", () => run(views.said()));
   byId("alert-close").addEventListener("click", hideAlert);
   for (const radio of document.querySelectorAll("input[name=by]")) radio.addEventListener("change", showSimilar);
   for (const button of document.querySelectorAll("[data-save]")) {
@@ -308,7 +308,7 @@ async function save(name, button) {
 function failed(error, again) {
   report(error, again, {
     limits: state.metadata?.limits, count: state.files.length, fileName: (number) => state.files[number - 1]?.name,
-    runAgain: () => run(views.corrections()), without: (number) => take(state.files.filter((_, index) => index !== number - 1)),
+    runAgain: () => run(views.said()), without: (number) => take(state.files.filter((_, index) => index !== number - 1)),
   });
 }
 

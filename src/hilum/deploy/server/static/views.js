@@ -100,10 +100,16 @@ export class Views {
     this.#arrange();
   }
 
-  /** The reader's corrections, "" where there is none; null where there is none at all. */
-  corrections() {
-    const given = this.items.map((item) => (item.select.value === item.image?.view ? "" : item.select.value));
-    return given.some(Boolean) ? given : null;
+  /** Whether the reader has changed a view since the study was read. */
+  changed() {
+    return this.items.some((item) => item.image && item.select.value !== item.image.view);
+  }
+
+  /** The views that the reader has said, also before an earlier run, "" where none was; null where there is none at all. */
+  said() {
+    const views = this.items.map(({ image, select }) => (
+      image && (select.value !== image.view || image.view_source === "given") ? select.value : ""));
+    return views.some(Boolean) ? views : null;
   }
 
   /** Say why the server could not use an image. */
