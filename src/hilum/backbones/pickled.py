@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".pth", ".pt", ".bin")
 LARGEST_BYTES = 16 * 2**30
 """Of a file that is opened at all: a ViT-g in float32 with its optimiser is 14 GB."""
+MOST_ENTRIES = 200_000
+"""Of its containers, each counted as often as it is met: a checkpoint has some thousands. Forty dictionaries, each of
+them twice in the next, are small in the file and have no end for whoever walks through them."""
 NOT_TENSORS = "hilum_not_tensors"
 """Entry of the header that `convert_in_child` writes: what else was in the pickle."""
 _ZIP = b"PK\x03\x04"
@@ -47,8 +50,7 @@ def read_pickled(file: Path) -> tuple[dict[str, "Tensor"], list[str]]:
     """
     import torch
 
-    tensors: dict[str, Tensor] = {}
-    others: list[str] = []
+    walk = _Walk(file)
     size = file.stat().st_size
     if size > LARGEST_BYTES:
         raise CheckpointError(f"{file} is refused: {size} bytes; at most {LARGEST_BYTES} are read.")
@@ -59,15 +61,15 @@ def read_pickled(file: Path) -> tuple[dict[str, "Tensor"], list[str]]:
             _refuse_compressed(file)
         # Explicit, so that no environment variable can turn it off.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-        _flatten(content, "", tensors, others)
-        _refuse_swollen(file, size, tensors)
+        walk.through(content, "")
+        _refuse_swollen(file, size, walk.tensors)
     except CheckpointError:
         raise
     except Exception as error:  # a hostile file can make the unpickler raise anything; all of it is refusal
         raise CheckpointError(_refusal(file, zipped, error)) from error
-    if not tensors:
+    if not walk.tensors:
         raise CheckpointError(f"{file} holds no tensor: expected a checkpoint, found {type(content).__name__}.")
-    return tensors, others
+    return walk.tensors, walk.others
 
 
 def _refuse_compressed(file: Path) -> None:
@@ -109,21 +111,45 @@ def _refusal(file: Path, zipped: bool, error: Exception) -> str:
     return f"{file} is refused: it is damaged, or not a checkpoint of torch ({type(error).__name__})."
 
 
-def _flatten(value: Any, path: str, tensors: dict[str, "Tensor"], others: list[str]) -> None:
-    import torch
+class _Walk:
+    """Through the containers of a pickle, which is refused where they have no end."""
 
-    if isinstance(value, torch.Tensor):
-        if path in tensors:
-            raise CheckpointError(f"{path} is in the checkpoint twice.")
-        tensors[path] = value.detach()
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _flatten(item, f"{path}.{key}" if path else str(key), tensors, others)
-    elif isinstance(value, (list, tuple)) and any(isinstance(item, (torch.Tensor, Mapping)) for item in value):
-        for index, item in enumerate(value):
-            _flatten(item, f"{path}.{index}" if path else str(index), tensors, others)
-    else:
-        others.append(f"{path} ({type(value).__name__})")
+    def __init__(self, file: Path) -> None:
+        self.file, self.met = file, 0
+        self.tensors: dict[str, Tensor] = {}
+        self.others: list[str] = []
+
+    def through(self, value: Any, path: str) -> None:
+        """Gather the tensors in a value under the dotted paths of their keys, and name what else there is."""
+        import torch
+
+        self._count(1)
+        if isinstance(value, torch.Tensor):
+            if path in self.tensors:
+                raise CheckpointError(f"{path} is in the checkpoint twice.")
+            self.tensors[path] = value.detach()
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                self.through(item, f"{path}.{key}" if path else str(key))
+        elif isinstance(value, (list, tuple)) and self._holds_more(value):
+            for index, item in enumerate(value):
+                self.through(item, f"{path}.{index}" if path else str(index))
+        else:
+            self.others.append(f"{path} ({type(value).__name__})")
+
+    def _holds_more(self, values: list[Any] | tuple[Any, ...]) -> bool:
+        import torch
+
+        self._count(len(values) // 100)  # a long list of numbers is looked at, not walked through
+        return any(isinstance(item, (torch.Tensor, dict)) for item in values)
+
+    def _count(self, entries: int) -> None:
+        self.met += entries
+        if self.met > MOST_ENTRIES:
+            raise CheckpointError(
+                f"{self.file} is refused: its containers have more than {MOST_ENTRIES:,} entries, each counted as "
+                "often as it is met; a checkpoint has some thousands."
+            )
 
 
 def convert_in_child(file: Path, out: Path) -> None:

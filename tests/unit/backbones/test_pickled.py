@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from hilum.backbones import pickled
 from hilum.backbones.pickled import NOT_TENSORS, convert_in_child, read_pickled
 from hilum.core.errors import CheckpointError
 
@@ -245,3 +246,18 @@ def test_containers_without_an_end_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"endless.pth is refused.*RecursionError"):
         read_pickled(files[0])
     assert len(read_pickled(files[1])[0]) == 1
+
+
+@pytest.mark.parametrize("inside", [{"tensor": torch.zeros(1)}, {"number": 1}, {}])
+def test_containers_that_are_in_one_another_many_times_are_refused(
+    tmp_path: Path, inside: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forty dictionaries, each twice in the next: 3 kB in the file, and a trillion for whoever walks through them."""
+    monkeypatch.setattr(pickled, "MOST_ENTRIES", 5_000)
+    nested: Any = inside
+    for _ in range(40):
+        nested = {"one": nested, "two": nested}
+    torch.save({"tensor": torch.zeros(1), "nested": nested}, tmp_path / "many.pth")
+    assert (tmp_path / "many.pth").stat().st_size < 5_000
+    with pytest.raises(CheckpointError, match=r"many.pth is refused: its containers have more than"):
+        read_pickled(tmp_path / "many.pth")
