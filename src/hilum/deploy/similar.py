@@ -171,7 +171,7 @@ class Index:
         Args:
             query: of a study, or of one finding in it (`finding`); any length.
             count: how many; fewer where there are no more.
-            exclude: ids of patients and of studies that are left out, with or without `DATASET/` before them.
+            exclude: ids of patients, studies or images that are left out, with or without `DATASET/` before them.
 
         Raises:
             ConfigError: a query of another size, not finite or zero, or a count below 1.
@@ -205,7 +205,7 @@ class Index:
         )
 
     def left_out(self, exclude: Sequence[str]) -> Bool[np.ndarray, " N"]:
-        """Rows whose patient or study is among these ids, with or without `DATASET/` before them."""
+        """Rows whose patient, study or image is among these ids, with or without `DATASET/` before them."""
         banned = np.zeros(len(self), bool)
         spaces = ["", *(f"{name.decode()}/" for name in self._columns["dataset_names"].tolist())]
         wanted = [f"{space}{one}".encode() for one in exclude if one for space in spaces]
@@ -214,11 +214,11 @@ class Index:
             place = int(np.searchsorted(names, one)) if len(names) else 0
             if place < len(names) and names[place] == one:
                 banned |= self._columns["patient"] == place
-            banned |= self._columns["study"] == one
+            banned |= (self._columns["study"] == one) | (self._columns["image_uid"] == one)
         return banned
 
     def own(self, paths: Sequence[str | Path]) -> list[str]:
-        """Patients of indexed images that these files are, by name: an image's id is the end of the file's path.
+        """Whose the indexed images are that these files are, by name: an image's id is the end of the file's path.
 
         So that a film that was indexed is not answered with itself and its patient's other films. An id without a
         suffix (MIMIC-CXR's) is compared with the file's name without its own.
@@ -230,13 +230,11 @@ class Index:
                 whole = "/".join(parts[start:])
                 ends |= {whole.encode(): None, str(PurePosixPath(whole).with_suffix("")).encode(): None}
         names, rows = self._columns["every_image_id"], self._columns["every_row"]
-        places = np.searchsorted(names, list(ends))
-        met = {
-            int(rows[place])
-            for place, one in zip(places.tolist(), ends, strict=True)
-            if place < len(names) and names[place] == one
-        }
-        return sorted({self._named("patient", row) or self._text("study", row) for row in met})
+        asked = list(ends)
+        starts, stops = (np.searchsorted(names, asked, side) for side in ("left", "right"))  # two datasets may share it
+        met = {int(row) for start, stop in zip(starts, stops, strict=True) for row in rows[start:stop]}
+        return sorted({self._named("patient", row) or self._text("study", row) or self._text("image_uid", row)
+                       for row in met})  # fmt: skip
 
     def thumbnail(self, row: int, side: int = THUMBNAIL) -> UInt8[np.ndarray, "H W"]:
         """The image that stands for a study, from the store that was indexed, its longer side `side` pixels at most.

@@ -182,6 +182,18 @@ def test_names_that_are_folders_are_compared_whole(tmp_path: Path, fitted: Path)
     assert index.own(["/data/train/patient9/study1/view1_frontal.jpg"]) == []
 
 
+def test_own_films_are_known_in_every_dataset_and_without_patient_or_study(tmp_path: Path, fitted: Path) -> None:
+    images = [np.full((20, 20), 40 * number, np.uint8) for number in range(4)]
+    store = write_arrays(
+        tmp_path / "s", images, np.zeros((4, 1), np.int8), ["Edema"], image_ids=["1.png", "1.png", "2.png", "3.png"],
+        patients=["p0", "p1", "", ""], studies=["s0", "s1", "", ""], datasets=["one", "two", "two", "two"],
+    )  # fmt: skip
+    index = build_index(Encoder.of(load(fitted / "linear", "cpu")), store, range(4), tmp_path / "i")
+    assert index.own(["/films/1.png"]) == ["p0", "p1"]
+    own = index.own(["/films/2.png"])
+    assert np.flatnonzero(index.left_out(own)).tolist() == [2]
+
+
 def test_a_finding_is_searched_by_what_its_query_pools(index: Index, store: Store, fitted: Path) -> None:
     model = load(fitted / "decoder", "cpu")
     by_mass = index.finding("Mass")
