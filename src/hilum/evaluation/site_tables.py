@@ -278,16 +278,7 @@ DRIFT_LEAD = (
 
 
 def drift_table(result: Mapping[str, Any], names: Sequence[str]) -> str:
-    """A verdict as a small label."""
     """How far the scores are from those of validation."""
-    """Findings with too few studies, and what became of each."""
-    """What the table of rare findings shows."""
-    """Probabilities before and after beside what is observed, and a panel for each finding."""
-    """What the calibration section shows."""
-    """What to expect of each cut, out of sample."""
-    """What the table of operating points shows."""
-    """A row for each judged finding: its verdict, and the AUC here beside that of the model's own validation."""
-    """What the first table shows."""
     body = []
     for name in names:
         row = result["findings"][name]
