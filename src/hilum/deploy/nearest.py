@@ -5,6 +5,7 @@ answer is that of a plain float64 search, ties by row. Knows nothing of studies.
 """
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float16, Float32, Float64, Int64
 
 BLOCK = 1024
 """Rows that are widened to float32 at a time: a few MB, still in the cache when they are multiplied."""
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def nearest(
@@ -101,8 +103,9 @@ def scores_of(vectors: Float16[np.ndarray, "N D"], query: Float32[np.ndarray, " 
             part = rows[start : start + BLOCK]
             torch.mv(wide[: len(part)].copy_(part), asked, out=out[start : start + BLOCK])
 
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        list(threads.map(work, range(workers)))
-    torch.set_num_threads(before)  # of this thread, and of those to come
+    with _ONE_AT_A_TIME:  # a search that began in the middle of another would take its 1 for what was before
+        before = torch.get_num_threads()
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            list(threads.map(work, range(workers)))
+        torch.set_num_threads(before)  # of this thread, and of those to come
     return found

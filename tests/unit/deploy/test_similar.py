@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,6 +102,28 @@ def test_all_banned_is_an_empty_answer_and_threads_are_put_back() -> None:
     found, products = plain(random_vectors(9, 4), np.eye(4)[0], 3, np.ones(9, bool))
     assert len(found) == len(products) == 0
     assert torch.get_num_threads() == before
+
+
+def test_searches_side_by_side_leave_the_threads_of_torch_as_they_were() -> None:
+    """Each in a thread that torch has not met: what one search sets while it runs is not what the next puts back."""
+    before, vectors, found = torch.get_num_threads(), random_vectors(3 * BLOCK, 32), []
+    torch.set_num_threads(3)
+    try:
+        threads = [
+            threading.Thread(target=lambda: found.append(plain(vectors, np.eye(32)[0], 2)[0])) for _ in range(12)
+        ]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        seen: list[int] = []
+        last = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        last.start()
+        last.join()
+        assert seen == [3]
+        assert all(one.tolist() == found[0].tolist() for one in found)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
