@@ -104,7 +104,11 @@ class Anatomy:
 
     def spine_side(self, y: Heights) -> Heights:
         """Distance x of the centre of the vertebral bodies from the midline: a bow, and a smaller one against it."""
-        return self.spine_lean * (y - 10) + self.spine_sway * np.sin((y - 1.5) / 17.0 * np.pi)
+        return self.spine_lean * (y - 10) + self.spine_bow(y)
+
+    def spine_bow(self, y: Heights) -> Heights:
+        """What scoliosis alone makes of `spine_side`; 0 without it."""
+        return self.spine_sway * np.sin((y - 1.5) / 17.0 * np.pi)
 
     def lung_front(self, y: Heights) -> Heights:
         """Depth z of the front of the lungs."""

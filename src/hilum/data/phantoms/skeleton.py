@@ -103,7 +103,8 @@ def _frontal_bones(canvas: Canvas) -> None:
     canvas.draw_many(small, np.array(pedicles), 0.55)
     canvas.draw_many(small, np.array(processes), 0.5)
     for number, lost in anatomy.wedge.items():  # what is pressed together is denser
-        centre = np.array([0.0, VERTEBRAE[number] + 0.8, float(anatomy.spine(VERTEBRAE[number]))])
+        top = VERTEBRAE[number]  # the lean, 2 mm, is left out, so that pictures of old stay as they are
+        centre = np.array([float(anatomy.spine_bow(top)), top + 0.8, float(anatomy.spine(top))])
         canvas.ellipsoid(centre, np.array([1.6, 0.65, 1.5]), 0.4 + 0.7 * lost, 0.7)
     density = anatomy.bone_density
     canvas.extra += layer * np.float32(1.15 * density / 255) + small * np.float32(0.5 * density / 255)
