@@ -151,7 +151,7 @@ def test_whole_studies_stay_in_one_part(small_parts) -> None:
                 "study_id": np.array([f"s{s}" for s in studies], dtype=str),
                 "image_uid": np.array([str(n) for n in range(count)], dtype=str),
             },
-            None, 4, False, False,
+            np.full(count, "given"), 4, False, False,
         )  # fmt: skip
         for whole in (False, True):
             parts = predict_parts.cut(work, whole)
@@ -215,11 +215,16 @@ def test_a_killed_program_goes_on(
         "--device", "cpu", "--batch-size", "2", "--devices", str(devices),
     ]  # fmt: skip
     done = Path(f"{out}.parts") / "3.done"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as program:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as program:
         deadline = time.monotonic() + 120
         while not done.exists() and program.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        program.send_signal(number)
+        if status == 75:
+            os.killpg(program.pid, number)  # as schedulers do: its processes hear it too
+        else:
+            program.send_signal(number)
         told = program.communicate(timeout=60)[0]  # ends when nobody, no process of its own either, can write to it
     assert (program.returncode, out.exists()) == (status, False), told
     assert status != 75 or "Run the same command again" in told
@@ -293,7 +298,7 @@ def test_a_process_for_every_gpu(folder: Path, tmp_path: Path) -> None:
 
 
 def test_threads_that_read_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = predict_parts.Work(Path(), None, None, None, [], {}, None, 1, False, False, processes=4)
+    work = predict_parts.Work(Path(), None, None, None, [], {}, np.zeros(0, str), 1, False, False, processes=4)
     for cores, threads in ((2, 2), (16, 4), (192, 16)):
         monkeypatch.setattr(predict_parts.os, "cpu_count", lambda cores=cores: cores)
         assert (work.threads("cuda"), work.threads("cpu")) == (threads, 2)
@@ -378,7 +383,6 @@ def test_images_of_a_store_are_scored_all_the_same(folder: Path, tmp_path: Path)
     predict.run(folder / "model", [f"{tmp_path / 'store'}:test"], tmp_path / "out.csv", device="cpu")
     predictions = read_predictions(tmp_path / "out.csv")
     assert len(predictions) == 4
-    assert predictions.view_source is None
     assert list(flags(tmp_path / "out.csv").values()) == [("not_a_chest_xray", "yes")]
 
 
@@ -400,6 +404,19 @@ def test_views_that_nobody_names_are_recognised_and_marked(folder: Path, tmp_pat
     assert sorted(studies.study_id.tolist()) == ["v0", "v1", "v2"]
     first = studies.study_id.tolist().index("v0")
     assert (studies.view[first], studies.view_source[first]) == ("AP+LATERAL", "classifier+given")
+
+
+def test_views_that_a_store_does_not_name_are_marked_too(folder: Path, tmp_path: Path) -> None:
+    images = [strangers.film(np.random.default_rng(5), bool(number % 2)) for number in range(4)]
+    write_arrays(
+        tmp_path / "store", images, np.zeros((4, 2), np.int8), FINDINGS, splits=["test"] * 4,
+        studies=list("aabb"), patients=list("aabb"), views=["AP", "UNKNOWN", "UNKNOWN", "LATERAL"],
+    )  # fmt: skip
+    predict.run(folder / "model", [f"{tmp_path / 'store'}:test"], tmp_path / "out.csv", device="cpu")
+    predictions = read_predictions(tmp_path / "out.csv")
+    assert predictions.view.tolist() == ["AP", "LATERAL", "PA", "LATERAL"]
+    assert predictions.view_source is not None
+    assert predictions.view_source.tolist() == ["given", "classifier", "classifier", "given"]
 
 
 def test_a_parquet_table_says_what_a_csv_says(folder: Path, tmp_path: Path) -> None:

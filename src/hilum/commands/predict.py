@@ -160,6 +160,7 @@ def _work(
 ) -> tuple[Work, Inputs, np.ndarray]:  # fmt: skip
     """What this job reads, its share of the inputs, and the positions of its images among all."""
     job, jobs = parse_shard(shard)
+    sources = found.view_sources
     if found.store is not None:
         if found.store.preprocess_id != loaded.preprocess_id:
             raise PreprocessingMismatchError(
@@ -178,10 +179,9 @@ def _work(
             refused=[one for one in found.refused if zlib.crc32(str(one.path).encode()) % jobs == job],
             repeated=found.repeated if job == 0 else 0,
         )  # fmt: skip
-    sources = found.view_sources
     work = Work(
         model, engine, precision, None if found.store is None else found.store.path, places,
-        {name: column[part] for name, column in identity.items()}, sources, batch_size,
+        {name: column[part] for name, column in identity.items()}, sources[part], batch_size,
         score_flagged or found.store is not None, correct_inverted, devices,
     )  # fmt: skip
     return work, found, part

@@ -49,8 +49,8 @@ class Work:
     """Of each image: its index in the store, or its path."""
     identity: dict[str, np.ndarray]
     """Columns of the prediction table, a row for each image."""
-    view_sources: np.ndarray | None
-    """Where views are known from; None for a store."""
+    view_sources: np.ndarray
+    """Where each image's view is known from."""
     batch_size: int
     score_flagged: bool
     correct_inverted: bool
@@ -133,11 +133,10 @@ def read_part(
     reading = model.read_images(
         {name: column[positions] for name, column in work.identity.items()}, positions, read, work.batch_size,
         work.threads(device), done, Gate(model.screening, work.score_flagged, work.correct_inverted),
-        None if work.view_sources is None else work.view_sources[positions],
+        work.view_sources[positions],
     )  # fmt: skip
     found = RawReading(
-        positions[reading.kept], reading.probabilities, reading.views,
-        None if work.view_sources is None else reading.view_sources,
+        positions[reading.kept], reading.probabilities, reading.views, reading.view_sources,
         [one._replace(position=int(positions[one.position])) for one in reading.flagged],
     )  # fmt: skip
     return Part(found, sorted(refused))

@@ -73,9 +73,10 @@ class Inputs:
         return len(self.images) + len(self.refused) + self.repeated
 
     @property
-    def view_sources(self) -> np.ndarray | None:
-        """Where each view is known from; of a store: None."""
-        return None if self.store else np.array([one.view_source for one in self.images], dtype=str)
+    def view_sources(self) -> np.ndarray:
+        """(N,) where each view is known from; those of a store are given."""
+        stored = np.full(len(self.indices), "given")
+        return stored if self.store else np.array([one.view_source for one in self.images], dtype=str)
 
     def identity(self) -> dict[str, np.ndarray]:
         """Identity columns of the images of files."""

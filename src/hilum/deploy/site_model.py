@@ -15,11 +15,16 @@ from hilum.core.files import atomic_path, write_text
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy import model_files as files
 from hilum.deploy.card import with_preface
+from hilum.deploy.checklist import CHECKLIST_NAME
 from hilum.deploy.predictor import member_folders
 
 MEMBERS = "members"
 REPORT_NAME, NUMBERS_NAME = "site_report.html", "site_report.json"
-_OWN = (files.CONFIG_NAME, files.CARD_NAME, REPORT_NAME, NUMBERS_NAME)
+_OWN = (files.CONFIG_NAME, files.CARD_NAME, CHECKLIST_NAME, REPORT_NAME, NUMBERS_NAME)
+CHECKLIST_PREFACE = (
+    f"Recalibrated for a site (`{REPORT_NAME}`): what is said here of calibration, thresholds and performance is of "
+    "the model as it was."
+)
 
 
 def write_site_model(
@@ -62,6 +67,9 @@ def write_site_model(
         "recalibrated": {"from": files.digest_of(model), "by": hilum.__version__, **site},
     }
     write_text(out / files.CARD_NAME, _card(model, site))
+    if (model / CHECKLIST_NAME).is_file():
+        before = (model / CHECKLIST_NAME).read_text(encoding="utf-8")
+        write_text(out / CHECKLIST_NAME, with_preface(before, CHECKLIST_PREFACE))
     files.write_config(out, new)
     return folders
 
