@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -133,10 +133,11 @@ def read_on_devices(
         for device in devices[: len(missing)]:
             mine, its = spawning.Pipe()
             process = spawning.Process(target=_serve, args=(its, work, chunks, parts, device, threads), daemon=True)
-            process.start()
+            with _deaf():
+                process.start()
             its.close()
             running[mine] = process
-            mine.send(next(waiting))
+            _send(mine, next(waiting))
         while running:
             for connection in wait(list(running), timeout=0.5):
                 assert isinstance(connection, Connection)
@@ -147,15 +148,32 @@ def read_on_devices(
                     raise HilumError(value)
                 else:
                     following = next(waiting, None)
-                    connection.send(following)
+                    _send(connection, following)
                     if following is None:
                         running.pop(connection).join()
             check()
     finally:
         for process in running.values():
-            process.terminate()
+            process.kill()  # it is deaf to anything less; a part is whole or not there
         for process in running.values():
             process.join()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """A process that is started inside never hears what asks programs to stop, which terminals and schedulers send to
+    all processes of a program: the one that started it hears it, and ends it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _send(connection: Connection, number: int | None) -> None:
+    with suppress(OSError):  # a process that is dead is found out where it is listened to
+        connection.send(number)
 
 
 def _received(connection: Connection, process: Any) -> tuple[str, Any]:
@@ -175,7 +193,6 @@ def _serve(
 ) -> None:
     """A process of its own: reads the parts whose numbers come in, until None comes."""
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started this process ends it
     import torch
 
     try:
