@@ -181,7 +181,8 @@ def _capture(
                 setattr(dataset, keyword, source.one(keyword))
         if source.one("LossyImageCompression") == "01":
             for keyword in ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"):
-                if values := source.elements[keyword]:
+                values = source.elements[keyword]
+                if values and (keyword != "LossyImageCompressionRatio" or source.numbers(keyword)):
                     setattr(dataset, keyword, values[0] if len(values) == 1 else list(values))
         give_context(dataset, source)
         return dataset

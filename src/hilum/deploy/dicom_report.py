@@ -4,7 +4,8 @@ Needs the extra `pacs` (highdicom). The report goes into the study of the source
 and says that it is preliminary and that nobody has verified it. Pictures: `dicom_pictures.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -67,25 +68,40 @@ def structured_report(document: Mapping[str, Any], sources: Sequence[DicomSource
                                   for one in scored],
         )  # fmt: skip
         report[0].ContentSequence.insert(len(report[0].ContentSequence) - 1, _library(hd, sources))
-        dataset = sr.ComprehensiveSR(
-            evidence=[_evidence(source) for source in sources],
-            content=report[0],
-            series_instance_uid=uid("report series", identity),
-            series_number=SERIES,
-            sop_instance_uid=uid("report", identity),
-            instance_number=1,
-            manufacturer=MANUFACTURER,
-            is_complete=True,
-            is_final=False,
-            is_verified=False,
-            series_description="Hilum findings (research use only)",
-            specific_character_set=CHARACTERS,
-            **equipment(document, when),
-        )
+        evidence = [_evidence(source) for source in sources]
+        with _of_known_classes(evidence):
+            dataset = sr.ComprehensiveSR(
+                evidence=evidence,
+                content=report[0],
+                series_instance_uid=uid("report series", identity),
+                series_number=SERIES,
+                sop_instance_uid=uid("report", identity),
+                instance_number=1,
+                manufacturer=MANUFACTURER,
+                is_complete=True,
+                is_final=False,
+                is_verified=False,
+                series_description="Hilum findings (research use only)",
+                specific_character_set=CHARACTERS,
+                **equipment(document, when),
+            )
         dataset.ContentLabel, dataset.ContentDescription = "HILUM", document["notice"][:64]
         give_context(dataset, sources[0])
         dataset.CodingSchemeIdentificationSequence = [_scheme()]
         return dataset
+
+
+@contextmanager
+def _of_known_classes(evidence: Sequence[Any]) -> Iterator[None]:
+    """A private SOP class is a missing key to highdicom."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args[0] not in [one.SOPClassUID for one in evidence]:
+            raise
+        raise ConfigError(
+            "The SOP class of an image is none that a structured report can refer to (a private one, say)."
+        ) from error
 
 
 def _evidence(source: DicomSource) -> Any:
@@ -210,16 +226,19 @@ def _descriptors(hd: Any, source: DicomSource) -> list[Any]:
         items.append(value_types.CodeContentItem(codes.DCM.Modality, modality, relation))
     pixels = hd.sr.CodedConcept("{pixels}", "UCUM", "Pixels")
     for name, keyword in ((codes.DCM.PixelDataRows, "Rows"), (codes.DCM.PixelDataColumns, "Columns")):
-        items.append(value_types.NumContentItem(name, int(source.one(keyword)), pixels, relationship_type=relation))
+        items += [
+            value_types.NumContentItem(name, int(value), pixels, relationship_type=relation)
+            for value in source.numbers(keyword)
+        ]
     orientation = source.elements["PatientOrientation"]
     if len(orientation) == 2:
         names = (codes.DCM.PatientOrientationRow, codes.DCM.PatientOrientationColumn)
         items += [value_types.TextContentItem(*pair, relation) for pair in zip(names, orientation, strict=True)]
-    spacing = source.elements["ImagerPixelSpacing"]
+    spacing = source.numbers("ImagerPixelSpacing")
     if len(spacing) == 2:
         names = (codes.DCM.VerticalPixelSpacing, codes.DCM.HorizontalPixelSpacing)
         items += [
-            value_types.NumContentItem(name, float(value), codes.UCUM.Millimeter, relationship_type=relation)
+            value_types.NumContentItem(name, value, codes.UCUM.Millimeter, relationship_type=relation)
             for name, value in zip(names, spacing, strict=True)
         ]
     return items

@@ -1,5 +1,6 @@
 """What a report needs of the DICOM files that it is about: whose they are, which they are, how they lie. No pixels."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,14 @@ class DicomSource:
     def one(self, keyword: str) -> str:
         """The first value; "" where there is none."""
         return (self.elements.get(keyword) or ("",))[0]
+
+    def numbers(self, keyword: str) -> list[float]:
+        """All values as numbers; none where one of them is no finite number: headers hold what people typed."""
+        try:
+            values = [float(value) for value in self.elements.get(keyword, ())]
+        except ValueError:
+            return []
+        return values if all(map(math.isfinite, values)) else []
 
     def __repr__(self) -> str:
         return "DicomSource(...)"

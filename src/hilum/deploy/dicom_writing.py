@@ -21,6 +21,7 @@ MANUFACTURER = MODEL_NAME = "Hilum"
 CHARACTERS = "ISO_IR 192"
 """UTF-8, whatever the sources use."""
 _SEXES = ("M", "F", "O")
+_NUMBERS = ("PatientSize", "PatientWeight")
 _OPTIONAL = frozenset({
     "IssuerOfPatientID", "PatientAge", "PatientSize", "PatientWeight", "PatientIdentityRemoved",
     "DeidentificationMethod", "StudyDescription",
@@ -100,6 +101,8 @@ def give_context(dataset: Any, source: DicomSource) -> None:
         values = source.elements.get(keyword, ())
         if keyword == "PatientSex":
             values = tuple(value for value in values if value in _SEXES)
+        if keyword in _NUMBERS and not source.numbers(keyword):
+            values = ()
         if values:
             setattr(dataset, keyword, values[0] if len(values) == 1 else list(values))
         elif keyword not in _OPTIONAL:

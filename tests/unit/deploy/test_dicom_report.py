@@ -18,7 +18,8 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from hilum.core.errors import ConfigError, UnsupportedImageError
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy import dicom_pictures, dicom_report
-from hilum.deploy.dicom_source import read_source
+from hilum.deploy.dicom_source import DicomSource, read_source
+from hilum.deploy.dicom_writing import without_complaints
 
 hd = pytest.importorskip("highdicom", reason="DICOM reports need the extra pacs")
 
@@ -275,6 +276,30 @@ def test_what_the_sources_lack_is_empty_and_what_breaks_rules_is_kept(document, 
             assert not dataset[keyword].value
     assert not picture.PatientOrientation
     assert (picture.LossyImageCompression, picture.LossyImageCompressionRatio) == ("01", 12)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [
+        ("ImagerPixelSpacing", ("0,139", "0,139")), ("ImagerPixelSpacing", ("nan", "0.1")), ("Rows", ("many",)),
+        ("PatientSize", ("1,80",)), ("PatientWeight", ("inf",)), ("LossyImageCompressionRatio", ("ten to one",)),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_are_left_out(document, keyword: str, values: tuple[str, ...]) -> None:
+    plain = sources_of(radiograph(1, LossyImageCompression="01"), radiograph(2))
+    odd = [DicomSource({**source.elements, keyword: values}) for source in plain]
+    made = [one.dataset for one in make_pictures(document, odd, ["Pneumothorax"])]
+    made.append(dicom_report.structured_report(document, odd))
+    with without_complaints():
+        for dataset in made:
+            buffer = io.BytesIO()
+            dataset.save_as(buffer, enforce_file_format=True)
+            assert values[0].encode() not in buffer.getvalue()
+
+
+def test_a_private_class_of_images_is_refused_in_words(document) -> None:
+    with pytest.raises(ConfigError, match="none that a structured report can refer to"):
+        dicom_report.structured_report(document, sources_of(radiograph(1, SOPClassUID="1.2.3.9"), radiograph(2)))
 
 
 def test_images_that_are_left_out_are_no_source_of_a_finding(document, sources, tmp_path: Path) -> None:
