@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -23,8 +24,9 @@ from safetensors.torch import save_file
 
 import hilum
 from hilum import cli
-from hilum.backbones.pickled import convert_in_child
+from hilum.backbones.pickled import convert, convert_in_child
 from hilum.backbones.vit import SIZES, VisionTransformer
+from hilum.commands import import_weights
 from hilum.core.errors import LeakageError
 from hilum.data.labels import CXRLT_2024_TASK1
 from hilum.data.store import write_arrays
@@ -65,6 +67,14 @@ def heads_file(path: Path, cat_cls: bool, names=NAMES) -> dict[str, dict[str, np
     return states
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_child() -> Iterator[None]:
+    """Pickles are read in this process; what a child of its own is for is tested where it is made, and below, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_weights, "convert_in_child", convert)
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("published")
@@ -73,8 +83,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"teacher": teacher | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}}, path / "teacher_checkpoint.pth")
     heads_file(path / "glori.pth", False)
     heads_file(path / "cat.pth", True, NAMES[:1])
-    for name in ("glori", "cat"):  # what the child process makes of them, so that it need not start in every test
-        convert_in_child(path / f"{name}.pth", path / f"{name}.safetensors")
+    for name in ("glori", "cat"):
+        convert(path / f"{name}.pth", path / f"{name}.safetensors")
     assert run("import-weights", path / "teacher_checkpoint.pth", "--out", path / "backbone") == 0
     assert import_small(path, path / "model", head="cat.pth", backbone="teacher_checkpoint.pth") == 0
     return path
@@ -129,7 +139,10 @@ def test_its_images_are_stretched_to_their_own_range(world: Path) -> None:
     assert all(value is not None and 0 < value < 1 for value in flat.values())
 
 
-def test_the_model_says_what_it_is(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_says_what_it_is(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_weights, "convert_in_child", convert_in_child)
     out = tmp_path / "model"
     assert import_small(world, out, "--head-name", NAMES[0], head="glori.pth") == 0
     printed = " ".join("".join(capsys.readouterr()).split())
@@ -194,6 +207,7 @@ def test_evaluating_it_on_what_it_has_probably_seen_is_refused(
     assert metrics["calibration"] is None
 
 
+@pytest.mark.slow
 def test_an_audit_knows_where_it_was_trained(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     phantoms = tmp_path / "phantoms"
     assert run("phantom", phantoms, "--layout", "nih", "--patients", 6, "--size", 64, "--workers", 1) == 0

@@ -63,9 +63,14 @@ def state_of(folder: Path) -> dict[str, str]:
     }
 
 
+def fit_model(path: Path, name: str, resolution: int) -> None:
+    config = override(SMALL, [f"resolution={resolution}", "search_epochs=6", "refit_epochs=6"])
+    fit.run(config, path / "store", path / "run", path / name, device="cpu")
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models that know bright images (Edema), their ensemble, and a site: darker images, other prevalence.
+    """A model that knows bright images (Edema), and a site: darker images, other prevalence.
 
     Hernia's labels are drawn at random; Mass has 4 positives; "Never" was never trained; ten studies have no label.
     """
@@ -74,10 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with forked(0, "site"):
         backbone = VisionTransformer(ViTConfig(12, 2, 2, patch_size=8, image_size=16, layer_scale=0.5))
     save_backbone(backbone, path / "run", "hilum-grey-1")
-    for name, resolution in (("model", 16), ("second", 24)):
-        config = override(SMALL, [f"resolution={resolution}", "search_epochs=6", "refit_epochs=6"])
-        fit.run(config, path / "store", path / "run", path / name, device="cpu")
-    combine_models([path / "model", path / "second"], path / "ensemble")
+    fit_model(path, "model", 16)
     rng = np.random.default_rng(7)
     (path / "images").mkdir()
     with (path / "labels.csv").open("w", newline="") as file, (path / "images.csv").open("w", newline="") as listed:
@@ -137,6 +139,7 @@ def test_the_new_model_is_whole_and_the_old_one_untouched(
     assert new.probabilities["Never"] is None
     assert new.flags["Mass"]
     assert "\n# Recalibrated for a site\n" in (tmp_path / "moved" / "README.md").read_text()
+    assert (tmp_path / "moved" / "checklist.md").read_text().startswith("Recalibrated for a site")
 
 
 def test_the_report_says_what_was_planted(site: Path) -> None:
@@ -241,10 +244,10 @@ def test_images_that_it_has_met_are_refused(world: Path, tmp_path: Path, capsys:
     assert numbers(tmp_path / "here")["exposed_images"] == 16
 
 
+@pytest.mark.slow
 def test_an_ensemble_takes_its_members_along(world: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "ensemble", tmp_path / "deep" / "ensemble")
-    for name in ("model", "second"):
-        shutil.copytree(world / name, tmp_path / name)
+    fit_model(world, "second", 24)
+    combine_models([world / "model", world / "second"], world / "ensemble")
     content = json.loads((world / "ensemble" / "config.json").read_text())
     assert [one["path"] for one in content["members"]] == ["../model", "../second"]
     assert recalibrate(world, tmp_path / "here", "--keep-cases", model="ensemble") == 0

@@ -173,13 +173,22 @@ def convert_in_child(file: Path, out: Path) -> None:
 def child(file: str, out: str) -> None:
     """What runs in the child process of `convert_in_child`; exits with status 3 when the file is refused."""
     isolate()
-    from safetensors.torch import save_file
-
     try:
-        tensors, others = read_pickled(Path(file))
+        convert(Path(file), Path(out))
     except CheckpointError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(_REFUSED_STATUS)
+
+
+def convert(file: Path, out: Path) -> None:
+    """Write the tensors of a pickled checkpoint as safetensors, under the same names, in this process.
+
+    Raises:
+        CheckpointError: as `read_pickled`.
+    """
+    from safetensors.torch import save_file
+
+    tensors, others = read_pickled(file)
     # Copies: tensors of one checkpoint may share memory, which the format does not have.
     copies = {name: value.clone().contiguous() for name, value in tensors.items()}
     save_file(copies, out, {NOT_TENSORS: json.dumps(others)})

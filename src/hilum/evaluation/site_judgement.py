@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.intervals import wilson_interval
@@ -166,7 +166,7 @@ def drift_of(here: Float[np.ndarray, " N"], there: Float[np.ndarray, " M"]) -> d
     counts = [np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1) + 0.5
               for values in (here, there)]  # fmt: skip
     q, p = (count / count.sum() for count in counts)
-    chance = chi2.ppf(0.95, max(len(edges), 1)) * (1 / len(here) + 1 / len(there))
+    chance = chdtri(max(len(edges), 1), 0.05) * (1 / len(here) + 1 / len(there))
     return {"PSI": float(((q - p) * np.log(q / p)).sum()), "chance": float(chance)}
 
 
