@@ -22,7 +22,7 @@ from hilum.data.area import shrunk_size
 from hilum.data.images import read_image
 from hilum.data.label_maps import load_map
 from hilum.data.sources.nih import BOX_COLUMNS, BOXED
-from hilum.data.tables import Table, read_csv, require, row_of
+from hilum.data.tables import Table, read_csv, require
 
 NIH_SIDE = 1024
 """Pixels of the published images of NIH, which its boxes count in."""
@@ -113,6 +113,8 @@ def _masks(table: Table) -> Regions:
     folder = table.path.parent
     readers: dict[Key, Callable[[], Region]] = {}
     for image, finding, name in table.frame.select("image_id", "finding", "path").iter_rows():
+        if (image, finding) in readers:
+            raise ManifestError(f"{table.path}: {finding} of image {image} has two masks; put them into one.")
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise PathError(f"{table.path}: the mask {name!r} lies outside the folder of the table.")
@@ -168,7 +170,9 @@ def _numbers(frame: pl.DataFrame, names: tuple[str, ...], path: Path) -> Float[n
     values = frame.select(pl.col(names).cast(pl.Float64, strict=False))
     bad = values.select(pl.any_horizontal(pl.all().is_null() | ~pl.all().is_finite()))[:, 0]
     if bad.any():
-        raise ManifestError(f"{path}, row {row_of(bad)}: {', '.join(names)} are not four numbers.")
+        row = int(bad.arg_max() or 0)
+        image = frame["image_id"][row]
+        raise ManifestError(f"{path}, box {row + 1} (image {image}): {', '.join(names)} are not four numbers.")
     return values.to_numpy()
 
 
@@ -199,7 +203,7 @@ def _boxes(
         frame["image_id"].to_list(), findings, corners.tolist(), strict=True
     ):
         if image not in sizes:
-            left_out["image not among those judged"] += len(names)
+            left_out["image not among those judged, or its id is that of two"] += len(names)
             continue
         rows, columns = sizes[image]
         shares = [top / rows, left / columns, min(bottom / rows, 1.0), min(right / columns, 1.0)]
@@ -294,7 +298,10 @@ def _apart(lines: Float[np.ndarray, " L"], cells: int) -> Float[np.ndarray, "cel
 
 
 def sizes_of(labels: Path) -> Sizes | None:
-    """Rows and columns of the published images, from a manifest or a store's copy of it; None where there is none."""
+    """Rows and columns of the published images, from a manifest or a store's copy of it; None where there is none.
+
+    Ids of images of different sizes in several datasets are left out: a table of boxes does not say whose it is.
+    """
     path = labels / "manifest.parquet" if labels.is_dir() else labels
     if path.suffix != ".parquet" or not path.is_file():
         return None
@@ -302,4 +309,6 @@ def sizes_of(labels: Path) -> Sizes | None:
         frame = pl.read_parquet(path, columns=["image_id", "rows", "cols"]).drop_nulls()
     except (OSError, pl.exceptions.PolarsError) as error:
         raise ManifestError(f"{path} cannot be read ({error}).") from error
-    return {image: (rows, columns) for image, rows, columns in frame.iter_rows()}
+    known = frame.unique()
+    known = known.filter(known["image_id"].is_unique())
+    return {image: (rows, columns) for image, rows, columns in known.iter_rows()}

@@ -14,7 +14,7 @@ from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.licences import licences
 from hilum.deploy import model_files as files
 from hilum.deploy.card_evidence import MIN_POSITIVES, Evidence, measure_validation
-from hilum.deploy.checklist import CHECKLIST_NAME, checklist
+from hilum.deploy.checklist import CHECKLIST_NAME, cell, checklist
 from hilum.evaluation.composition import Composition
 from hilum.evaluation.markup import decimal
 
@@ -300,7 +300,7 @@ def _groups(evidence: Sequence[Evidence] | None) -> list[str]:
                 ends = f" [{decimal(gap['low'])}, {decimal(gap['high'])}]" if gap.get("low") is not None else ""
                 shown = f"{decimal(gap['difference'])}{ends}" if gap else "-"
                 rows.append(
-                    f"| {attribute} {level} | {part['n_patients']} | {len(part['findings'])} | "
+                    f"| {cell(f'{attribute} {level}')} | {part['n_patients']} | {len(part['findings'])} | "
                     f"{_with_ends({**part['values'], 'ci95': part['ci95']}, 'mAUC')} | {shown} |"
                 )
             few = [f"{attribute} {level} ({count} patients)" for level, count in judged["too_few"].items()]
@@ -329,7 +329,7 @@ def _findings(content: Mapping[str, Any], evidence: Sequence[Evidence] | None) -
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in findings:
-        trained_on = f"{one['name']} | {one['group']} | {one['positives']} | {one['known']}"
+        trained_on = f"{cell(one['name'])} | {one['group']} | {one['positives']} | {one['known']}"
         lines.append(f"| {trained_on} | {_measured(one['name'], evidence)} |")
     return [*lines, f"Never trained, and always null: {', '.join(untrained)}."] if untrained else lines
 

@@ -159,11 +159,12 @@ def checklist(
 
 
 def _table(items: Sequence[Item], filled: Mapping[str, str]) -> str:
-    rows = [f"| {one.number} | {one.section} | {one.asks} | {_cell(filled.get(one.number) or OPEN)} |" for one in items]
+    rows = [f"| {one.number} | {one.section} | {one.asks} | {cell(filled.get(one.number) or OPEN)} |" for one in items]
     return "\n".join(["| item | section | what is asked | what is recorded |", "| --- | --- | --- | --- |", *rows])
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A text as a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
@@ -223,9 +224,7 @@ def answers(
         "22": SPECIFICATION,
         "23a": " ".join(part for part in (measured["performance"], measured["groups"]) if part),
         "26": LIMITS,
-        "27a": POOR_INPUT
-        if any(one.get("screening") for one in models)
-        else "Unreadable files are refused; no screening",
+        "27a": POOR_INPUT if any(one.get("screening") for one in models) else UNSCREENED,
     }
     return {k: v for k, v in claim.items() if v}, {k: v for k, v in tripod.items() if v}
 
@@ -244,8 +243,8 @@ MEASURES = (
 )
 UNCERTAINTY = "95 % intervals from resampling whole patients; operating points and calibration fitted on validation"
 EXPLAINED = (
-    "Maps per finding and image, where the head has them. They show where it looked; `hilum explain` on data with "
-    "outlines or boxes measures how often that is the lesion"
+    "Maps per finding and image, where the head has them. They show where it looked; `hilum evaluate --maps "
+    "--regions` on data with outlines or boxes measures how often that is the lesion"
 )
 LIMITS = "See the limits in the model card; those of the data and the study are the authors' to add"
 SOFTWARE = "Software: Hilum, Apache-2.0. The model: this directory; its terms are the authors' to choose"

@@ -93,7 +93,9 @@ def _read_bands(model: Model, calibrated: bool) -> ScoreBands:
         return ScoreBands()
     try:
         content = files.read_config(model.folder)
-    except HilumError:
+        if files.digest_of(model.folder) != model.digest:
+            return ScoreBands()  # another model was put there since it was loaded
+    except (HilumError, OSError):
         return ScoreBands()  # moved away since it was loaded
     return read_bands(model.folder, content, model.composition, model.calibrators["study"], calibrated)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import polars as pl
 import pytest
 
 from hilum.core.errors import ManifestError, MissingColumnError, PathError
@@ -13,6 +14,7 @@ from hilum.data.regions import (
     distance_of_cells,
     read_regions,
     seen_box,
+    sizes_of,
     union,
 )
 from hilum.data.transforms import evaluation_crop
@@ -105,6 +107,9 @@ def test_masks_of_phantoms(tmp_path: Path) -> None:
     assert (found.kind, len(found), list(found.keys)) == ("phantom masks", 1, [("a", "Mass")])
     assert area_in_cells(found.region("a", "Mass"), WHOLE, (4, 2)).tolist() == [[0, 0], [1, 0], [0, 0], [0, 0]]
     assert found.region("a", "Nodule") is None
+    twice = write(tmp_path / "masks.csv", "image_id,finding,path\na,Mass,m.png\na,Mass,m.png\n")
+    with pytest.raises(ManifestError, match="Mass of image a has two masks"):
+        read_regions(twice)
     outside = write(tmp_path / "masks.csv", "image_id,finding,path\na,Mass,../m.png\n")
     with pytest.raises(PathError, match="outside"):
         read_regions(outside)
@@ -136,9 +141,19 @@ def test_boxes_of_vindr_are_the_union_of_readers_in_the_images_own_pixels(tmp_pa
     assert set(found.keys) == {("a", "Clavicle Fracture"), ("a", "Fracture")}
     region = found.region("a", "Fracture")
     assert area_in_cells(region, WHOLE, (4, 2)).tolist() == [[1, 0], [0, 0], [0, 0], [0, 0]]
-    assert found.left_out == {"label Nodule/Mass: no one finding": 1, "image not among those judged": 1}
+    assert found.left_out == {
+        "label Nodule/Mass: no one finding": 1,
+        "image not among those judged, or its id is that of two": 1,
+    }
     with pytest.raises(ManifestError, match="sizes are not known"):
         read_regions(path)
+
+
+def test_sizes_of_an_id_that_two_datasets_have_are_not_known(tmp_path: Path) -> None:
+    pl.DataFrame({
+        "image_id": ["a", "b", "b", "c", "c"], "rows": [4, 5, 6, 7, 7], "cols": [1, 2, 2, 3, 3],
+    }).write_parquet(tmp_path / "manifest.parquet")  # fmt: skip
+    assert sizes_of(tmp_path) == {"a": (4, 1), "c": (7, 3)}
 
 
 def test_boxes_of_ones_own(tmp_path: Path) -> None:
@@ -152,7 +167,7 @@ def test_boxes_of_ones_own(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n", MissingColumnError, "expected image_id, finding and path"),
         (NIH + "1_0.png,Mass,1,2,0,4\n", ManifestError, "no boxes"),
-        (NIH + "1_0.png,Mass,1,two,3,4\n", ManifestError, "row 2: .*four numbers"),
+        (NIH + "1_0.png,Mass,1,two,3,4\n", ManifestError, r"box 1 \(image 1_0.png\): .*four numbers"),
         (NIH + "1_0.png,Lump,1,2,3,4\n", ManifestError, "no finding of NIH's boxes"),
         ("image_id,finding,x_min,y_min,x_max,y_max\na,M,30,1,40,5\n", ManifestError, "outside its 20 x 20 pixels"),
     ],

@@ -86,6 +86,9 @@ def test_hubs_read_the_metadata_and_find_no_licence_that_nobody_chose(fitted: Pa
 
 def test_tables_are_whole(fitted: Path) -> None:
     content, evidence = measured(fitted / "linear")
+    content = copy.deepcopy(content)
+    content["findings"][-1]["name"] = "Mass | nodule"
+    assert "Mass \\| nodule" in model_card(content, evidence)
     for text in (model_card(content, evidence), checklist(content, evidence)):
         block: list[str] = []
         for line in [*text.splitlines(), ""]:

@@ -228,11 +228,14 @@ def test_there_are_no_intervals_where_the_calibrator_was_fitted_elsewhere(fitted
     homeless = load(fitted / "linear", "cpu")
     homeless.folder = None
     assert not bands_of(homeless).findings
+    replaced = load(fitted / "linear", "cpu")
+    shutil.copytree(fitted / "linear", tmp_path / "replaced")
+    (tmp_path / "replaced" / "config.json").write_text((fitted / "linear" / "config.json").read_text() + " ")
+    replaced.folder = tmp_path / "replaced"
+    assert not bands_of(replaced).findings
 
 
-def test_an_export_of_an_ensemble_keeps_its_intervals_and_a_changed_one_has_none(
-    fitted, monkeypatch, tmp_path
-) -> None:
+def test_an_export_of_an_ensemble_keeps_its_intervals_and_a_changed_one_has_none(fitted, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("hilum.evaluation.score_bands.FEWEST", 3)
     original = load(fitted / "ensemble", "cpu")
     shutil.copytree(fitted / "ensemble", tmp_path / "exported")
