@@ -2,14 +2,14 @@
 
 A Gaussian of edge strengths (`gradients.py`) for each kind of view that training had, on 32 principal directions with
 what is left over; a picture's distance is to the nearest one. The threshold is a quantile of the distances of training
-patients to Gaussians that had not seen them; the share of validation images past it is the false-flag rate. A picture
-is also judged as it would look inverted, or turned by quarters: if one of these fits and is nearer, that is its flag.
+patients to Gaussians that had not seen them. A picture is also judged as it would look inverted, or turned by quarters:
+if one of these fits and is nearer, that is its flag. The share of validation images flagged is the false-flag rate.
 It decides about pictures, never about findings. The view classifier, fitted on the same numbers: `view_classifier.py`.
 """
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,17 +156,18 @@ def fit_screening(
     )
     threshold = float(np.quantile(held_out, QUANTILE, method="higher"))
     classifier = fit_views(maps, kinds)
-    flagged = float((_nearest(gaussians, validation) > threshold).mean()) if len(validation) else None
     record = Record(
         images=len(maps),
         groups={_NAMES[group]: int((groups == group).sum()) for group in np.unique(groups).tolist()},
         quantile=QUANTILE,
         threshold=threshold,
         validation=len(validation),
-        false_flags=flagged,
+        false_flags=None,
         views=None if classifier is None else classifier.describe(validation, validation_views),
     )
-    return Screening(gaussians, threshold, classifier, record)
+    fitted = Screening(gaussians, threshold, classifier, record)
+    flags = [one.flag is not None for one in fitted.judge(validation)]
+    return replace(fitted, record=replace(record, false_flags=float(np.mean(flags)) if flags else None))
 
 
 _NAMES = ("frontal", "lateral", "other")

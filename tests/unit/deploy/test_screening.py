@@ -130,6 +130,17 @@ def test_the_threshold_is_of_patients_left_out(films) -> None:
     assert by_patient.record.false_flags is None
 
 
+def test_false_flags_are_those_of_every_kind(films) -> None:
+    maps, names = maps_of(films[:120]), [str(n) for n in range(120)]
+    rng = np.random.default_rng(8)
+    inverted = maps_of([strangers.inverted(rng, strangers.film(rng)) for _ in range(20)])
+    found = fit_screening(maps, ["PA"] * 120, names, inverted, ["PA"] * 20)
+    assert found is not None
+    judged = found.judge(inverted)
+    assert found.record.false_flags == sum(one.flag is not None for one in judged) / 20
+    assert found.record.false_flags >= 0.9
+
+
 def test_too_few_images_are_not_screened(films) -> None:
     maps = maps_of(films[:99])
     assert fit_screening(maps, ["PA"] * 99, [str(n) for n in range(99)], maps[:5], ["PA"] * 5) is None
