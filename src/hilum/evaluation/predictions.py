@@ -206,7 +206,10 @@ def read_predictions(path: Path) -> Predictions:
     """
     path = Path(path)
     columns, metadata = read_table(path)
-    columns = columns or {name: [] for name in (*IDENTITY, *metadata.get("findings", ()))}
+    recorded = metadata.get("findings", [])
+    if not isinstance(recorded, list):
+        raise PredictionError(f"{path}: 'findings' in its metadata is {recorded!r}; expected a list of names.")
+    columns = columns or {name: [] for name in (*IDENTITY, *map(str, recorded))}
     missing = [name for name in IDENTITY if name not in columns]
     if missing:
         raise PredictionError(f"{path} lacks the column {', '.join(map(repr, missing))}; it has {', '.join(columns)}.")
@@ -233,7 +236,7 @@ def read_predictions(path: Path) -> Predictions:
 def _numbers(values: Sequence[Any], finding: str, path: Path) -> np.ndarray:
     try:
         return np.array([np.nan if value is None or value == "" else float(value) for value in values], np.float64)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise PredictionError(f"{path}: column {finding!r} holds something that is no number ({error}).") from error
 
 

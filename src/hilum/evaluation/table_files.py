@@ -95,9 +95,12 @@ def _write_json(columns: Columns, text_columns: Collection[str], metadata: dict[
 
 def _read_json(path: Path) -> tuple[Columns, dict[str, Any]]:
     content = read_json(path, PredictionError)
-    if not isinstance(content, dict) or not isinstance(content.get("predictions"), list):
-        raise PredictionError(f"{path}: expected an object with 'metadata' and a list 'predictions'.")
+    described = isinstance(content, dict) and isinstance(content.get("metadata", {}), dict)
+    if not described or not isinstance(content.get("predictions"), list):
+        raise PredictionError(f"{path}: expected an object with an object 'metadata' and a list 'predictions'.")
     rows, metadata = content["predictions"], dict(content.get("metadata", {}))
+    if not all(isinstance(row, dict) for row in rows):
+        raise PredictionError(f"{path}: expected every entry of 'predictions' to be an object, as JSON has them.")
     names = list(rows[0]) if rows else list(metadata.get("columns", []))
     uneven = next((number for number, row in enumerate(rows) if set(row) != set(names)), None)
     if uneven is not None:
@@ -133,12 +136,22 @@ def _read_parquet(path: Path) -> tuple[Columns, dict[str, Any]]:
             table, header = pq.read_table(path), pq.read_metadata(path).metadata or {}
         except (pa.ArrowException, OSError) as error:
             raise PredictionError(f"{path} cannot be read as Parquet: {error}.") from error
-        return table.to_pydict(), json.loads(header.get(METADATA_KEY.encode(), b"{}").decode())
+        return table.to_pydict(), _from_header(header.get(METADATA_KEY.encode(), b"{}"), path)
     try:
         frame, metadata = pl.read_parquet(path), pl.read_parquet_metadata(path)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise PredictionError(f"{path} cannot be read as Parquet: {error}.") from error
-    return {name: frame[name].to_list() for name in frame.columns}, json.loads(metadata.get(METADATA_KEY, "{}"))
+    return {name: frame[name].to_list() for name in frame.columns}, _from_header(metadata.get(METADATA_KEY, "{}"), path)
+
+
+def _from_header(text: str | bytes, path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(text)
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise PredictionError(f"{path}: the metadata in its header ({METADATA_KEY!r}) are no JSON object.")
+    return metadata
 
 
 WRITERS: dict[str, Callable[[Columns, Collection[str], dict[str, Any], Path], None]] = {

@@ -134,6 +134,30 @@ def test_a_malformed_csv_is_refused(tmp_path, content):
         read_predictions(tmp_path / "p.csv")
 
 
+ROW = '"image_uid": "a", "image_id": "", "study_id": "", "patient_id": "", "dataset": "", "view": ""'
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"predictions": 3}', '{"metadata": [1], "predictions": []}', '{"predictions": [3]}',
+     '{"metadata": {"findings": 5}, "predictions": [{ROW, "A": 0.5}]}',
+     '{"metadata": {"findings": "A"}, "predictions": []}', '{"predictions": [{ROW, "A": [1]}]}',
+     '{"predictions": [{ROW, "A": "high"}]}'],
+)  # fmt: skip
+def test_a_malformed_json_is_refused(tmp_path, content):
+    (tmp_path / "p.json").write_text(content.replace("ROW", ROW))
+    with pytest.raises(PredictionError, match=r"p\.json"):
+        read_predictions(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("header", ["[1]", "3", "{"])
+def test_a_malformed_header_of_parquet_is_refused(tmp_path, header):
+    frame = pl.DataFrame({name: ["a"] for name in IDENTITY} | {"A": [0.5]})
+    frame.write_parquet(tmp_path / "p.parquet", metadata={"hilum": header})
+    with pytest.raises(PredictionError, match="no JSON object"):
+        read_predictions(tmp_path / "p.parquet")
+
+
 def test_files_of_another_kind_are_refused(tmp_path, made_up):
     table, _ = made_up()
     with pytest.raises(PredictionError, match="does not exist"):
