@@ -454,12 +454,10 @@ def predict(
     ] = None,
 ) -> None:
     """Findings for images or a split of a store, as Parquet, CSV or JSON."""
-    asked = None
-    if reports is not None:
-        from hilum.commands.predict_report_options import parse_options
-
-        asked = parse_options(reports, formats, captures, references)
     from hilum.commands import predict as program
+    from hilum.commands.predict_report_options import parse_options
+
+    asked = parse_options(reports, formats, captures, references)
 
     program.run(
         model, inputs, out, raw=raw, study=study, batch_size=batch_size, device=device, shard=shard, engine=engine,

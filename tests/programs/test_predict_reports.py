@@ -362,3 +362,30 @@ def test_references_of_nobody_are_told_of(model: Model, films: Path, tmp_path: P
     printed = capsys.readouterr().err
     assert "1 of 2 references are of studies that are not among the inputs" in printed
     assert "somebody" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((None, "html"), "name their folder, --reports"), ((None, "json", "all"), "name their folder, --reports"),
+        ((Path("r"), "html", "all"), "--formats sc"), ((Path("r"), "json", "above", True), "--formats fhir"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_no_report_is_refused(tmp_path: Path, options: tuple, message: str) -> None:
+    (tmp_path / "references.csv").write_text("study_id,patient\n1,Patient/7\n")
+    given = [tmp_path / "references.csv" if one is True else one for one in options]
+    with pytest.raises(ConfigError, match=message):
+        parse_options(*given)
+
+
+def test_a_folder_of_other_reports_is_refused_before_anything_is_predicted(
+    model: Model, films: Path, tmp_path: Path, monkeypatch
+) -> None:
+    write_reports(model, resolve([str(films / "c.dcm")]), np.array([0]), ReportOptions(tmp_path / "reports"))
+    monkeypatch.setattr(predict, "_read", lambda *_: pytest.fail("something was read"))
+    for inputs, raw, message in (("d.png", False, "lists other studies"), ("c.dcm", True, "with and without --raw")):
+        with pytest.raises(ConfigError, match=message):
+            predict.run(
+                model.folder, [str(films / inputs)], tmp_path / "t.csv", raw=raw, device="cpu", score_flagged=False,
+                reports=ReportOptions(tmp_path / "reports"),
+            )  # fmt: skip

@@ -105,11 +105,15 @@ def run(
     )
     if len(work) + len(mine.refused) == 0 and shard:
         raise EmptyStudyError(f"--shard {shard}: this job has nothing to do; there are about as many jobs as studies.")
+    if reports is not None:
+        from hilum.commands.predict_reports import prepare_reports  # only where reports are asked for
+
+        prepare_reports(loaded, found, reports, raw, score_flagged, correct_inverted)
     read, parts = _read(loaded, work, out, places)
     account = account_of(work, mine, read)
     account.write(out)
     if reports is not None:
-        from hilum.commands.predict_reports import write_reports  # only where reports are asked for
+        from hilum.commands.predict_reports import write_reports
 
         write_reports(loaded, found, part, reports, raw, score_flagged, correct_inverted)
     reading = RawReading.join([one.reading for one in read]) if read else None

@@ -10,7 +10,7 @@ from hilum.core.errors import ConfigError, MissingColumnError, UnknownNameError
 from hilum.deploy.fhir import References
 
 FORMATS = ("json", "html", "fhir", "fhir-r4b", "sr", "sc")
-DICOM_FORMATS = ("sr", "sc")
+DICOM_FORMATS, FHIR_FORMATS = ("sr", "sc"), ("fhir", "fhir-r4b")
 CAPTURES = ("above", "all")
 
 
@@ -20,7 +20,7 @@ class ReportOptions:
 
     Raises:
         UnknownNameError: no such format, or choice of captures.
-        ConfigError: a format that needs what is not installed.
+        ConfigError: a format that needs what is not installed, or something said of a format that is not asked for.
     """
 
     folder: Path
@@ -37,6 +37,10 @@ class ReportOptions:
                 raise UnknownNameError("report format", name, FORMATS)
         if self.captures not in CAPTURES:
             raise UnknownNameError("choice of captures", self.captures, CAPTURES)
+        if self.captures == "all" and "sc" not in self.formats:
+            raise ConfigError("--captures all is said of secondary captures, and none are asked for: --formats sc.")
+        if self.references and not set(self.formats) & set(FHIR_FORMATS):
+            raise ConfigError("--references is said of FHIR reports, and none are asked for: --formats fhir.")
         if set(self.formats) & set(DICOM_FORMATS) and importlib.util.find_spec("highdicom") is None:
             raise ConfigError('DICOM reports (sr, sc) need the extra: pip install "hilum[pacs]".')
 
@@ -74,17 +78,25 @@ def read_references(path: Path) -> dict[str, References]:
     return found
 
 
-def parse_options(folder: Path, formats: str, captures: str = "above", references: Path | None = None) -> ReportOptions:
+def parse_options(
+    folder: Path | None, formats: str = "json", captures: str = "above", references: Path | None = None
+) -> ReportOptions | None:
     """Options from the command line.
 
     Args:
-        folder: where reports go.
+        folder: where reports go; None: there are none, and nothing may be said of them.
         formats: names with commas between them.
         captures: a name in CAPTURES.
         references: a CSV for `read_references`.
 
     Raises:
-        ConfigError: as `ReportOptions` and `read_references`.
+        ConfigError: as `ReportOptions` and `read_references`, or something said of reports without a folder for them.
     """
+    if folder is None:
+        if (formats, captures, references) != ("json", "above", None):
+            raise ConfigError(
+                "--formats, --captures and --references are said of reports: name their folder, --reports."
+            )
+        return None
     names = tuple(dict.fromkeys(name.strip() for name in formats.split(",") if name.strip()))
     return ReportOptions(Path(folder), names, captures, read_references(references) if references else {})

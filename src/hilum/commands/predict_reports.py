@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from hilum.commands.predict_report_options import DICOM_FORMATS, FORMATS, ReportOptions
+from hilum.commands.predict_report_options import DICOM_FORMATS, FHIR_FORMATS, FORMATS, ReportOptions
 from hilum.core.errors import ConfigError, HilumError, ImageError
 from hilum.core.files import atomic_path, read_json, write_json, write_text
 from hilum.core.tracking import progress, say, warn
@@ -44,7 +44,7 @@ from hilum.evaluation.studies import study_uids
 INDEX_NAME, LEFT_OUT_NAME, DOCUMENT_NAME = "studies.csv", "not_written.csv", "study.json"
 OPTIONS_NAME, LEFT_OUT_FOLDER = "options.json", "not_written"
 LEFT_OUT_COLUMNS = ("folder", "what", "reason", "message")
-PICTURE_FORMATS, FHIR_FORMATS = ("html", "sc"), ("fhir", "fhir-r4b")
+PICTURE_FORMATS = ("html", "sc")
 _FILES = {
     "json": DOCUMENT_NAME, "html": "study.html", "fhir": "study.fhir.json", "fhir-r4b": "study.fhir-r4b.json",
     "sr": "study.sr.dcm",
@@ -116,15 +116,11 @@ def write_reports(
         how many studies have a report, those that had one before among them.
 
     Raises:
-        ConfigError: a folder that holds reports of other inputs or options, or DICOM formats without one DICOM file.
+        ConfigError: as `prepare_reports`.
     """
     chosen_by_hand = score_flagged or found.store is not None  # somebody has put it into the store
-    if set(options.formats) & set(DICOM_FORMATS):
-        _need_dicom(found)
-    studies = _studies(found)
+    studies = prepare_reports(model, found, options, raw, score_flagged, correct_inverted)
     _warn_of_strangers(options, studies)
-    _write_index(options.folder, studies)
-    _write_options(options, chosen_by_hand, correct_inverted)
     mine = set(np.asarray(part).tolist())
     chosen = [study for study in studies if study.positions[0] in mine]
     finished = 0
@@ -145,6 +141,34 @@ def write_reports(
     _write_left_out(options.folder, {study.name for study in chosen})
     say(f"{options.folder}: reports of {finished} of {len(chosen)} studies ({', '.join(_formats(options))})")
     return finished
+
+
+def prepare_reports(
+    model: Model,
+    found: Inputs,
+    options: ReportOptions,
+    raw: bool = False,
+    score_flagged: bool = False,
+    correct_inverted: bool = False,
+) -> list[_Study]:
+    """Everything that can be refused before anything is predicted; arguments as `write_reports`.
+
+    Returns:
+        all studies of the input.
+
+    Raises:
+        ConfigError: a folder that holds reports of other inputs, options or another model, or DICOM formats without one
+            DICOM file.
+    """
+    if set(options.formats) & set(DICOM_FORMATS):
+        _need_dicom(found)
+    studies = _studies(found)
+    _write_index(options.folder, studies)
+    _write_options(options, model, score_flagged or found.store is not None, correct_inverted)
+    first = next((study for study in studies if (options.folder / study.name / DOCUMENT_NAME).exists()), None)
+    if first is not None:
+        _is_finished(options.folder / first.name, model, raw, options)
+    return studies
 
 
 def _formats(options: ReportOptions) -> list[str]:
@@ -211,9 +235,11 @@ def _write_index(folder: Path, studies: Sequence[_Study]) -> None:
     write_text(path, text)
 
 
-def _write_options(options: ReportOptions, score_flagged: bool, correct_inverted: bool) -> None:
+def _write_options(options: ReportOptions, model: Model, score_flagged: bool, correct_inverted: bool) -> None:
     """Remember what changes a report, so that those of one folder are all made with the same."""
-    asked: dict[str, Any] = {"score_flagged": score_flagged, "correct_inverted": correct_inverted}
+    asked: dict[str, Any] = {
+        "score_flagged": score_flagged, "correct_inverted": correct_inverted, "study": str(model.composition.study),
+    }  # fmt: skip
     if set(options.formats) & set(FHIR_FORMATS):
         listed = sorted((study, str(one)) for study, one in options.references.items())
         asked["references"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
