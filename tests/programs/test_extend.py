@@ -403,13 +403,15 @@ def test_heads_of_whole_studies_are_extended_too(folder: Path, tmp_path: Path) -
     np.testing.assert_allclose(single.probabilities, other.probabilities, atol=1e-6)
 
 
-def test_findings_of_a_head_without_maps_have_none_beside_those_that_have(folder: Path, tmp_path: Path) -> None:
+def test_evidence_of_a_linear_head_stands_beside_the_attention_of_an_added_one(folder: Path, tmp_path: Path) -> None:
     options = [*FAST, "head=ml_decoder", "decoder_dim=8", "decoder_feed_forward=12", "decoder_heads=2"]
     extend.run(folder / "linear", folder / "store", NEW, tmp_path / "out", options, device="cpu")
     store = Store.open(folder / "store")
     result = load(tmp_path / "out", "cpu").predict([store.read(84), store.read(85)])
-    assert result.attention["Edema"] is None
     assert [one.sum() for one in result.attention["Rib Fracture"]] == [pytest.approx(1), pytest.approx(1)]
+    before = load(folder / "linear", "cpu").predict([store.read(84), store.read(85)]).attention["Edema"]
+    for one, other in zip(result.attention["Edema"], before, strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_a_model_that_learned_on_kept_channels_is_extended_and_joined(folder: Path, tmp_path: Path) -> None:

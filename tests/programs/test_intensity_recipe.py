@@ -127,7 +127,7 @@ def test_other_recipes_are_refused(made: Path, tmp_path: Path) -> None:
     config = (made / "model" / "config.json").read_text()
     (made / "model" / "config.json").write_text(config.replace(RECIPE, "mimic-cxr-jpg-9"))
     try:
-        with pytest.raises(PreprocessingMismatchError, match=r"'mimic-cxr-jpg-9'.*knows chexpert-1"):
+        with pytest.raises(PreprocessingMismatchError, match=r"'mimic-cxr-jpg-9'.*knows .*chexpert-1"):
             hilum.load(made / "model")
     finally:
         (made / "model" / "config.json").write_text(config)
