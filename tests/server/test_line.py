@@ -179,7 +179,7 @@ def test_damaged_weights_are_found_out(make_server, model_folder, make_film) -> 
     with torch.no_grad():
         next(iter(broken.networks[0].backbone.parameters())).fill_(float("nan"))
     answer = make_server(of=broken).upload([make_film(42)])
-    assert answer.status == 500
+    assert (answer.status, answer.code) == (500, "not_a_number")
     assert b"NaN" not in answer.body
 
 

@@ -96,9 +96,14 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: torch finds no CUDA device here; use cpu or auto.")
     try:
-        return torch.device(name)
+        found = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device {name!r}: expected auto, cpu or cuda.") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r}: expected auto, cpu or cuda.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: torch finds {torch.cuda.device_count()} CUDA devices here.")
+    return found
 
 
 class Network:

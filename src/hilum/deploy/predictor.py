@@ -141,6 +141,18 @@ class Model:
         """Names, in order."""
         return self.networks[0].findings
 
+    @property
+    def trained(self) -> dict[str, bool]:
+        """By finding, whether any network that has a share in this model was trained on it."""
+        shares = self.composition.weights or [1.0] * len(self.networks)
+        return {
+            name: any(
+                bool(share) and bool(network.trained[network.findings.index(name)])
+                for network, share in zip(self.networks, shares, strict=True)
+            )
+            for name in self.findings
+        }
+
     def predict(
         self,
         views: Sequence[Image] | Image,
@@ -166,6 +178,7 @@ class Model:
             EmptyStudyError: no image.
             ImageError: a view cannot be used; names it by its position.
             UnknownNameError: no such view.
+            CheckpointError: a network gives no number for a finding that it was trained on.
         """
         if isinstance(views, Path | str | bytes | np.ndarray):
             views = [views]
@@ -214,6 +227,7 @@ class Model:
             squares = to_batch([network.crop(pixels) for pixels in pictures])
             reading = network.read(squares, np.zeros(len(names), np.int64), kinds, attention and bool(share))
             values = reading.probabilities
+            _refuse_no_numbers(network, values)
             embedding = study_embedding(reading.cls) if embedding is None else embedding
             members.append(as_study(values, pictures, names, network.findings))
             columns = column_indices(network.findings, self.findings, "a member of the ensemble")
@@ -340,6 +354,9 @@ class Model:
             done: told how many images were finished, after each batch.
             gate: screens every picture and names views that are not known; None: nothing is screened.
             view_sources: (N,) where the views of `identity` are known from; None: given.
+
+        Raises:
+            CheckpointError: a network gives no number for a finding that it was trained on.
         """
         chosen = np.asarray(list(indices), dtype=np.int64)
         names = ("dataset", "patient_id", "study_id", "image_uid")
@@ -363,6 +380,8 @@ class Model:
         outputs, kept = raw_probabilities(
             self.networks, np.arange(len(chosen)), admitted, batch_size, workers, done, studies=studies, views=kinds
         )
+        for network, values in zip(self.networks, outputs, strict=True):
+            _refuse_no_numbers(network, values)
         return RawReading(
             kept, outputs, views[kept].astype(str), None if gate is None else sources[kept].astype(str),
             sorted(flagged, key=lambda one: one.position),
@@ -537,6 +556,17 @@ def member_folders(path: Path, content: Mapping[str, Any]) -> list[Path]:
     if not folders:
         raise CheckpointError(f"{path / files.CONFIG_NAME} names no members.")
     return folders
+
+
+def _refuse_no_numbers(network: Engine, values: Float[np.ndarray, "B C"]) -> None:
+    """NaN says "never trained", and is left out of ensembles: it must not come from damage."""
+    broken = np.isnan(values[:, network.trained]).any(axis=0)
+    if broken.any():
+        names = [name for name, trained in zip(network.findings, network.trained, strict=True) if trained]
+        raise CheckpointError(
+            f"The network gives no number for {int(broken.sum())} of {len(names)} findings that it was trained on, for "
+            f"example {names[int(broken.argmax())]!r}: its weights may be damaged. Copy the model again."
+        )
 
 
 def _chosen_units(content: Mapping[str, Any]) -> tuple[str, ...]:

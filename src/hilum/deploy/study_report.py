@@ -139,7 +139,7 @@ def _study_flags(result: StudyResult, scored: Sequence[bool], unread: int) -> li
 def _finding(result: StudyResult, model: Model, name: str, scored: Sequence[bool], bands: ScoreBands) -> dict[str, Any]:
     known = any(scored)
     probability = _number(result.probabilities[name]) if known else None
-    trained = probability is not None if known else _is_trained(model, name)
+    trained = probability is not None if known else model.trained[name]
     points = result.thresholds.get(name) or None
     band = bands.band(name, probability)
     shares = result.contributions.get(name) if probability is not None else None
@@ -165,10 +165,6 @@ def _finding(result: StudyResult, model: Model, name: str, scored: Sequence[bool
         "has_map": probability is not None and result.attention.get(name) is not None,
         "images": images,
     }
-
-
-def _is_trained(model: Model, name: str) -> bool:
-    return all(network.trained[network.findings.index(name)] for network in model.networks)
 
 
 def _number(value: float | None) -> float | None:

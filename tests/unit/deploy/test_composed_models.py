@@ -438,3 +438,20 @@ def test_maps_of_members_are_joined_by_finding_and_those_that_weigh_nothing_are_
     silent = StandIn(("Edema", "Normal"), [0.1, 0.9], None)
     assert shown([one, silent], weights=(0.0, 1.0)) == {"Edema": None, "Normal": None}
     np.testing.assert_array_equal(shown([one, silent], weights=(0.5, 0.0))["Edema"], [left])
+
+
+def test_a_member_that_gives_no_number_is_not_taken_for_untrained() -> None:
+    maps = np.full((2, 2, 2), 0.25)
+    one, broken = StandIn(("Edema", "Normal"), [0.1, 0.9], maps), StandIn(("Edema", "Normal"), [np.nan, 0.9], maps)
+    with pytest.raises(CheckpointError, match=r"1 of 2 findings .* 'Edema'"):
+        shown([one, broken])
+    broken.trained = np.array([False, True])  # as it would be if it had not been trained on it
+    assert shown([one, broken])["Edema"] is not None
+
+
+def test_a_finding_is_trained_if_a_member_with_a_share_was() -> None:
+    one, other = StandIn(("Edema", "Normal"), [0.1, 0.9], None), StandIn(("Normal", "Edema"), [0.9, np.nan], None)
+    other.trained = np.array([True, False])
+    for weights, edema in ((None, True), ((0.5, 0.5), True), ((0.0, 1.0), False)):
+        model = Model([one, other], {}, "", files.Exposure(), {}, composition=Composition(weights=weights))
+        assert model.trained == {"Edema": edema, "Normal": True}

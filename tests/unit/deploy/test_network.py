@@ -12,11 +12,11 @@ from scipy.special import expit
 from torch import nn
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
-from hilum.core.errors import CheckpointError, PredictionError
+from hilum.core.errors import CheckpointError, ConfigError, PredictionError
 from hilum.core.seeding import forked
 from hilum.core.types import view_kind
 from hilum.deploy import model_files as files
-from hilum.deploy.network import Network, raw_probabilities
+from hilum.deploy.network import Network, choose_device, raw_probabilities
 from hilum.evaluation.predictions import Predictions
 from hilum.heads.extension import ExtendedHead, grown_state, norms_and_biases, per_finding
 from hilum.heads.registry import HeadConfig, build_head
@@ -44,6 +44,12 @@ def make_backbone() -> VisionTransformer:
 def make_head(config: HeadConfig, stream: str = "head"):
     with forked(0, stream):
         return build_head(config)
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "tpu", "", "cuda:99"])
+def test_devices_that_are_not_here_or_not_known_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        choose_device(name)
 
 
 class StudyHead(nn.Module):

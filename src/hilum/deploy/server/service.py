@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 import hilum
-from hilum.core.errors import HilumError
+from hilum.core.errors import CheckpointError, HilumError
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy.predictor import Model, StudyResult
 from hilum.deploy.server.cases import Cases
@@ -81,7 +81,7 @@ class Service:
             },
             "findings": [
                 {"name": name, "group": model.groups.get(name) or None, "trained": trained}
-                for name, trained in zip(model.findings, _trained(model), strict=True)
+                for name, trained in model.trained.items()
             ],
             "thresholds": list(THRESHOLDS),
             "limits": {
@@ -107,6 +107,8 @@ class Service:
         pixels = [picture.pixels for picture in pictures]
         try:
             result = self.model.predict(pixels, view_names=views)
+        except CheckpointError as error:
+            raise RefusedError(500, "not_a_number", _NO_NUMBER) from error
         except HilumError as error:
             raise RefusedError(422, "not_possible", "The model cannot read these images as one study.") from error
         self._check_numbers(result)
@@ -129,13 +131,13 @@ class Service:
             boxes=tuple(result.boxes),
             embedding=result.embedding,
             scored=tuple(result.scored),
-            model_views=tuple(zip(pixels, views, strict=True)) if self.cases is not None else (),
+            model_views=tuple(zip(pixels, result.views, strict=True)) if self.cases is not None else (),
             digest=job.digest,
         )
 
     def _check_numbers(self, result: StudyResult) -> None:
         withheld = not any(result.scored)
-        for name, trained in zip(self.model.findings, _trained(self.model), strict=True):
+        for name, trained in self.model.trained.items():
             value = result.probabilities[name]
             missing = value is None and trained and not withheld
             if missing or (value is not None and not (np.isfinite(value) and 0 <= value <= 1)):
@@ -177,13 +179,6 @@ def png(pixels: UInt8[np.ndarray, "H W"]) -> bytes:
 def no_such() -> RefusedError:
     """404."""
     return standard(404)
-
-
-def _trained(model: Model) -> list[bool]:
-    return [
-        all(bool(network.trained[network.findings.index(name)]) for network in model.networks)
-        for name in model.findings
-    ]
 
 
 def _facts(picture: Picture) -> ImageFacts:
