@@ -288,6 +288,8 @@ def test_labels_by_image_give_the_same_as_labels_by_study(site: Path, world: Pat
         (("--finding", "Oedema"), "Did you mean 'Edema'"),
         (("--minimum-auc", 0.3), "expected 0.5 or more"),
         (("--width", 2), "expected a width between 0 and 1"),
+        (("--bootstraps", -5), "expected 0 or more"),
+        (("--batch-size", 0), "at least 1; found 200 and 0"),
     ],
 )
 def test_options_that_mean_nothing(

@@ -11,6 +11,8 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from hilum.backbones.vit import SIZES, VisionTransformer
+from hilum.backbones.weights import save_backbone
 from hilum.commands import embed, fit, index, similar
 from hilum.core.errors import CheckpointError, ConfigError, EmptyStudyError, PredictionError, UnknownNameError
 from hilum.data.store import Store, write_arrays
@@ -120,6 +122,14 @@ def test_files_that_cannot_be_read_are_listed_and_the_rest_goes_on(folder: Path,
     with pytest.raises(EmptyStudyError, match="None of 1 inputs"):
         embed.run(str(folder / "model"), [str(tmp_path / "films" / "broken.png")], tmp_path / "g.npz", device="cpu")
     assert not (tmp_path / "g.npz").exists()
+
+
+def test_a_study_has_the_views_that_were_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "films" / "000036.png", tmp_path / "front.png")
+    (tmp_path / "side.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "t.csv").write_text("path,study_id,view\nside.png,one,LATERAL\nfront.png,one,PA\n")
+    embed.run(str(folder / "model"), [str(tmp_path / "t.csv")], tmp_path / "s.npz", "study", device="cpu")
+    assert read_embeddings(tmp_path / "s.npz").identity["view"].tolist() == ["PA"]
 
 
 def test_an_interrupted_run_goes_on_where_it_was(folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -255,6 +265,10 @@ def test_what_cannot_be_is_said(folder: Path, tmp_path: Path, capsys) -> None:
         index.run(str(folder / "model"), str(folder / "store"), folder / "index", [], device="cpu")
     with pytest.raises(ConfigError, match="never trained"):
         index.run(str(folder / "model"), str(folder / "store"), tmp_path / "i", ["Never"], device="cpu")
+    backbone = VisionTransformer(SIZES["demo16"])
+    save_backbone(backbone, tmp_path / "backbone", Store.open(folder / "store").preprocess_id)
+    with pytest.raises(ConfigError, match="has no trained findings"):
+        index.run(str(tmp_path / "backbone"), str(folder / "store"), tmp_path / "i", ["all"], device="cpu")
     with pytest.raises(UnknownNameError, match="split"):
         index.run(str(folder / "model"), f"{folder}/store:tset", tmp_path / "i", [], device="cpu")
     with pytest.raises(ConfigError, match="ends in"):

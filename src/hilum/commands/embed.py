@@ -161,10 +161,11 @@ def _collect(
     pieces: Iterator[tuple[np.ndarray, Embedded]], identity: dict[str, np.ndarray], studies: np.ndarray, what: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Identity columns and vectors, in the order of the inputs; of studies, in the order in which they first come."""
-    seen, parts = [np.zeros(0, np.int64)], []
+    seen, parts, read = [np.zeros(0, np.int64)], [], np.zeros(len(studies), bool)
     number = np.unique(studies, return_inverse=True)[1].reshape(-1)
     first = np.unique(studies, return_index=True)[1]
     for positions, found in pieces:
+        read[positions] = True
         if what == "study":
             rows, means = study_means(found.cls, number[positions])
             seen.append(rows)
@@ -182,8 +183,8 @@ def _collect(
     order = np.argsort(first[places])
     rows, vectors = places[order], vectors[order]
     table = {name: identity[name][first[rows]] for name in IDENTITY}
-    by_study = np.argsort(number, kind="stable")
-    groups = np.split(identity["view"][by_study], np.cumsum(np.bincount(number))[:-1])
+    by_study = np.flatnonzero(read)[np.argsort(number[read], kind="stable")]  # what was left out shows no view
+    groups = np.split(identity["view"][by_study], np.cumsum(np.bincount(number[read], minlength=len(first)))[:-1])
     table["image_id"] = np.where(table["study_id"] == "", table["image_id"], table["study_id"])
     table["image_uid"] = studies[first[rows]]
     table["view"] = np.array(["+".join(sorted(set(groups[row].tolist()))) for row in rows.tolist()], dtype=str)

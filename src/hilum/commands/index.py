@@ -42,6 +42,8 @@ def run(
     store, indices = open_part(data)
     encoder = load_encoder(model, device)
     names = [one for one, known in zip(encoder.findings, encoder.trained, strict=True) if known]
+    if findings == ["all"] and not names:
+        raise ConfigError(f"--finding all: {model} has no trained findings. Give a model made by hilum fit.")
     chosen = names if findings == ["all"] else findings
     with progress("index", len(indices), "images") as bar:
         index = build_index(

@@ -14,12 +14,7 @@ import numpy as np
 
 import hilum
 from hilum.commands.recalibrate_inputs import Site, read_site
-from hilum.core.errors import (
-    LeakageError,
-    PredictionError,
-    StageError,
-    UnknownNameError,
-)
+from hilum.core.errors import ConfigError, LeakageError, PredictionError, StageError, UnknownNameError
 from hilum.core.files import sha256_file, write_json
 from hilum.core.tracking import next_step, say, warn
 from hilum.core.types import RESEARCH_NOTICE
@@ -95,6 +90,10 @@ def run(
         operating_point(name)
     points = tuple(dict.fromkeys((*asked, *point))) or ("f1",)
     rules = Rules(points, tuple(asked), minimum_auc, width, tuple(finding))
+    if bootstraps < 0 or batch_size < 1:
+        raise ConfigError(
+            f"--bootstraps, --batch-size: expected 0 or more, and at least 1; found {bootstraps} and {batch_size}."
+        )
     files.require_new(out)
     content = files.read_config(model)
     loaded, truth = load(model, device), read_truth(labels)

@@ -71,7 +71,7 @@ def run(
     own = _own(opened, images)
     cases = opened.search(query, count, [*own, *(exclude or [])])
     left_out = int(opened.left_out([*own, *(exclude or [])]).sum())
-    _print(cases, finding, left_out)
+    _print(cases, finding, left_out, "of its own patient or excluded" if exclude else "of its own patient")
     if out is not None:
         write_quarantine(found, out)
         _write(out, cases, opened, finding, len(images), left_out)
@@ -131,8 +131,8 @@ def _case(index: Index, case: Match) -> Case:
     return Case(pixels, f"{case.similarity:.3f}  {case.dataset}, {case.view}", tuple(case.positive))
 
 
-def _print(cases: list[Match], finding: str | None, left_out: int) -> None:
-    say(f"by {finding or 'the whole image'}{f'; {left_out} studies of its own patient left out' if left_out else ''}")
+def _print(cases: list[Match], finding: str | None, left_out: int, whose: str) -> None:
+    say(f"by {finding or 'the whole image'}{f'; {left_out} studies {whose} left out' if left_out else ''}")
     for rank, case in enumerate(cases, 1):
         labels = ", ".join(case.positive) or "-"
         say(f"{rank:3d}  {case.similarity:.4f}  {case.study_id}  {case.view}  {labels}")
