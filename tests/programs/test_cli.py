@@ -86,6 +86,7 @@ MISTAKES = {
     "predict {}/model {}/latin.csv": "cannot be read as a CSV",
     "predict {}/model {}/file --out {}/p.csv": "None of 1 inputs could be read (not_an_image: 1)",
     "predict {}/model {}/store:test --out {}/p.txt": "expected a name that ends in",
+    "predict {}/model {}/store:test --device mps": "expected auto, cpu or cuda",
     "combine {}/test.parquet --study mean": "Start from raw predictions",
     "combine {}/latin.csv --study mean": "cannot be read as a CSV",
     "combine {}/model {}/model --out {}/e": "two or more different models",

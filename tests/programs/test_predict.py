@@ -12,6 +12,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from hilum.commands import fit, predict
 from hilum.core.errors import ConfigError, EmptyStudyError, MissingColumnError, UnknownNameError
 from hilum.data.store import Store, write_arrays
+from hilum.deploy.inputs import resolve
 from hilum.deploy.predictor import load
 from hilum.evaluation.predictions import read_predictions
 from hilum.evaluation.studies import mean_over_studies
@@ -152,6 +153,14 @@ def test_a_folder_of_films(folder: Path, films: Path, tmp_path: Path, capsys) ->
     row = predictions.image_id.tolist().index("d.png")
     expected = load(folder / "model", "cpu").predict([films / "d.png"]).image_probabilities[0]
     assert predictions.probabilities[row].tolist() == pytest.approx(list(expected.values()), abs=1e-6)
+
+
+def test_views_of_a_table_that_nobody_knows_are_told_of(films: Path, tmp_path: Path, capsys) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(f"path,view\n{films / 'd.png'},pa\n{films / 'e.JPG'},Frontal\n{films / 'a.dcm'},\n")
+    found = resolve([str(table)])
+    assert [one.view for one in found.images] == ["PA", "UNKNOWN", "PA"]
+    assert "1 names of views are not known" in capsys.readouterr().err
 
 
 def test_a_table_of_paths_says_what_belongs_together(folder: Path, films: Path, tmp_path: Path) -> None:

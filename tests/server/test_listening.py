@@ -341,6 +341,12 @@ def test_a_model_that_is_not_there_is_said_so(tmp_path: Path, capsys) -> None:
     assert run(["serve", "model", "--queue", "0"]) == 1
 
 
+@pytest.mark.parametrize("name", ["http://reading.example.org", "reading.example.org:8000", "a b", "", "[::1]", "*"])
+def test_names_that_no_request_can_have_are_said_so(name: str, capsys) -> None:
+    assert run(["serve", "model", "--port", "0", "--allow-host", name]) == 1
+    assert "expected a name or an address alone" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_missing_extra_is_one_sentence() -> None:
     for package in ("fastapi", "uvicorn", "python_multipart"):

@@ -98,7 +98,7 @@ def run(
 
     Raises:
         ExposedError: an address that others can reach without what that takes.
-        ConfigError: an option that means nothing, or an extra that is not installed.
+        ConfigError: an option that means nothing, a name that no request can have, or an extra that is not installed.
         CheckpointError: the model is incomplete or damaged, or the index is of another.
     """
     token = read_token(token_file) if token_file is not None else None
@@ -107,6 +107,7 @@ def run(
         raise ConfigError(f"--queue {queue}: expected at least 1.")
     try:
         from hilum.deploy.server.app import create_app
+        from hilum.deploy.server.gate import host_name
         from hilum.deploy.server.listening import make_server, open_socket
         from hilum.deploy.server.logs import log_to_stderr
         from hilum.deploy.server.service import Service
@@ -120,6 +121,9 @@ def run(
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump of this process would hold images
     limits = Limits() if queue is None else replace(Limits(), queue=queue)
+    for name in allow_hosts:
+        if host_name(name) != name.lower():
+            raise ConfigError(f"--allow-host {name!r}: expected a name or an address alone, such as reading.example.org.")
     names = (*LOOPBACK, *(name.lower() for name in allow_hosts))
     if not is_loopback(host):
         names = (*names, host, socket.gethostname().lower())
@@ -137,6 +141,8 @@ def run(
         say(f"Serving {model} at http://{place}:{listening.getsockname()[1]}/ (stop with Ctrl-C)")
         if token is not None:
             say("Open it as http://.../#token=TOKEN: what is behind # stays in the browser.")
+        if allow_hosts and token is None:
+            warn("whoever is let through to this server under another name can use it: there is no token")
         if not is_loopback(host):
             warn("other machines can reach this server, and what they send is not encrypted: put TLS in front of it")
         make_server(create_app(service, settings), limits).run([listening])

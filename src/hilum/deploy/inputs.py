@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hilum.core.errors import ConfigError, ImageError, MissingColumnError, UnknownNameError
+from hilum.core.tracking import warn
 from hilum.core.types import SPLITS, VIEWS, image_uid
 from hilum.data.images import kind_of, read_dicom_header
 from hilum.data.store import Store
@@ -214,14 +215,20 @@ def _add_table(result: Inputs, path: Path, study_column: str | None) -> None:
         raise MissingColumnError(f"{path}: expected the column {study_column!r}; found {', '.join(columns)}.")
     if not rows:
         raise ConfigError(f"{path} lists no images.")
+    unknown: set[str] = set()
     for row in rows:
         values = {name: _text(row.get(name)) for name in ("path", study, "patient_id", "view")}
         listed = path.parent / values["path"]
         if not values["path"] or not listed.is_file():
             result.refused.append(Refused(listed, "missing", f"{path}: no file {values['path']!r}."))
             continue
-        view = values["view"].upper() if values["view"].upper() in VIEWS else "UNKNOWN"
+        view = values["view"].upper() or "UNKNOWN"
+        if view not in VIEWS:
+            unknown.add(view)
+            view = "UNKNOWN"
         _add_file(result, listed, values["path"], values[study], values["patient_id"], view)
+    if unknown:
+        warn(f"{path}: {len(unknown)} names of views are not known and count as none; known are {', '.join(VIEWS)}")
 
 
 def _text(value: object) -> str:
