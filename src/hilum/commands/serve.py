@@ -123,7 +123,7 @@ def run(
     limits = Limits() if queue is None else replace(Limits(), queue=queue)
     for name in allow_hosts:
         if host_name(name) != name.lower():
-            raise ConfigError(f"--allow-host {name!r}: expected a name or an address alone, such as reading.example.org.")
+            raise ConfigError(f"--allow-host {name!r}: expected a name or an address alone, as in reading.example.org.")
     names = (*LOOPBACK, *(name.lower() for name in allow_hosts))
     if not is_loopback(host):
         names = (*names, host, socket.gethostname().lower())
