@@ -146,7 +146,7 @@ async function showStudy(study) {
   dropHeats();
   phase("study");
   views.show(study.study.images);
-  views.setFinding(null, null);
+  views.setFinding(null);
   byId("rerun").hidden = true;
   list.show(study.findings);
   showDetail(null);
@@ -190,7 +190,7 @@ function showWithheld(study) {
 async function chooseFinding(finding) {
   state.finding = finding;
   showDetail(finding, state.metadata);
-  views.setFinding(finding, null);
+  views.setFinding(finding);
   const by = document.querySelector("input[name=by][value=finding]");
   by.disabled = !finding || finding.probability === null;
   byId("by-finding").textContent = finding ? `By ${finding.name}` : "By finding";

@@ -59,12 +59,12 @@ export class Views {
     item.note.textContent = bitmap ? "" : "This image cannot be shown.";
   }
 
-  /** Heat per image (null where there is none) and what each image adds to the finding. */
-  setFinding(finding, weights) {
+  /** Take the heat away, and say what each image adds to the finding (null: to none). */
+  setFinding(finding) {
     this.items.forEach((item) => {
       item.viewer.setHeat(null);
       item.figure.classList.remove("hot");
-      this.#share(item, finding, weights);
+      this.#share(item, finding);
     });
   }
 
@@ -210,21 +210,20 @@ export class Views {
     item.source.classList.toggle("changed", Boolean(changed));
   }
 
-  #share(item, finding, weights) {
+  #share(item, finding) {
     const { image } = item;
     item.share.replaceChildren();
-    if (!image || !image.scored) return;
-    const own = finding?.images?.find((one) => one.number === image.number);
-    const value = finding ? own?.contribution ?? null : weights ? image.weight : null;
+    const own = image?.scored ? finding?.images?.find((one) => one.number === image.number) : null;
+    const value = own?.contribution ?? null;
     if (value === null) return;
     const meter = make("span", { class: "meter", "aria-hidden": "true" });
     setVariable(meter, "--to", value);
     item.share.append(
-      make("span", { class: "soft" }, finding ? "share" : "weight"),
+      make("span", { class: "soft" }, "share"),
       meter,
       make("b", { class: "contribution" }, percent(value)),
     );
-    if (finding && own && own.probability !== null) {
+    if (own.probability !== null) {
       item.share.append(make("span", { class: "soft alone", title: "What this image alone says of the finding" }, `alone ${percent(own.probability)}`));
     }
   }
