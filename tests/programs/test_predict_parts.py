@@ -275,6 +275,26 @@ def test_processes_have_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             predict_workers.devices_of(device, count)
 
 
+def test_what_is_recorded_is_the_precision_of_the_processes(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """On two GPUs auto is bf16, whatever the CPU of the process that writes the table has."""
+    asked = []
+
+    def on_devices(work, chunks, parts, places, *_) -> None:
+        asked.append((work.precision, places))
+        for number, positions in enumerate(chunks):
+            parts.write(number, predict_parts.read_part(model, work, positions, lambda count: None, store))
+
+    model, store = load(folder / "model", "cpu"), Store.open(folder / "store")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("hilum.deploy.engines.bf16_is_fast", lambda: False)
+    monkeypatch.setattr(predict, "read_on_devices", on_devices)
+    predict.run(
+        folder / "model", [f"{folder / 'store'}:test"], tmp_path / "out.csv", device="cuda", devices=2, precision="auto"
+    )
+    assert asked == [("bf16", ["cuda:0", "cuda:1"])]
+    assert read_predictions(tmp_path / "out.csv").metadata["precision"] == "bf16"
+
+
 @pytest.mark.slow
 def test_two_processes_say_what_one_says(folder: Path, tmp_path: Path) -> None:
     target = [f"{folder / 'store'}:train"]

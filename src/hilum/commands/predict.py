@@ -28,6 +28,7 @@ from hilum.core.errors import ConfigError, EmptyStudyError, HilumError, Preproce
 from hilum.core.locks import folder_lock
 from hilum.core.tracking import next_step, progress, say, warn
 from hilum.deploy.admission import RawReading
+from hilum.deploy.engines import read_export
 from hilum.deploy.inputs import Inputs, resolve
 from hilum.deploy.network import store_identity
 from hilum.deploy.predictor import Model, load
@@ -96,6 +97,8 @@ def run(
     out = Path(out)
     rule = _check(out, study, batch_size, budget)
     places = devices_of(device, devices)
+    if devices > 1 and places[0] != "cpu" and precision == "auto" and read_export(model) is None:
+        precision = "bf16"  # what it is on their devices, and not on the CPU of this process
     loaded = load(model, device if devices == 1 else "cpu", engine, precision)
     if rule is not None and rule != loaded.composition.study:
         loaded.composition = _other_rule(loaded, rule, raw)

@@ -159,6 +159,7 @@ def plan_of(work: Work, model: Model, chunks: Sequence[np.ndarray]) -> dict[str,
         inputs.update(told.encode())
     settings = {
         "engine": work.engine, "precision": work.precision, "batch_size": work.batch_size,
+        "computed": [network.config.precision for network in model.networks],
         "score_flagged": work.score_flagged, "correct_inverted": work.correct_inverted,
         "parts": [len(chunk) for chunk in chunks],
     }  # fmt: skip
