@@ -44,8 +44,8 @@ class References:
         for kind, text in (("patient", self.patient), ("imaging_study", self.imaging_study)):
             if text is not None and not REFERENCE.fullmatch(text):
                 raise ConfigError(
-                    f"{kind} {text!r} is no FHIR reference; expected such as Patient/42, ImagingStudy/7, a URL, or "
-                    "urn:oid: and a Study Instance UID."
+                    f"The {kind} ({len(text)} characters; not repeated, it may be a name) is no FHIR reference; "
+                    "expected such as Patient/42, ImagingStudy/7, a URL, or urn:oid: and a Study Instance UID."
                 )
         if self.issued is not None and self.issued.tzinfo is None:
             raise ConfigError("issued: expected a time with a time zone, as FHIR asks for.")
