@@ -292,6 +292,18 @@ def test_what_is_refused(name: str, world: Path, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "model").exists()
 
 
+def test_what_is_no_backbone_is_named_as_it_was_given(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by the file that its pickle was converted to for the while, nor by a path that is not there."""
+    assert import_small(world, tmp_path / "model", "--head-name", "lr=0_0005", backbone="cat.pth") == 1
+    printed = "".join(capsys.readouterr())
+    assert f"{world / 'cat.pth'} is not a vision transformer" in printed
+    assert "hilum-import-" not in printed
+    assert run("import-weights", world / "model", "--out", tmp_path / "model") == 1
+    assert f"error: {world / 'model' / 'config.json'}: expected" in "".join(capsys.readouterr())
+
+
 def test_a_pickle_that_swells_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One stored number that says it is ten billion: read, it costs nothing; copied, all memory."""
     torch.save({"model": {"classifiers_dict.x.decoder.a": torch.zeros(1).expand(100_000, 100_000)}}, tmp_path / "g.pth")

@@ -145,10 +145,7 @@ def _backbone(file: Path, tensors: Path, image_size: int | None) -> tuple[Vision
     record = own or {key: described[key] for key in ("layout", "normalisation", "left_out", "filled")}
     if described["preprocess_id"] != GREY_RECIPE:
         raise CheckpointError(f"{file}: nothing tells how its images were normalised, so no head can be put on it.")
-    try:
-        model = load_backbone(tensors, image_size=image_size)
-    except CheckpointError as error:  # the temporary name means nothing to anybody
-        raise CheckpointError(str(error).replace(str(tensors), str(file))) from error
+    model = load_backbone(tensors, image_size=image_size)
     return model, {"file": file.name, "sha256": sha256_file(file), **record}
 
 

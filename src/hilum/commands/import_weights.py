@@ -58,18 +58,18 @@ def readable(source: str) -> Iterator[tuple[Path, Path]]:
         for name in (CONFIG_NAME, PROCESSOR_NAME):
             if (file.parent / name).is_file():
                 shutil.copyfile(file.parent / name, Path(temporary) / name)
-        yield file, tensors
+        try:
+            yield file, tensors
+        except CheckpointError as error:  # the temporary name means nothing to anybody
+            raise CheckpointError(str(error).replace(str(tensors), str(file))) from error
 
 
 def _convert(file: Path, readable: Path, out: Path, patch_size: int | None, image_size: int | None) -> None:
     """Load `readable`, which holds the tensors of `file`, and save it as Hilum's own."""
-    try:
-        described = read_backbone_config(readable)
-        if described["format"] != "imported":
-            raise ConfigError(f"{file} is Hilum's own already: name it as it is, wherever weights are asked for.")
-        model = load_backbone(readable, image_size=image_size, patch_size=patch_size)
-    except CheckpointError as error:  # the temporary name means nothing to anybody
-        raise CheckpointError(str(error).replace(str(readable), str(file))) from error
+    described = read_backbone_config(readable)
+    if described["format"] != "imported":
+        raise ConfigError(f"{file} is Hilum's own already: name it as it is, wherever weights are asked for.")
+    model = load_backbone(readable, image_size=image_size, patch_size=patch_size)
     record: dict[str, Any] = {
         "file": file.name,
         "sha256": sha256_file(file),
