@@ -171,6 +171,10 @@ def test_an_interrupted_index_is_the_same_in_the_end(folder: Path, tmp_path: Pat
         build_index(encoder, store, range(44), tmp_path / "b", ["Mass"], 4, done=stop, part=8)
     with pytest.raises(ConfigError, match="not a finished index"):
         Index.open(tmp_path / "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    (tmp_path / "c" / "finding_000.npy").unlink()  # begun again where a file is gone
+    again = build_index(encoder, store, range(44), tmp_path / "c", ["Mass"], 4, part=8)
+    np.testing.assert_array_equal(again.finding("Mass").vectors, straight.finding("Mass").vectors)
     after: list[int] = []
     resumed = build_index(encoder, store, range(44), tmp_path / "b", ["Mass"], 4, done=after.append, part=8)
     assert sum(after) == 44

@@ -77,7 +77,7 @@ def build_index(
     files |= {name: f"finding_{number:03d}.npy" for number, name in enumerate(names)}
     facts = [encoder.digest, encoder.head_digest, encoder.precision, names, part, store.fingerprint(chosen)]
     key = hashlib.sha256(json.dumps(facts).encode() + rows.tobytes()).hexdigest()
-    finished = _finished_parts(out, key)
+    finished = _finished_parts(out, key, list(files.values()))
     vectors: dict[str | None, Float16[np.ndarray, "R _"]] = {}
     for number, places in enumerate(one.images for one in in_order(np.arange(len(chosen)), part, rows)):
         if number < finished:
@@ -127,12 +127,13 @@ def build_index(
     return Index.open(out)
 
 
-def _finished_parts(out: Path, key: str) -> int:
-    """Parts that an interrupted call with the same arguments has written."""
+def _finished_parts(out: Path, key: str, names: Sequence[str]) -> int:
+    """Parts that an interrupted call with the same arguments has written; none where one of its files is gone."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         found = read_json(out / PROGRESS_NAME, HilumError)
-        return int(found["parts"]) if found["key"] == key else 0
+        there = all((out / name).is_file() for name in names)
+        return int(found["parts"]) if found["key"] == key and there else 0
     except (HilumError, KeyError, TypeError):
         return 0
 
