@@ -198,20 +198,21 @@ def test_images_that_the_model_has_met_make_nothing_fit(old) -> None:
     assert judged(table, labels, old, Rules(findings=("Good",)))[0]["overall"]["verdict"] == "yes"
 
 
-def test_random_labels_are_never_called_fit() -> None:
-    """16 findings whose labels are drawn without looking: none is a yes, most are a no."""
+@pytest.mark.parametrize("parts", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_random_labels_are_never_called_fit(parts: int) -> None:
+    """Four findings a part, whose labels are drawn without looking: none is a yes, most are a no."""
     rng = np.random.default_rng(4)
     count = 300
     base = predictions(np.full((count, 5), 0.5), [f"p{n}" for n in range(count)])
     verdicts = []
-    for part in range(4):
+    for part in range(parts):
         values, labels = rng.random((count, 4)), (rng.random((count, 4)) < 0.3).astype(np.int8)
         table = dataclasses.replace(base, findings=("a", "b", "c", "d"), probabilities=values)
         new, after = recalibrate(None, table, labels, {}), cross_fit_site(None, table, labels, {})
         result = judge_site(table, table, after, labels, new, Rules(), {}, {}, bootstraps=200, seed=part)
         verdicts += [row["verdict"] for row in result["findings"].values()]
     assert verdicts.count("yes") == 0
-    assert verdicts.count("no") >= 15
+    assert verdicts.count("no") >= 4 * parts - 2
 
 
 def row(low: float, high: float, **changes):
