@@ -56,11 +56,17 @@ def bracket(ends: tuple[float, float] | None, digits: int = 3) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share of [0, 1] as a percentage with two significant places where it is small: `12 %`, `4.2 %`, `0.31 %`."""
+    """A share of [0, 1] as a percentage with two significant places where it is small: `12 %`, `4.2 %`, `0.31 %`.
+
+    What is not 0 or 1 is never written as if it were: `0.01 %` and `99.99 %` are the ends.
+    """
     if value is None:
         return DASH
     percent = 100.0 * value
-    digits = 0 if percent >= 10 or percent == 0 else 1 if percent >= 1 else 2
+    if 0 < percent < 100:
+        percent = min(max(percent, 0.01), 99.99)
+    small = 0 < percent < 10 or 99 < percent < 100
+    digits = (1 if 1 <= percent < 10 else 2) if small else 0
     return f"{percent:.{digits}f}\N{NO-BREAK SPACE}%"
 
 

@@ -42,6 +42,8 @@ def test_numbers_as_text():
     assert signed(0.0314) == "+0.031"
     assert signed(0.0) == "0.000"
     assert decimal(None) == signed(None) == share(None) == "–"  # noqa: RUF001
+    near = [share(v).replace("\N{NO-BREAK SPACE}", " ") for v in (1.0, 0.9999999, 0.996, 0.989, 1e-9)]
+    assert near == ["100 %", "99.99 %", "99.60 %", "99 %", "0.01 %"]  # nearly sure is not sure
     assert [share(v).replace("\N{NO-BREAK SPACE}", " ") for v in (0.123, 0.042, 0.0031, 0.0)] == [
         "12 %",
         "4.2 %",
