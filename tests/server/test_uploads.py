@@ -1,11 +1,14 @@
 """What comes in is counted while it comes, and refused at the limit: too much, too slow, malformed, compressed."""
 
 import asyncio
+import io
 import time
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 
+import numpy as np
 import pytest
+from PIL import Image
 
 PAGE = {"host": "localhost:8000", "x-hilum": "page"}
 START = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n'
@@ -212,4 +215,24 @@ def test_more_than_all_uploads_may_hold_is_refused_for_a_moment(server, make_mul
     answers = asyncio.run(together())
     assert {answer.status for answer in answers} == {422, 503}
     assert all(int(one.headers["retry-after"]) >= 1 for one in answers if one.status == 503)
+    assert server.lives()
+
+
+def test_images_that_are_larger_than_fit_once_decoded_are_not_all_decoded(server, monkeypatch) -> None:
+    """A study of small files is not a way to fill the memory."""
+    decoded, decode = [], server.service.line.decoder.decode
+
+    def counted(content: bytes, number: int):
+        decoded.append(number)
+        return decode(content, number)
+
+    monkeypatch.setattr(server.service.line.decoder, "decode", counted)
+    films = []
+    for grey in range(4):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((1200, 1200), grey, np.uint8)).save(buffer, "PNG")
+        films.append(buffer.getvalue())
+    answer = server.upload(films)
+    assert (answer.status, answer.code) == (413, "study_too_large")
+    assert decoded == [1, 2]
     assert server.lives()

@@ -58,7 +58,7 @@ class Service:
         """Of the digests by which the same upload is known again; it ends with the process, as they do."""
         decoder = Decoder(model.short_side, model.preprocess_id, limits)
         decoder.start()
-        self.line = Line(decoder, self.judge, limits.queue)
+        self.line = Line(decoder, self.accept, self.judge, limits.queue)
 
     def close(self) -> None:
         """End its threads and its process, and forget every study."""
@@ -92,17 +92,23 @@ class Service:
             "maps": True,  # every head has them
         }  # fmt: skip
 
+    def accept(self, pictures: list[Picture]) -> None:
+        """Whether the study goes on, after the last of these pictures.
+
+        Raises:
+            RefusedError: 413 more pixels than fit, 422 another kind of picture than a radiograph.
+        """
+        if sum(picture.pixels.nbytes for picture in pictures) > self.limits.study_bytes:
+            raise RefusedError(413, "study_too_large", "The images of this study are larger than fit, once decoded.")
+        if pictures[-1].modality in OTHER_MODALITIES:
+            raise RefusedError(422, "not_a_radiograph", _NO_RADIOGRAPH, len(pictures))
+
     def judge(self, pictures: list[Picture], job: Job) -> Study:
         """Findings of decoded images; runs in the model's thread.
 
         Raises:
-            RefusedError: 413 more pixels than fit, 422 the model refuses the images, 500 it gives no numbers.
+            RefusedError: 422 the model refuses the images, 500 it gives no numbers.
         """
-        if sum(picture.pixels.nbytes for picture in pictures) > self.limits.study_bytes:
-            raise RefusedError(413, "study_too_large", "The images of this study are larger than fit, once decoded.")
-        for number, picture in enumerate(pictures, 1):
-            if picture.modality in OTHER_MODALITIES:
-                raise RefusedError(422, "not_a_radiograph", _NO_RADIOGRAPH, number)
         views = [given or picture.view for given, picture in zip(job.views, pictures, strict=True)]
         pixels = [picture.pixels for picture in pictures]
         try:

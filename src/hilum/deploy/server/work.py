@@ -38,12 +38,19 @@ class Line:
 
     Args:
         decoder: what reads files.
+        accept: asked after each picture of a study; raises where the next one must not be read.
         judge: from pictures and a job to a study; runs in the model's one thread.
         places: how many studies at once.
     """
 
-    def __init__(self, decoder: Decoder, judge: Callable[[list[Picture], Job], Study], places: int) -> None:
-        self.decoder, self.judge, self.places = decoder, judge, places
+    def __init__(
+        self,
+        decoder: Decoder,
+        accept: Callable[[list[Picture]], None],
+        judge: Callable[[list[Picture], Job], Study],
+        places: int,
+    ) -> None:
+        self.decoder, self.accept, self.judge, self.places = decoder, accept, judge, places
         self.jobs: dict[bytes, Job] = {}
         self.seconds = 1.0
         """A study takes, in the mean of late."""
@@ -98,10 +105,10 @@ class Line:
 
     async def _work(self, job: Job) -> Study:
         loop, start = asyncio.get_running_loop(), time.monotonic()
-        pictures = [
-            await loop.run_in_executor(self._decoding, self.decoder.decode, content, number)
-            for number, content in enumerate(job.files, 1)
-        ]
+        pictures: list[Picture] = []
+        for number, content in enumerate(job.files, 1):
+            pictures.append(await loop.run_in_executor(self._decoding, self.decoder.decode, content, number))
+            self.accept(pictures)
         job.files = []  # their pixels are enough
         decoded = time.monotonic()
         study = await loop.run_in_executor(self._model, self.judge, pictures, job)
