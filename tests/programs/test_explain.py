@@ -241,8 +241,9 @@ def test_maps_are_judged_by_masks_and_compared(folder: Path, tmp_path: Path, cap
 
 def test_maps_and_regions_go_together(folder: Path, tmp_path: Path) -> None:
     arguments = (tmp_path / "t.parquet", folder / "store", tmp_path / "out")
-    for options in ({"maps": [tmp_path / "m.npz"]}, {"regions": folder / "masks.csv"}, {"tolerance": 0.1}):
-        with pytest.raises(ConfigError, match=r"go together|--tolerance"):
+    twice = {"maps": [tmp_path / "m.npz"] * 2, "regions": folder / "masks.csv"}
+    for options in (twice, {"maps": [tmp_path / "m.npz"]}, {"regions": folder / "masks.csv"}, {"tolerance": 0.1}):
+        with pytest.raises(ConfigError, match=r"go together|--tolerance|named twice"):
             evaluate.run(*arguments, **options)
 
 

@@ -97,6 +97,8 @@ def run(
         raise CheckpointError(f"--explain {explain}: expected a model made by hilum fit or hilum combine.")
     if bool(maps) != (regions is not None):
         raise ConfigError("--maps and --regions go together: maps are judged by masks or boxes.")
+    if len({Path(path).resolve() for path in maps}) < len(maps):
+        raise ConfigError("--maps: one file is named twice; there is nothing to compare it with.")
     if tolerance is not None and (regions is None or not 0 <= tolerance < 1):
         raise ConfigError(f"--tolerance {tolerance}: expected a share of the side from 0 to 1, with --regions.")
     by = None if by is None else tuple(name for name in by if name != "none")
