@@ -262,6 +262,11 @@ def test_what_cannot_be_is_said(folder: Path, tmp_path: Path, capsys) -> None:
         similar.run(folder / "index", [film], finding="Masss", device="cpu")
     with pytest.raises(ConfigError, match="part of a store"):
         similar.run(folder / "index", [f"{folder}/store:test"], device="cpu")
+    many = shutil.copytree(folder / "films", tmp_path / "many")
+    for path in sorted(many.iterdir()):
+        shutil.copy(path, many / f"again{path.name}")
+    with pytest.raises(ConfigError, match="24 images; expected those of one study"):
+        similar.run(folder / "index", [str(many)], device="cpu")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(EmptyStudyError, match="could be read"):
         similar.run(folder / "index", [str(tmp_path / "broken.png")], device="cpu")

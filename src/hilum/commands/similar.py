@@ -22,6 +22,9 @@ from hilum.deploy.similar import Index, Match
 FORMAT = "hilum-similar-1"
 COLUMNS = ("rank", "similarity", "study_id", "image_uid", "image_id", "dataset", "view", "findings")
 
+MOST_IMAGES = 20
+"""Of one study: a folder with more is that of many."""
+
 
 def run(
     index: Path,
@@ -63,6 +66,8 @@ def run(
     found = resolve(inputs)
     if found.store is not None:
         raise ConfigError(f"{inputs[0]} is a part of a store; expected the image files of one study.")
+    if len(found.images) > MOST_IMAGES:
+        raise ConfigError(f"{len(found.images)} images; expected those of one study, {MOST_IMAGES} at most. Name them.")
     pixels, images = _read(found, encoder)
     views = [image.view for image in images]
     query = (
