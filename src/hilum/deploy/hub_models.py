@@ -6,8 +6,9 @@ an ensemble's members are kept, so a model has the same identity there as here. 
 `backbones/hub.py` is what touches the network.
 """
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -155,7 +156,16 @@ def _download(repository: str, revision: str | None) -> Path:
     found = folder / str(index["folder"])
     if files.digest_of(found) != index["model"]:
         raise CheckpointError(f"{repository}: {found.name} is not the model that {INDEX_NAME} names.")
+    _check_members(found, folder, named, repository)
     return found
+
+
+def _check_members(found: Path, root: Path, named: Mapping[str, str], repository: str) -> None:
+    """An ensemble from elsewhere names members that came with it, and no folder of this machine."""
+    for member in files.read_config(found).get("members", []):
+        place = os.path.relpath(os.path.normpath(found / str(member["path"])), root)
+        if f"{Path(place).as_posix()}/{files.CONFIG_NAME}".removeprefix("./") not in named:
+            raise CheckpointError(f"{repository}: its member {member['path']!r} is not among the files that it names.")
 
 
 def _read_index(path: Path, repository: str) -> dict[str, Any]:

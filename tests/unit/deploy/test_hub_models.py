@@ -12,9 +12,11 @@ import pytest
 import hilum
 from hilum.backbones import hub
 from hilum.core.errors import CheckpointError, ConfigError
+from hilum.core.files import sha256_file
 from hilum.data.store import Store
 from hilum.deploy import predictor
 from hilum.deploy.hub_models import INDEX_NAME, from_pretrained
+from hilum.deploy.model_files import digest_of
 
 NAME = "clinic/chest"
 
@@ -123,6 +125,21 @@ def test_what_is_not_as_it_was_sent_is_refused(fitted: Path, stub: Hub, change, 
     change(stub.path / NAME)
     with pytest.raises(CheckpointError, match=match):
         from_pretrained(NAME)
+
+
+def test_an_ensemble_of_the_hub_names_no_folder_of_this_machine(fitted: Path, stub: Hub) -> None:
+    predictor.load(fitted / "ensemble", "cpu").push_to_hub(NAME)
+    root = stub.path / NAME
+    for place in (str(fitted / "linear"), "../../../elsewhere/linear"):
+        content = json.loads((root / "ensemble" / "config.json").read_text())
+        content["members"][0]["path"] = place
+        (root / "ensemble" / "config.json").write_text(json.dumps(content))
+        index = json.loads((root / INDEX_NAME).read_text())
+        index["files"]["ensemble/config.json"] = sha256_file(root / "ensemble" / "config.json")
+        index["model"] = digest_of(root / "ensemble")
+        (root / INDEX_NAME).write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match="not among the files that it names"):
+            from_pretrained(NAME)
 
 
 @pytest.mark.parametrize(
