@@ -12,22 +12,17 @@ left as it is, so that an interrupted run goes on. Images are counted as they we
 Past 300 lines: the way from a list of files to each file of a study.
 """
 
-import csv
 import dataclasses
-import hashlib
-import io
-import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
-from hilum.commands.predict_report_options import DICOM_FORMATS, FHIR_FORMATS, FORMATS, ReportOptions
-from hilum.core.errors import ConfigError, HilumError, ImageError
+from hilum.commands.predict_report_folder import LeftOut, left_out_path, write_index, write_left_out, write_options
+from hilum.commands.predict_report_options import DICOM_FORMATS, FORMATS, ReportOptions
+from hilum.core.errors import ConfigError, ImageError
 from hilum.core.files import atomic_path, read_json, write_json, write_text
 from hilum.core.tracking import progress, say, warn
 from hilum.data.images import kind_of, read_image
@@ -41,9 +36,7 @@ from hilum.deploy.study_page import POINT, study_page
 from hilum.deploy.study_report import ImageFacts, study_document
 from hilum.evaluation.studies import study_uids
 
-INDEX_NAME, LEFT_OUT_NAME, DOCUMENT_NAME = "studies.csv", "not_written.csv", "study.json"
-OPTIONS_NAME, LEFT_OUT_FOLDER = "options.json", "not_written"
-LEFT_OUT_COLUMNS = ("folder", "what", "reason", "message")
+DOCUMENT_NAME = "study.json"
 PICTURE_FORMATS = ("html", "sc")
 _FILES = {
     "json": DOCUMENT_NAME, "html": "study.html", "fhir": "study.fhir.json", "fhir-r4b": "study.fhir-r4b.json",
@@ -73,23 +66,6 @@ class _View(NamedTuple):
     view_source: str
     path: Path | None
     """None: of a store."""
-
-
-@dataclass
-class _LeftOut:
-    """What could not be made of one study."""
-
-    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
-
-    def add(self, folder: str, what: str, error: HilumError) -> None:
-        reason = error.reason if isinstance(error, ImageError) else type(error).__name__
-        self.rows.append((folder, what, reason, str(error)))
-
-    def write(self, path: Path) -> None:
-        """Before the study's document, so that who finds that has this too."""
-        path.unlink(missing_ok=True)  # of an earlier run
-        if self.rows:
-            write_text(path, _csv(LEFT_OUT_COLUMNS, self.rows))
 
 
 def write_reports(
@@ -130,15 +106,15 @@ def write_reports(
             if _is_finished(folder, model, raw, options):
                 finished += 1
             else:
-                left_out = _LeftOut()
+                left_out = LeftOut()
                 views = _views(model, found, study, left_out)
                 if views:
                     _write_study(model, study, views, options, left_out, raw, chosen_by_hand, correct_inverted)
                     finished += 1
                 else:
-                    left_out.write(_left_out_path(options.folder, study.name))
+                    left_out.write(left_out_path(options.folder, study.name))
             bar.advance(len(study.positions))
-    _write_left_out(options.folder, {study.name for study in chosen})
+    write_left_out(options.folder, {study.name for study in chosen})
     say(f"{options.folder}: reports of {finished} of {len(chosen)} studies ({', '.join(_formats(options))})")
     return finished
 
@@ -163,8 +139,8 @@ def prepare_reports(
     if set(options.formats) & set(DICOM_FORMATS):
         _need_dicom(found)
     studies = _studies(found)
-    _write_index(options.folder, studies)
-    _write_options(options, model, score_flagged or found.store is not None, correct_inverted)
+    write_index(options.folder, ((study.name, study.study_id, len(study.positions)) for study in studies))
+    write_options(options, str(model.composition.study), score_flagged or found.store is not None, correct_inverted)
     first = next((study for study in studies if (options.folder / study.name / DOCUMENT_NAME).exists()), None)
     if first is not None:
         _is_finished(options.folder / first.name, model, raw, options)
@@ -209,50 +185,10 @@ def _studies(found: Inputs) -> list[_Study]:
     ]
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _warn_of_strangers(options: ReportOptions, studies: Sequence[_Study]) -> None:
     strangers = set(options.references) - {study.study_id for study in studies}
     if strangers:
         warn(f"{len(strangers)} of {len(options.references)} references are of studies that are not among the inputs")
-
-
-def _write_index(folder: Path, studies: Sequence[_Study]) -> None:
-    text = _csv(
-        ("folder", "study_id", "images"), [(study.name, study.study_id, len(study.positions)) for study in studies]
-    )
-    path = folder / INDEX_NAME
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ConfigError(
-            f"{path} lists other studies than these inputs: their reports would be mixed. Choose another folder."
-        )
-    write_text(path, text)
-
-
-def _write_options(options: ReportOptions, model: Model, score_flagged: bool, correct_inverted: bool) -> None:
-    """Remember what changes a report, so that those of one folder are all made with the same."""
-    asked: dict[str, Any] = {
-        "score_flagged": score_flagged, "correct_inverted": correct_inverted, "study": str(model.composition.study),
-    }  # fmt: skip
-    if set(options.formats) & set(FHIR_FORMATS):
-        listed = sorted((study, str(one)) for study, one in options.references.items())
-        asked["references"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    path = options.folder / OPTIONS_NAME
-    before = read_json(path, ConfigError) if path.exists() else {}
-    differing = [name for name, value in asked.items() if before.get(name, value) != value]
-    if differing:
-        raise ConfigError(
-            f"{options.folder} holds reports that were made with other options "
-            f"({', '.join('--' + name.replace('_', '-') for name in differing)}): they would be mixed. Choose another "
-            "folder."
-        )
-    write_json(path, {**before, **asked})
 
 
 def _is_finished(folder: Path, model: Model, raw: bool, options: ReportOptions) -> bool:
@@ -275,7 +211,7 @@ def _is_finished(folder: Path, model: Model, raw: bool, options: ReportOptions) 
     return all(path.exists() for path in wanted)
 
 
-def _views(model: Model, found: Inputs, study: _Study, left_out: _LeftOut) -> list[_View]:
+def _views(model: Model, found: Inputs, study: _Study, left_out: LeftOut) -> list[_View]:
     """The images of a study that can be read. Files are called by their number: names may hold those of people."""
     views = []
     for number, position in enumerate(study.positions, 1):
@@ -301,7 +237,7 @@ def _write_study(
     study: _Study,
     views: Sequence[_View],
     options: ReportOptions,
-    left_out: _LeftOut,
+    left_out: LeftOut,
     raw: bool,
     score_flagged: bool,
     correct_inverted: bool,
@@ -338,7 +274,7 @@ def _write_study(
         write_json(folder / _FILES["fhir-r4b"], fhir_bundle(document, references, "R4B"))
     if set(formats) & set(DICOM_FORMATS):
         _write_dicom(folder, document, maps, views, pixels, options, left_out)
-    left_out.write(_left_out_path(options.folder, study.name))
+    left_out.write(left_out_path(options.folder, study.name))
     write_json(folder / DOCUMENT_NAME, document)
 
 
@@ -349,7 +285,7 @@ def _write_dicom(
     views: Sequence[_View],
     pixels: Sequence[np.ndarray],
     options: ReportOptions,
-    left_out: _LeftOut,
+    left_out: LeftOut,
 ) -> None:
     """What can be made of it; a study that is no DICOM, or was withheld, is listed with the reason."""
     from hilum.deploy.dicom_pictures import pictures
@@ -391,23 +327,3 @@ def _save(dataset: Any, path: Path) -> None:
 
     with atomic_path(path) as temporary, without_complaints():
         dataset.save_as(temporary, enforce_file_format=True)
-
-
-def _left_out_path(folder: Path, study: str) -> Path:
-    return folder / LEFT_OUT_FOLDER / f"{study}.csv"
-
-
-def _write_left_out(folder: Path, mine: Collection[str]) -> None:
-    """Put the lists of all studies together, of other jobs and of earlier runs too; warn of those of this job."""
-    rows: list[tuple[str, ...]] = []
-    for path in sorted((folder / LEFT_OUT_FOLDER).glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows += [tuple(row) for row in list(csv.reader(file))[1:]]
-    path = folder / LEFT_OUT_NAME
-    path.unlink(missing_ok=True)  # of an earlier run
-    if rows:
-        write_text(path, _csv(LEFT_OUT_COLUMNS, sorted(rows)))
-    reasons = Counter(f"{what.split()[0]}: {reason}" for study, what, reason, _ in rows if study in mine)
-    if reasons:
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        warn(f"{reasons.total()} reports or images were left out ({listed}); {path} says why")
