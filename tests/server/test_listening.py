@@ -111,7 +111,7 @@ def test_a_hundred_half_open_connections_are_no_trouble(address) -> None:
         connection.sendall(POST + b"Content-Length: 100000\r\n\r\n--b" if number % 2 else b"GET / HT")
     start = time.monotonic()
     assert lives(address)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10  # one after the other they would take 50 s
     for connection in half:
         until_closed(connection)
     assert lives(address)
