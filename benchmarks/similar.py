@@ -1,6 +1,6 @@
 """Exact search among 700,000 studies x 768 numbers in float16, on disk through a memory map, by 2 processors.
 
-A random index is written once (1.1 GB in a temporary folder, or in the folder of the first argument, where it is kept).
+A random index is written once: 1.1 GB in a temporary folder, or in the folder that INDEX names, where it is kept.
 Ours is `Index.search` as the server and the command line call it: 8 nearest, one patient left out, labels looked up.
 Peer: numpy's plain product of the same vectors in float32 in memory (2.2 GB, twice the bytes; widened beforehand,
 which is not counted) and argpartition, what people write. Floor: one sum over the bytes of the mapped file by numpy,
@@ -12,7 +12,6 @@ nearest are some 10^-3 apart, they agree.
 
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -124,5 +123,4 @@ def main(rows: int = ROWS, dim: int = DIM, kept: Path | None = None) -> dict[str
 
 
 if __name__ == "__main__":
-    alone = Path(sys.argv[0]).name == Path(__file__).name  # and not through `hilum bench`
-    main(kept=Path(sys.argv[1]) if alone and len(sys.argv) > 1 else None)
+    main(kept=Path(os.environ["INDEX"]) if "INDEX" in os.environ else None)
