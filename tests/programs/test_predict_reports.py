@@ -324,7 +324,7 @@ def test_jobs_and_runs_that_go_on_keep_each_others_lists(model: Model, broken: I
 def test_a_study_without_captures_is_finished_and_more_captures_are_made(
     model: Model, films: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from hilum.deploy.predictor import StudyResult
+    from hilum.deploy.study_result import StudyResult
 
     real = model.predict
 

@@ -54,11 +54,7 @@ def _download(repository: str, revision: str | None) -> Path:
             if any((Path(folder) / file).is_file() for file in weights):
                 return Path(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{repository} does not exist here, and could not be had from the Hugging Face Hub"
-            f"{f' at revision {revision}' if revision else ''}: {_first_line(error)} Behind a firewall, copy the "
-            "folder and name its path."
-        ) from error
+        raise _not_had(repository, revision, error) from error
     raise CheckpointError(
         f"{repository} on the Hugging Face Hub holds none of {', '.join(_WEIGHTS + _PICKLED)}. If its weights have "
         "another name, download that file and name its path."
@@ -77,6 +73,14 @@ def parse_name(name: str) -> tuple[str, str | None]:
     return match["repository"], match["revision"]
 
 
+def _not_had(repository: str, revision: str | None, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{repository} does not exist here, and could not be had from the Hugging Face Hub"
+        f"{f' at revision {revision}' if revision else ''}: {_first_line(error)} Behind a firewall, copy the "
+        "folder and name its path."
+    )
+
+
 def fetch(repository: str, revision: str | None, names: Sequence[str]) -> Path:
     """Download the named files of a repository, and no others; returns the folder of the Hub's cache that holds them.
 
@@ -90,11 +94,7 @@ def fetch(repository: str, revision: str | None, names: Sequence[str]) -> Path:
     try:
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=escaped))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{repository} does not exist here, and could not be had from the Hugging Face Hub"
-            f"{f' at revision {revision}' if revision else ''}: {_first_line(error)} Behind a firewall, copy the "
-            "folder and name its path."
-        ) from error
+        raise _not_had(repository, revision, error) from error
 
 
 def publish(repository: str, content: Mapping[str, Path | bytes], private: bool, message: str) -> str:

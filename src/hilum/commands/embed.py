@@ -7,7 +7,6 @@ kept in `OUT.parts` until all is, so that an interrupted run goes on where it wa
 import csv
 import io
 import shutil
-import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -18,17 +17,16 @@ import numpy as np
 
 import hilum
 from hilum.core.config import parse_shard
-from hilum.core.errors import ConfigError, EmptyStudyError, ImageError, UnknownNameError
+from hilum.core.errors import ConfigError, EmptyStudyError, UnknownNameError
 from hilum.core.files import write_text
 from hilum.core.tracking import next_step, progress, say, warn
-from hilum.data.images import read_image
 from hilum.data.store import Store
 from hilum.deploy.embedding_files import FORMAT, WRITERS, Embeddings, write_embeddings
 from hilum.deploy.embedding_parts import embed_resumably
 from hilum.deploy.embeddings import study_means
-from hilum.deploy.encoder import Embedded, Encoder, load_encoder
-from hilum.deploy.inputs import Inputs, Refused, resolve
-from hilum.deploy.network import Read, store_identity
+from hilum.deploy.encoder import Embedded, load_encoder
+from hilum.deploy.inputs import Inputs, resolve
+from hilum.deploy.network import store_identity
 from hilum.evaluation.predictions import IDENTITY
 from hilum.evaluation.studies import study_uids
 
@@ -84,7 +82,7 @@ def run(
     if not len(part) and shard:
         raise EmptyStudyError(f"--shard {shard}: this job has nothing to do; there are about as many jobs as studies.")
     identity, studies = {name: column[part] for name, column in identity.items()}, studies[part]
-    read = found.store.read if found.store else _reader(found, encoder)
+    read = found.store.read if found.store else found.reader(encoder.short_side, encoder.preprocess_id)
     indices = found.indices[part] if found.store else part
     folder = out.with_name(out.name + ".parts")
     with progress("embed", len(part), "images") as bar:
@@ -140,21 +138,6 @@ def write_quarantine(found: Inputs, out: Path) -> None:
     write_text(quarantine, text.getvalue())
     listed = ", ".join(f"{count} {reason}" for reason, count in Counter(r.reason for r in found.refused).most_common())
     warn(f"{len(found.refused)} inputs were left out ({listed}); {quarantine} says why")
-
-
-def _reader(found: Inputs, encoder: Encoder) -> Read:
-    lock = threading.Lock()
-
-    def read(index: int) -> np.ndarray | None:
-        path = found.images[index].path
-        try:
-            return read_image(path, path.name, encoder.short_side, recipe=encoder.preprocess_id).pixels
-        except ImageError as error:
-            with lock:
-                found.refused.append(Refused(path, error.reason, str(error)))
-            return None
-
-    return read
 
 
 def _collect(

@@ -1,6 +1,7 @@
 """`hilum evaluate`: predictions + labels -> `metrics.json` with intervals by patient, a table, and `report.html`.
 
 Refuses to judge predictions on items that their calibrator or thresholds were fitted on. Chooses nothing.
+Past 300 lines: every option of the program, and what it says at the end.
 """
 
 import dataclasses

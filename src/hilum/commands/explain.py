@@ -22,7 +22,8 @@ from hilum.core.tracking import next_step, progress, say, warn
 from hilum.data.images import read_image
 from hilum.deploy.inputs import FileImage, Inputs, Refused, resolve
 from hilum.deploy.overlays import SheetRow, contact_sheet, of_study, overlay_png, png, scale_of
-from hilum.deploy.predictor import Model, StudyResult, load
+from hilum.deploy.predictor import Model, load
+from hilum.deploy.study_result import StudyResult
 from hilum.evaluation.map_files import write_maps
 from hilum.evaluation.predictions import bare_ids
 from hilum.evaluation.studies import study_uids

@@ -1,17 +1,15 @@
 """The labelled studies of a site for `hilum recalibrate`: read, predicted without calibration, joined by id."""
 
 import dataclasses
-import threading
 from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hilum.core.errors import ImageError, PredictionError, PreprocessingMismatchError, StageError
+from hilum.core.errors import PredictionError, PreprocessingMismatchError, StageError
 from hilum.core.tracking import progress
-from hilum.data.images import read_image
 from hilum.deploy.admission import Gate, RawReading
-from hilum.deploy.inputs import DATASET, Inputs, Refused
+from hilum.deploy.inputs import DATASET, Inputs
 from hilum.deploy.network import store_identity
 from hilum.deploy.out_of_sample import labels_of_studies
 from hilum.deploy.predictor import Model
@@ -115,17 +113,7 @@ def _read(
                 f"{model.preprocess_id!r}. Build it again with --intensity {model.preprocess_id}, or name the files."
             )
         return model.read_images(identity, indices, found.store.read, batch_size, READING_THREADS, done)
-    lock = threading.Lock()
-
-    def read(index: int) -> np.ndarray | None:
-        path = found.images[index].path
-        try:
-            return read_image(path, path.name, model.short_side, recipe=model.preprocess_id).pixels
-        except ImageError as error:
-            with lock:
-                found.refused.append(Refused(path, error.reason, str(error)))
-            return None
-
+    read = found.reader(model.short_side, model.preprocess_id)
     gate = Gate(model.screening)
     return model.read_images(identity, indices, read, batch_size, READING_THREADS, done, gate)
 

@@ -6,6 +6,7 @@ All kinds have the same few calls, so a loop is written once. How processes end 
 divided weights mean for the rest of the program `core.sharding`'s.
 
 The sums (`sum_over_ranks` ...) are plain functions that do nothing in a single process; losses call them.
+Past 300 lines: every kind of run behind the same few calls.
 """
 
 import os

@@ -3,7 +3,8 @@
 Read are the masks of phantoms (`masks.csv`), NIH's `BBox_List_2017.csv`, the boxes of VinDr-CXR and VinBigData, and a
 table of boxes of one's own. A region is a mask on lines at given shares of the image's height and width, so that pixels
 and boxes are the same thing and nothing is rounded to a raster. Labels become findings by the sources' own tables; a
-label that means no one finding ("Nodule/Mass") gives no region. Judges nothing: `evaluation/localisation.py`.
+label that means no one finding ("Nodule/Mass") gives no region. Judges nothing: `evaluation/localisation.py`. Past
+300 lines: one reader for each source.
 """
 
 from collections import Counter

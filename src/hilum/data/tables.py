@@ -2,7 +2,7 @@
 
 A lenient reader turns 00012 into 12, merges two long ids into one float, pads short rows and shifts long ones. Here
 every cell is text, every row has as many fields as the header, and a key that repeats is refused. Rows are counted as
-in a spreadsheet: the header is row 1.
+in a spreadsheet: the header is row 1. Past 300 lines: every way in which a file can be wrong, with its words.
 """
 
 import csv

@@ -2,6 +2,7 @@
 
 An EXPORT directory (docs/how-to/export.md) holds everything of its MODEL but the weights, and a graph for each network.
 `open_networks` is what `predictor.load` calls; studies, ensembles and calibration are the predictor's either way.
+Past 300 lines: both runtimes, which have little but their calls apart, and what chooses between them.
 """
 
 import os

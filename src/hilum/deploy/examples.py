@@ -12,7 +12,8 @@ from hilum.core.types import POSITIVE
 from hilum.data.labels import NORMAL_NAMES
 from hilum.data.store import Store
 from hilum.deploy.overlays import of_study
-from hilum.deploy.predictor import Box, Model
+from hilum.deploy.predictor import Model
+from hilum.deploy.study_images import Box
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.report import ExampleFinding, ReportExample
 from hilum.evaluation.studies import study_uids

@@ -1,12 +1,13 @@
 """What people give to `hilum predict`: files, folders, tables of paths, a split of a store -> a list of images.
 
-Nothing is decoded here; DICOM headers are read for their study and view. Files that cannot be used are listed with a
-reason and the rest goes on: every file is an image, refused, or a repeat of one.
+DICOM headers are read for their study and view; pixels only by whom `Inputs.reader` is handed to. Files that cannot be
+used are listed with a reason and the rest goes on: every file is an image, refused, or a repeat of one.
 """
 
 import csv
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from hilum.core.errors import ConfigError, ImageError, MissingColumnError, UnknownNameError
 from hilum.core.tracking import warn
 from hilum.core.types import SPLITS, VIEWS, image_uid
-from hilum.data.images import kind_of, read_dicom_header
+from hilum.data.images import kind_of, read_dicom_header, read_image
 from hilum.data.store import Store
 
 DATASET = "files"
@@ -72,6 +73,26 @@ class Inputs:
     def files(self) -> int:
         """Everything that was given: images, what was refused, and repeats."""
         return len(self.images) + len(self.refused) + self.repeated
+
+    def reader(self, short_side: int | None, recipe: str) -> Callable[[int], np.ndarray | None]:
+        """What decodes the image of a number, uint8 (H, W), from any thread; None, and it is listed, where it cannot.
+
+        Args:
+            short_side: shrink to it, pixels; None: the size stays.
+            recipe: one of `intensity.RECIPES`.
+        """
+        lock = threading.Lock()
+
+        def read(index: int) -> np.ndarray | None:
+            path = self.images[index].path
+            try:
+                return read_image(path, path.name, short_side, recipe=recipe).pixels
+            except ImageError as error:
+                with lock:
+                    self.refused.append(Refused(path, error.reason, str(error)))
+                return None
+
+        return read
 
     @property
     def view_sources(self) -> np.ndarray:

@@ -2,19 +2,20 @@
 
 Order of operations, everywhere: sigmoid, mean with the mirror image, the images of a study, models, damping by Normal
 (`evaluation/composition.py`), the calibrator that was fitted at that stage (docs/reference/model.md). Files are in
-`model_files.py`, the forward pass in `network.py`. Past 300 lines: one class, and the result that it gives.
+`model_files.py`, the forward pass in `network.py`. What a study's answer holds is in
+`study_result.py`. Past 300 lines: one class, and what reads it from its folder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 
 from hilum.core.errors import CheckpointError, EmptyStudyError, PreprocessingMismatchError
-from hilum.core.types import RESEARCH_NOTICE, view_kind
+from hilum.core.types import view_kind
 from hilum.data.store import Indices, Store
 from hilum.deploy import model_files as files
 from hilum.deploy.admission import Admission, Flagged, Gate, RawReading
@@ -22,9 +23,8 @@ from hilum.deploy.engines import check_engine, choose_precision, computed_by, op
 from hilum.deploy.ensemble_model import read_composition
 from hilum.deploy.network import Engine, Network, Read, choose_device, raw_probabilities, store_identity
 from hilum.deploy.out_of_sample import PLAIN
-from hilum.deploy.screening import Flag, Screening, read_screening
+from hilum.deploy.screening import Screening, read_screening
 from hilum.deploy.study_images import (
-    Box,
     Image,
     Part,
     as_study,
@@ -37,58 +37,12 @@ from hilum.deploy.study_images import (
     study_embedding,
     view_names_of,
 )
+from hilum.deploy.study_result import StudyResult
 from hilum.evaluation.composition import Composition
 from hilum.evaluation.predictions import Predictions, column_indices
 from hilum.evaluation.studies import study_uids, view_weights
 from hilum.heads.features import to_batch
 from hilum.pretraining.exposure import join_leaks
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """What a model says of one study. Research use only; not a medical device."""
-
-    findings: tuple[str, ...]
-    """Names, in the model's order."""
-    probabilities: dict[str, float | None]
-    """Of the study, in [0, 1]; None for a finding that was never trained."""
-    image_probabilities: list[dict[str, float | None]]
-    """Of each view alone, calibrated as images are (or raw); a head that looks at whole studies gives all the same."""
-    view_weights: list[float]
-    """What each view contributes to `probabilities` by the model's study rule; they add up to 1. Equal ones say nothing
-    where the head itself weighs views."""
-    contributions: dict[str, list[float] | None]
-    """The part of each view in a finding's probability, adding up to 1 (`study_images.contributions`); None for a
-    finding that was never trained, and for heads that look at whole studies where maps were not asked for."""
-    attention: dict[str, list[Float[np.ndarray, "h w"]] | None]
-    """Where the answer came from (docs/explanation/where-it-looked.md): one map per view on the patch grid, 0 or more,
-    each summing to 1; together, where a head looks at whole studies. None where untrained, or not asked for. Maps cover
-    `boxes`."""
-    boxes: list[Box]
-    """Per view, the part of the image that was looked at: top, left, height, width as shares of its sides."""
-    thresholds: dict[str, dict[str, float] | None]
-    """Operating points (f1, youden, sens_at_spec95) for `probabilities`, from validation."""
-    flags: dict[str, str]
-    """Findings whose calibration has a reservation, with the reason."""
-    quality: list[tuple[str, ...]]
-    """Per view, flags of the decoder (constant, polarity_suspect, ...)."""
-    views: list[str]
-    """Per view, which one it is (`core.types.VIEWS`)."""
-    view_sources: list[str]
-    """Per view, who says so (`admission.VIEW_SOURCES`): given, header, classifier, unknown."""
-    image_flags: list[list[Flag]]
-    """Per view, what screening says of the picture: inverted, turned, not_a_chest_xray, not_screened."""
-    scored: list[bool]
-    """Per view, whether it took part. One that did not has weight and contributions of 0, no probabilities, and maps of
-    zeros; where none did, every probability is None."""
-    embedding: Float32[np.ndarray, " D"] | None
-    """Mean over the scored views of the first network's [CLS] of the last block, each of length 1, and so the mean.
-    None where no view was scored."""
-    calibrated: bool
-    """Whether calibrators were applied."""
-    model: str
-    """Identity of the model."""
-    notice: str = RESEARCH_NOTICE
 
 
 class Model:

@@ -17,7 +17,8 @@ import hilum
 from hilum.core.errors import HilumError
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy import model_files as files
-from hilum.deploy.predictor import Model, StudyResult
+from hilum.deploy.predictor import Model
+from hilum.deploy.study_result import StudyResult
 from hilum.deploy.validation import read_bands
 from hilum.evaluation.score_bands import ScoreBands
 

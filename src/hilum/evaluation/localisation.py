@@ -6,7 +6,7 @@ Backprop", section 4.3): whether the middle of the highest patch lies in the reg
 tolerance; a patch taken at random scores the share of patches that would hit. Chance is a low bar, because findings
 keep to their places: beside it stands what the mean map of the other images scores, which knows the finding and not the
 image. All are means over images for each finding, then plain means over findings, with intervals by patient. What a map
-is: docs/explanation/where-it-looked.md.
+is: docs/explanation/where-it-looked.md. Past 300 lines: two scores, their bars, and the intervals of all of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

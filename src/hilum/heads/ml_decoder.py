@@ -7,7 +7,7 @@ without a map. `DecoderOptions` are what ML-Decoder, the later paper and this pr
 
 Dropout happens exactly when masks are passed to `forward`, whatever the module's mode: prediction passes none and is
 therefore deterministic. All heads of a sweep are given the same masks, so a head's course does not depend on which
-others are trained beside it.
+others are trained beside it. Past 300 lines: one head with all its options; their parts are in `decoder_parts.py`.
 """
 
 from collections.abc import Sequence

@@ -13,8 +13,9 @@ import pytest
 
 from hilum.core.types import VIEWS
 from hilum.deploy import model_files as files
-from hilum.deploy.predictor import Model, StudyResult, load
+from hilum.deploy.predictor import Model, load
 from hilum.deploy.study_report import ImageFacts, bands_of, study_document, study_schema
+from hilum.deploy.study_result import StudyResult
 from hilum.evaluation.score_bands import ScoreBands, Scored
 
 FACTS = [ImageFacts(40, 30), ImageFacts(20, 26)]

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 import hilum
 from hilum.core.errors import CheckpointError, HilumError
 from hilum.core.types import RESEARCH_NOTICE
-from hilum.deploy.predictor import Model, StudyResult
+from hilum.deploy.predictor import Model
 from hilum.deploy.server.cases import Cases
 from hilum.deploy.server.decoding import Decoder, Picture
 from hilum.deploy.server.errors import RefusedError, standard
@@ -23,6 +23,7 @@ from hilum.deploy.server.uploads import Held
 from hilum.deploy.server.work import Job, Line
 from hilum.deploy.similar import Index
 from hilum.deploy.study_report import ImageFacts, study_document
+from hilum.deploy.study_result import StudyResult
 
 THRESHOLDS = ("f1", "youden", "sens_at_spec95")
 """Operating points by name, as models have them."""
