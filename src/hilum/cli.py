@@ -796,13 +796,17 @@ def serve(
         list[str] | None, typer.Option(help="A further name by which the server may be called; may be repeated.")
     ] = None,
     queue: Annotated[int | None, typer.Option(help="Studies that wait before others are refused (8).")] = None,
+    accept_licence: Annotated[
+        bool,
+        typer.Option("--accept-licence", help="Show other machines all cases of the index, whatever their licence."),
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """A page to look at studies with, and the same as an HTTP API. For this machine alone, unless told otherwise."""
     from hilum.commands import serve as program
 
     try:
-        program.run(model, host, port, index, token_file, expose, allow_host or [], queue, device)
+        program.run(model, host, port, index, token_file, expose, allow_host or [], queue, accept_licence, device)
     except program.ExposedError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -186,6 +186,7 @@ def test_a_table_of_paths_says_what_belongs_together(folder: Path, films: Path, 
 
 def test_nothing_readable_is_an_error_that_is_written_down(folder: Path, films: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
+    out.write_text("predictions of other images, by the same name")
     with pytest.raises(EmptyStudyError, match="None of 2 inputs could be read"):
         predict.run(folder / "model", [str(films / "zero.png"), str(films / "short.png")], out, device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv.quarantine.csv"]

@@ -437,6 +437,11 @@ def test_views_that_a_store_does_not_name_are_marked_too(folder: Path, tmp_path:
     assert predictions.view.tolist() == ["AP", "LATERAL", "PA", "LATERAL"]
     assert predictions.view_source is not None
     assert predictions.view_source.tolist() == ["given", "classifier", "classifier", "given"]
+    in_python = load(folder / "model", "cpu").predict_store(Store.open(tmp_path / "store"), range(4))
+    assert in_python.view_source is not None
+    assert in_python.view.tolist() == predictions.view.tolist()
+    assert in_python.view_source.tolist() == predictions.view_source.tolist()
+    np.testing.assert_array_equal(in_python.probabilities, predictions.probabilities)
 
 
 def test_a_parquet_table_says_what_a_csv_says(folder: Path, tmp_path: Path) -> None:

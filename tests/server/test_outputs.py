@@ -108,7 +108,7 @@ def test_without_an_index_there_is_nothing_similar(server, study) -> None:
     assert server.ask("GET", "/api/cases/0.png").status == 404
 
 
-def test_pictures_of_restricted_data_are_not_shown_to_others(with_index, make_server, model, model_folder) -> None:
+def test_cases_of_restricted_data_are_not_shown_to_others(with_index, make_server, model, model_folder) -> None:
     """The licence table decides, and a store that does not tell decides for no."""
     from hilum.deploy.server.cases import Cases, _hidden_datasets
 
@@ -129,8 +129,11 @@ def test_pictures_of_restricted_data_are_not_shown_to_others(with_index, make_se
     assert _hidden_datasets(index) == {""} or before is not None
     dataset = index.case(0).dataset
     shared.hidden = own.hidden | {dataset}
-    assert shared._case(1, index.case(0))["thumbnail"] is None
-    assert own._case(1, index.case(0))["thumbnail"] == "/api/cases/0.png"
+    withheld, shown = (cases._case(1, index.case(0)) for cases in (shared, own))
+    assert [withheld[name] for name in ("study_id", "findings", "thumbnail")] == [None, None, None]
+    assert (withheld["similarity"], withheld["dataset"]) == (shown["similarity"], dataset)
+    assert shown["thumbnail"] == "/api/cases/0.png"
+    assert (shown["study_id"], shown["findings"]) == (index.case(0).study_id, index.case(0).positive)
     with pytest.raises(Exception, match="no_picture"):
         shared.thumbnail(0)
     assert own.thumbnail(0).startswith(b"\x89PNG")

@@ -27,6 +27,7 @@ from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.core.config import from_dict, to_dict
 from hilum.core.errors import CheckpointError, ConfigError
 from hilum.core.files import read_json
+from hilum.core.meta import without_weights
 
 FORMAT = "hilum-backbone-1"
 WEIGHTS_NAME, CONFIG_NAME, PROCESSOR_NAME = "teacher.safetensors", "config.json", "preprocessor_config.json"
@@ -270,7 +271,7 @@ def _per_channel(value: Any, channels: int, folder: Path) -> list[float]:
 
 
 def _check(state: Mapping[str, Tensor], config: ViTConfig, file: Path) -> None:
-    with torch.device("meta"):
+    with without_weights():
         expected = {name: tuple(value.shape) for name, value in VisionTransformer(config).state_dict().items()}
     problems = []
     if missing := [name for name in expected if name not in state]:

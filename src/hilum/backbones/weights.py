@@ -31,6 +31,7 @@ from hilum.backbones.sources import (
 from hilum.backbones.vit import VisionTransformer
 from hilum.core.errors import ConfigError
 from hilum.core.files import atomic_path, write_json
+from hilum.core.meta import without_weights
 from hilum.core.tracking import warn
 
 __all__ = [
@@ -135,7 +136,7 @@ def load_backbone(
         state[_POSITIONS] = resize_positions(
             state[_POSITIONS], (config.grid, config.grid), config.interpolate_offset, config.interpolate_antialias
         )
-    with torch.device("meta"):  # draws no random numbers
+    with without_weights():
         model = VisionTransformer(config)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()

@@ -75,7 +75,7 @@ def run(
     encoder = load_encoder(source, device, resolution)
     found = resolve_all(inputs)
     if found.store:
-        encoder.check_store(found.store)
+        found.store.check_recipe(encoder.preprocess_id)
     identity = store_identity(found.store, found.indices) if found.store else found.identity()
     studies = study_uids(*(identity[name] for name in ("dataset", "patient_id", "study_id", "image_uid")))
     part = np.flatnonzero([zlib.crc32(uid.encode()) % jobs == job for uid in studies.tolist()])

@@ -15,7 +15,7 @@ from jaxtyping import Int, Int64
 from hilum.backbones.vit import VisionTransformer
 from hilum.commands.fit_inputs import Examples, describe_findings, open_examples
 from hilum.core.config import from_dict, override
-from hilum.core.errors import ConfigError, LeakageError, PreprocessingMismatchError
+from hilum.core.errors import ConfigError, LeakageError
 from hilum.core.seeding import stream
 from hilum.core.tracking import warn
 from hilum.core.types import POSITIVE, UNKNOWN
@@ -189,7 +189,7 @@ def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: 
         PreprocessingMismatchError: a store of another recipe.
     """
     store = Store.open(data)
-    check_recipe(base, store)
+    store.check_recipe(base.network.preprocess_id, base.path)
     refuse_absent(store, findings)
     examples = open_examples(data, findings, target=target_of(base, store))
     check_sides(base, store, examples.train, examples.val)
@@ -210,20 +210,6 @@ def open_new_examples(base: Base, data: Path, findings: tuple[str, ...], shots: 
         examples, train=train, val=val, labels=labels, findings=describe_findings(findings, labels[train]),
         scored=(labels[val] == POSITIVE).any(axis=0),
     )  # fmt: skip
-
-
-def check_recipe(base: Base, store: Store) -> None:
-    """Refuse a store of other pixels than the model's.
-
-    Raises:
-        PreprocessingMismatchError: another recipe.
-    """
-    if store.preprocess_id != base.network.preprocess_id:
-        raise PreprocessingMismatchError(
-            f"{store.path} was built for preprocessing {store.preprocess_id!r}, {base.path} needs "
-            f"{base.network.preprocess_id!r}. Build the store again: hilum build ... --intensity "
-            f"{base.network.preprocess_id}."
-        )
 
 
 def check_sides(base: Base, store: Store, train: Int64[np.ndarray, " n"], val: Int64[np.ndarray, " m"]) -> None:

@@ -22,7 +22,6 @@ from hilum.commands.extend_gate import compare, joint_card, regression_lines
 from hilum.commands.extend_inputs import (
     Base,
     check_new,
-    check_recipe,
     check_sides,
     open_base,
     refuse_absent,
@@ -222,7 +221,7 @@ def run(
 def _open_all(base: Base, data: Path, names: tuple[str, ...]) -> Examples:
     """Images and labels of train and val for old and new findings; old ones that the store lacks are unknown."""
     store = Store.open(data)
-    check_recipe(base, store)
+    store.check_recipe(base.network.preprocess_id, base.path)
     refuse_absent(store, names)
     examples = open_examples(data, names, target=target_of(base, store))
     check_sides(base, store, examples.train, examples.val)

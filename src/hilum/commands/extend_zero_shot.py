@@ -17,7 +17,7 @@ from jaxtyping import Float32
 
 from hilum.commands.extend import feature_source
 from hilum.commands.extend_files import ZERO_SHOT_GROUP, uncalibrated, write_extended
-from hilum.commands.extend_inputs import Base, check_new, check_recipe, check_sides, open_base, settings_of, target_of
+from hilum.commands.extend_inputs import Base, check_new, check_sides, open_base, settings_of, target_of
 from hilum.commands.fit_inputs import Examples, open_examples
 from hilum.commands.fit_outputs import exposure_of
 from hilum.core.config import to_dict
@@ -130,7 +130,7 @@ def _learn(
 ) -> tuple[HeadConfig, Head, dict[str, Any], dict[str, Any], files.Exposure, str]:
     """Train a decoder of text queries on the findings that have labels; test it on some that are held out."""
     store = Store.open(data)
-    check_recipe(base, store)
+    store.check_recipe(base.network.preprocess_id, base.path)
     seen = tuple(name for name in base.names if name in store.findings)
     if not seen:
         raise ConfigError(

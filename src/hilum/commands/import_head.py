@@ -25,7 +25,7 @@ from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.leaks import known_exposures
 from hilum.deploy import model_files as files
 from hilum.evaluation.calibration import Calibrator
-from hilum.heads.registry import HeadConfig, build_head
+from hilum.heads.registry import HeadConfig, on_meta
 from hilum.heads.released import BEST, ReleasedHead, choose_head, head_config, read_heads
 
 RECIPE = "chexfound-1"
@@ -150,8 +150,7 @@ def _backbone(file: Path, tensors: Path, image_size: int | None) -> tuple[Vision
 
 
 def _head(config: HeadConfig, state: Mapping[str, Tensor], where: str) -> torch.nn.Module:
-    with torch.device("meta"):
-        head = build_head(config)
+    head = on_meta(config)
     head.load_state_dict(dict(state), strict=True, assign=True)
     return head.eval().requires_grad_(False)
 

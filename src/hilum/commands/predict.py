@@ -24,7 +24,7 @@ from hilum.commands.predict_workers import (
     stop_signals,
 )
 from hilum.core.config import parse_shard
-from hilum.core.errors import ConfigError, EmptyStudyError, HilumError, PreprocessingMismatchError
+from hilum.core.errors import ConfigError, EmptyStudyError, HilumError
 from hilum.core.locks import folder_lock
 from hilum.core.tracking import next_step, progress, say, warn
 from hilum.deploy.admission import RawReading
@@ -123,6 +123,7 @@ def run(
     if reading is None or len(reading.kept) == 0:
         if parts is not None:
             parts.remove()
+        out.unlink(missing_ok=True)  # of an earlier prediction: it is not of these inputs
         raise EmptyStudyError(account.nothing())
     unit = "image" if study is None else "study"
     pictures = None if found.store is None else found.store.pictures[np.array(work.places, np.int64)]
@@ -169,11 +170,7 @@ def _work(
     job, jobs = parse_shard(shard)
     sources = found.view_sources
     if found.store is not None:
-        if found.store.preprocess_id != loaded.preprocess_id:
-            raise PreprocessingMismatchError(
-                f"{found.store.path} was built for preprocessing {found.store.preprocess_id!r}, this model needs "
-                f"{loaded.preprocess_id!r}. Build the store again: hilum build ... --intensity {loaded.preprocess_id}."
-            )
+        found.store.check_recipe(loaded.preprocess_id)
         identity = store_identity(found.store, found.indices)
         part = _part(identity, job, jobs)
         places = found.indices[part].tolist()

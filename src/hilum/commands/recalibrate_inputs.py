@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hilum.core.errors import PredictionError, PreprocessingMismatchError, StageError
+from hilum.core.errors import PredictionError, StageError
 from hilum.core.tracking import progress
 from hilum.deploy.admission import Gate, RawReading
 from hilum.deploy.inputs import DATASET, Inputs
@@ -107,12 +107,7 @@ def _read(
     model: Model, found: Inputs, identity: dict[str, np.ndarray], indices: np.ndarray, batch_size: int, done: Any
 ) -> RawReading:
     if found.store:
-        if found.store.preprocess_id != model.preprocess_id:
-            raise PreprocessingMismatchError(
-                f"{found.store.path} was built for preprocessing {found.store.preprocess_id!r}, this model needs "
-                f"{model.preprocess_id!r}. Build it again with --intensity {model.preprocess_id}, or name the files."
-            )
-        return model.read_images(identity, indices, found.store.read, batch_size, READING_THREADS, done)
+        return model.read_store(found.store, indices, batch_size, READING_THREADS, done)
     read = found.reader(model.short_side, model.preprocess_id)
     gate = Gate(model.screening)
     return model.read_images(identity, indices, read, batch_size, READING_THREADS, done, gate)

@@ -81,6 +81,7 @@ def run(
     expose: bool = False,
     allow_hosts: Sequence[str] = (),
     queue: int | None = None,
+    accept_licence: bool = False,
     device: str = "auto",
 ) -> None:
     """Serve until interrupted.
@@ -94,6 +95,7 @@ def run(
         expose: yes, other machines shall reach it.
         allow_hosts: further names by which the server may be called (behind a proxy, or in the local network).
         queue: studies that wait or are worked on before others are refused; None: as `Limits` has it.
+        accept_licence: show other machines every case of the index, whatever its licence.
         device: auto, cpu or cuda.
 
     Raises:
@@ -132,7 +134,7 @@ def run(
         listening = closing.enter_context(open_socket(host, port))
         shared = not is_loopback(host) or bool(allow_hosts)
         cases = Index.open(index) if index is not None else None
-        service = Service(load(model, device), limits, cases, shared)
+        service = Service(load(model, device), limits, cases, shared and not accept_licence)
         closing.callback(service.close)
         log_to_stderr()
         listening.listen()  # so that who reads the line below is not refused

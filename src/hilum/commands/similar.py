@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def _read(found: Inputs, encoder: Encoder) -> tuple[list[np.ndarray], list[FileI
             warn(str(error))
             continue
         pixels.append(read.pixels)
-        images.append(image)
+        images.append(replace(image, view=encoder.view_of(read.pixels, image.view)))
     if not images:
         raise EmptyStudyError(f"None of {len(found.refused)} images could be read; there is nothing to search with.")
     studies = {image.study for image in images if image.study != image.image_id}

@@ -23,7 +23,13 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from hilum.core.checksum import crc32
-from hilum.core.errors import ConfigError, ImageError, StoreError, UnknownNameError
+from hilum.core.errors import (
+    ConfigError,
+    ImageError,
+    PreprocessingMismatchError,
+    StoreError,
+    UnknownNameError,
+)
 from hilum.core.files import read_json
 from hilum.core.types import NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN, image_uid
 from hilum.data.intensity import PREPROCESS_ID
@@ -120,6 +126,22 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, {len(self)} images, {self.encoding})"
+
+    def check_recipe(self, preprocess_id: str, whose: Path | str = "this model") -> None:
+        """Refuse to be read by what was trained on other pixels.
+
+        Args:
+            preprocess_id: the recipe that it was trained with.
+            whose: what was trained, for the message.
+
+        Raises:
+            PreprocessingMismatchError: this store was built with another one.
+        """
+        if self.preprocess_id != preprocess_id:
+            raise PreprocessingMismatchError(
+                f"{self.path} was built for preprocessing {self.preprocess_id!r}, {whose} needs {preprocess_id!r}. "
+                f"Build the store again: hilum build ... --intensity {preprocess_id}."
+            )
 
     def _text(self, name: str) -> np.ndarray:
         return np.char.decode(self._columns[name], "utf-8") if len(self) else np.zeros(0, "U1")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8
-from torch import Tensor
 
 from hilum.core.errors import EmptyStudyError
 from hilum.core.types import view_kind
@@ -41,7 +40,8 @@ def embed_many(
         read: decoded pixels of an image, uint8 (H, W), or None to leave it out.
         findings: also what the queries of these pool.
         studies: (N,) study of each; its images then come in one batch. None: every image is one.
-        views: (N,) names (`core.types.VIEWS`); None: not known.
+        views: (N,) names (`core.types.VIEWS`); None: not known. Heads that look at views see those that the model's
+            view classifier names, where nobody has.
         batch_size: images at a time; a study that does not fit makes a larger batch.
         workers: threads that read.
         done: told how many images were finished, after each batch.
@@ -51,11 +51,16 @@ def embed_many(
     """
     chosen = np.asarray(list(indices), dtype=np.int64)
     number = None if studies is None else np.unique(studies, return_inverse=True)[1].reshape(-1)
-    kinds = None if views is None else np.array([view_kind(name) for name in views.tolist()], dtype=np.int64)
+    said = ["UNKNOWN"] * len(chosen) if views is None else views.tolist()
+    kinds = np.array([view_kind(name) for name in said], dtype=np.int64)
 
     def square(position: int) -> np.ndarray | None:
         pixels = read(int(chosen[position]))
-        return None if pixels is None else encoder.crop(pixels)
+        if pixels is None:
+            return None
+        if findings:  # before the head of its batch asks for it
+            kinds[position] = view_kind(encoder.view_of(pixels, said[position]))
+        return encoder.crop(pixels)
 
     batches = (batch.images for batch in in_order(np.arange(len(chosen)), batch_size, number))
     for positions, squares in read_ahead(batches, square, workers):
@@ -63,7 +68,7 @@ def embed_many(
         if len(seen):
             images = to_batch([one for one in squares if one is not None])
             study = None if number is None else np.unique(number[seen], return_inverse=True)[1].reshape(-1)
-            yield seen, encoder.read(images, findings, study, None if kinds is None else kinds[seen])
+            yield seen, encoder.read(images, findings, study, kinds[seen])
         done(len(positions))
 
 
@@ -79,7 +84,8 @@ def embed_images(model: Model | Encoder, images: Sequence[Image] | Image) -> Flo
         ImageError: one cannot be used; names it by its position.
     """
     encoder = Encoder.of(model)
-    return unit(encoder.read(_squares(encoder, images)).cls)
+    squares = to_batch([encoder.crop(pixels) for pixels in _decoded(encoder, _listed(images))])
+    return unit(encoder.read(squares).cls)
 
 
 def embed_study(model: Model | Encoder, images: Sequence[Image] | Image) -> Float32[np.ndarray, " D"]:
@@ -110,8 +116,11 @@ def embed_finding(
     encoder = Encoder.of(model)
     encoder.check_findings([name])
     listed = _listed(images)
-    kinds = np.array([view_kind(one) for one in view_names_of(listed, view_names)], dtype=np.int64)
-    found = encoder.read(_squares(encoder, listed), [name], np.zeros(len(listed), np.int64), kinds)
+    decoded = _decoded(encoder, listed)
+    said = view_names_of(listed, view_names)
+    kinds = [view_kind(encoder.view_of(pixels, view)) for pixels, view in zip(decoded, said, strict=True)]
+    squares = to_batch([encoder.crop(pixels) for pixels in decoded])
+    found = encoder.read(squares, [name], np.zeros(len(listed), np.int64), np.array(kinds, dtype=np.int64))
     return mean_of(unit(found.pooled[name]))
 
 
@@ -143,9 +152,7 @@ def _listed(images: Sequence[Image] | Image) -> Sequence[Image]:
     return listed
 
 
-def _squares(encoder: Encoder, images: Sequence[Image] | Image) -> UInt8[Tensor, "B 1 S S"]:
-    decoded = [
-        decode(image, number, encoder.short_side, encoder.preprocess_id)[0]
-        for number, image in enumerate(_listed(images), 1)
+def _decoded(encoder: Encoder, images: Sequence[Image]) -> list[UInt8[np.ndarray, "H W"]]:
+    return [
+        decode(image, number, encoder.short_side, encoder.preprocess_id)[0] for number, image in enumerate(images, 1)
     ]
-    return to_batch([encoder.crop(pixels) for pixels in decoded])

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from hilum.backbones.vit import VisionTransformer
 from hilum.backbones.weights import load_backbone, read_backbone_config
-from hilum.core.errors import CheckpointError, ConfigError, PreprocessingMismatchError, UnknownNameError
+from hilum.core.errors import CheckpointError, ConfigError, UnknownNameError
 from hilum.core.types import view_kind
 from hilum.data.images import shrink
-from hilum.data.store import Store
 from hilum.data.transforms import evaluation_crop, normalise, preprocessing
 from hilum.deploy import model_files as files
+from hilum.deploy.admission import Gate
 from hilum.deploy.network import Network, choose_device
 from hilum.deploy.predictor import Model, load
+from hilum.deploy.screening import Screening
 from hilum.heads.evidence import maps_of
 from hilum.heads.extension import ExtendedHead
 from hilum.heads.features import Features, extract, freeze
@@ -72,6 +73,8 @@ class Encoder:
     """Which of them were trained."""
     model: str = ""
     """Identity of the model that it belongs to; "" of a backbone alone."""
+    screening: Screening | None = None
+    """Of the model; it names views that nobody has named, for heads that look at them."""
 
     @classmethod
     def of(cls, model: "Model | Encoder") -> "Encoder":
@@ -93,7 +96,7 @@ class Encoder:
             backbone=network.backbone, preprocess_id=config.preprocess_id, resolution=config.resolution,
             short_side=config.short_side, device=network.device, precision=config.precision,
             blocks=config.head.blocks, head=network.head, findings=network.findings,
-            trained=tuple(network.trained.tolist()), model=model.digest,
+            trained=tuple(network.trained.tolist()), model=model.digest, screening=model.screening,
         )  # fmt: skip
 
     @property
@@ -103,7 +106,10 @@ class Encoder:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the embeddings: of the backbone's weights, the resolution and the recipe; 16 hex digits."""
+        """Identity of the embeddings: of the backbone's weights, the resolution and the recipe; 16 hex digits.
+
+        What files are shrunk to before is left out: a backbone alone and a model made from it search one index.
+        """
         return _digest(self.backbone, [self.preprocess_id, self.resolution])
 
     @cached_property
@@ -114,6 +120,10 @@ class Encoder:
     def crop(self, pixels: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "S S"]:
         """The square that the backbone sees of a decoded image."""
         return evaluation_crop(shrink(pixels, self.short_side) if self.short_side else pixels, self.resolution)
+
+    def view_of(self, pixels: UInt8[np.ndarray, "H W"], said: str) -> str:
+        """The view of a decoded image, as predictions have it: what is said, else what the view classifier names."""
+        return Gate(self.screening, score_flagged=True).admit(pixels, said, "given").view
 
     def read(
         self,
@@ -151,18 +161,6 @@ class Encoder:
         if not all(np.isfinite(one).all() for one in (found.cls, found.patch_mean, *pooled.values())):
             raise CheckpointError("The embeddings are not finite: the weights are damaged.")
         return found
-
-    def check_store(self, store: Store) -> None:
-        """Refuse a store that was built for another preprocessing recipe.
-
-        Raises:
-            PreprocessingMismatchError: it was.
-        """
-        if store.preprocess_id != self.preprocess_id:
-            raise PreprocessingMismatchError(
-                f"{store.path} was built for preprocessing {store.preprocess_id!r}, this model needs "
-                f"{self.preprocess_id!r}. Build the store again: hilum build ... --intensity {self.preprocess_id}."
-            )
 
     def check_findings(self, findings: Sequence[str]) -> None:
         """Refuse findings whose queries mean nothing.

@@ -217,7 +217,7 @@ def read_export(path: Path) -> Export | None:
     """The description of an EXPORT directory; None for any other.
 
     Raises:
-        CheckpointError: it is malformed, or of a version that this one does not know.
+        CheckpointError: it is malformed, names files outside, or is of a version that this one does not know.
     """
     if not (path / EXPORT_NAME).is_file():
         return None
@@ -230,6 +230,9 @@ def read_export(path: Path) -> Export | None:
         known = False
     if not known:
         raise CheckpointError(f"{path / EXPORT_NAME}: expected format {EXPORT_FORMAT!r}. Export the model again.")
+    for name in (str(name) for one in content["networks"] for name in (one["folder"], one["graph"], *one["files"])):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path / EXPORT_NAME} names {name!r}, outside of the export. Do not use it.")
     return Export(path, content)
 
 

@@ -203,7 +203,7 @@ class ChestXrayFeatures(TransformerMixin, BaseEstimator):
         return read
 
     def _stored(self, store: Store, indices: np.ndarray, encoder: Encoder) -> tuple[Read, np.ndarray]:
-        encoder.check_store(store)
+        store.check_recipe(encoder.preprocess_id)
         if not len(indices):
             raise ConfigError(f"{store.path} has no images to embed.")
 

@@ -67,7 +67,7 @@ def build_index(
     out, chosen = Path(out), np.asarray(list(indices), dtype=np.int64)
     if (out / HEADER_NAME).exists():
         raise ConfigError(f"{out} already holds an index. Choose another folder, or move this one away.")
-    encoder.check_store(store)
+    store.check_recipe(encoder.preprocess_id)
     encoder.check_findings(findings)
     if not len(chosen):
         raise EmptyStudyError("There is no image to index.")

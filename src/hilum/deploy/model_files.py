@@ -17,12 +17,12 @@ from jaxtyping import Int, UInt64
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.core.config import from_dict, to_dict
 from hilum.core.errors import CheckpointError, ConfigError, PredictionError
 from hilum.core.files import atomic_file, atomic_path, read_json, sha256_file, write_json
+from hilum.core.meta import without_weights
 from hilum.evaluation.calibration import Calibrator
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
 from hilum.heads.extension import ExtendedHead
@@ -204,7 +204,7 @@ def read_weights(path: Path, network: NetworkConfig, digest: str) -> tuple[Visio
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.") from error
-    with torch.device("meta"), _Undrawn():
+    with without_weights():
         backbone, head = VisionTransformer(network.backbone), build_head(network.head)
         added = [build_head(extension.head) for extension in network.extensions]
     _fill(backbone, _under("backbone.", state), file, "backbone.")
@@ -221,16 +221,6 @@ def read_weights(path: Path, network: NetworkConfig, digest: str) -> tuple[Visio
         _fill(module, part, file, prefix)
     outputs = [network.head.findings, *(extension.head.findings for extension in network.extensions)]
     return backbone, (ExtendedHead(head, added, outputs) if added else head)
-
-
-class _Undrawn(TorchFunctionMode):
-    """Initial weights on the meta device are not drawn: torch would load its compiler for it, a second, for nothing."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What torch calls in place of `func`."""
-        if getattr(func, "__name__", "") == "normal_":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -226,7 +226,7 @@ class Model:
         workers: int = 2,
         done: Callable[[int], None] = lambda count: None,
     ) -> Predictions:
-        """Findings of images of a store.
+        """Findings of images of a store, as `hilum predict` finds them.
 
         Args:
             store: made with the preprocessing recipe of this model.
@@ -241,16 +241,9 @@ class Model:
             PreprocessingMismatchError: a store of another recipe.
             StoreError: a damaged record.
         """
-        if store.preprocess_id != self.preprocess_id:
-            raise PreprocessingMismatchError(
-                f"{store.path} was built for preprocessing {store.preprocess_id!r}, this model needs "
-                f"{self.preprocess_id!r}. Build the store again: hilum build ... --intensity {self.preprocess_id}."
-            )
         chosen = np.asarray(list(indices), dtype=np.int64)
-        return self.predict_images(
-            store_identity(store, chosen), chosen, store.read, raw, unit, batch_size, workers, done,
-            store.pictures[chosen],
-        )  # fmt: skip
+        reading = self.read_store(store, chosen, batch_size, workers, done)
+        return self.assemble(store_identity(store, chosen), reading, raw, unit, store.pictures[chosen])
 
     def predict_images(
         self,
@@ -282,6 +275,36 @@ class Model:
         """
         reading = self.read_images(identity, indices, read, batch_size, workers, done)
         return self.assemble(identity, reading, raw, unit, pictures)
+
+    def read_store(
+        self,
+        store: Store,
+        indices: Indices,
+        batch_size: int = 32,
+        workers: int = 2,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> RawReading:
+        """What the networks say of images of a store; `assemble` goes on from there.
+
+        Somebody has chosen these pictures, so none is withheld. Views that the store does not name are named by the
+        model's view classifier.
+
+        Args:
+            store: made with the preprocessing recipe of this model.
+            indices: which images.
+            batch_size: images at a time.
+            workers: threads that read.
+            done: told how many images were finished, after each batch.
+
+        Raises:
+            PreprocessingMismatchError: a store of another recipe.
+            StoreError: a damaged record.
+        """
+        store.check_recipe(self.preprocess_id)
+        chosen = np.asarray(list(indices), dtype=np.int64)
+        named = np.isin(store.views[chosen], ("", "UNKNOWN"), invert=True).all()
+        gate = None if named else Gate(self.screening, score_flagged=True)
+        return self.read_images(store_identity(store, chosen), chosen, store.read, batch_size, workers, done, gate)
 
     def read_images(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 from jaxtyping import Int64
 
-from hilum.core.errors import ConfigError, PreprocessingMismatchError
+from hilum.core.errors import ConfigError
 from hilum.core.types import POSITIVE
 from hilum.data.regions import seen_box
 from hilum.data.store import Indices, Store
@@ -64,11 +64,7 @@ def store_maps(
         ConfigError: nothing is wanted of these images, or findings that the model was never trained for alone.
         PredictionError: a finding that the model does not have.
     """
-    if store.preprocess_id != model.preprocess_id:
-        raise PreprocessingMismatchError(
-            f"{store.path} was built for preprocessing {store.preprocess_id!r}, this model needs "
-            f"{model.preprocess_id!r}. Build the store again: hilum build ... --intensity {model.preprocess_id}."
-        )
+    store.check_recipe(model.preprocess_id)
     together = any(network.needs_studies for network in model.networks)
     everything = np.asarray(list(indices), dtype=np.int64)
     chosen = needed(store, everything, wanted, together)

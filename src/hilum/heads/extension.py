@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hilum.core.errors import ConfigError
+from hilum.core.meta import without_weights
 from hilum.heads.features import Features
 from hilum.heads.registry import Head, HeadConfig, build_head
 
@@ -62,7 +63,7 @@ def per_finding(config: HeadConfig) -> dict[str, int]:
     Found by building the head for one finding more and comparing shapes, so that it holds for every kind of head. What
     is not listed does not depend on how many findings there are, and can be taken over by an extension.
     """
-    with torch.device("meta"):
+    with without_weights():
         one, more = (build_head(replace(config, findings=config.findings + extra)).state_dict() for extra in (0, 1))
     axes = {}
     for name, value in one.items():

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hilum.core.errors import ConfigError
+from hilum.core.meta import without_weights
 from hilum.heads.csra import CSRAHead
 from hilum.heads.linear import LinearHead
 from hilum.heads.ml_decoder import DecoderOptions, MLDecoder
@@ -155,5 +155,5 @@ def build_head(config: HeadConfig, text: Float[Tensor, "C T"] | None = None) -> 
 
 def on_meta(config: HeadConfig) -> Head:
     """A head without weights, to be asked for its shapes or to be given some."""
-    with torch.device("meta"):
+    with without_weights():
         return build_head(config)

@@ -25,6 +25,7 @@ from hilum.core.checkpoint import (
 )
 from hilum.core.config import from_dict
 from hilum.core.errors import CheckpointError, PreprocessingMismatchError
+from hilum.core.meta import without_weights
 from hilum.core.tracking import say, warn
 from hilum.pretraining.dinov2 import Centres, Network
 from hilum.pretraining.exposure import Seen, read_seen
@@ -95,7 +96,7 @@ def all_seen(tensors: Mapping[str, Tensor], store: Seen) -> Seen:
 
 def teacher_backbone(tensors: Mapping[str, Tensor], architecture: ViTConfig) -> VisionTransformer:
     """The backbone of the teacher in `TrainingState.tensors`; it shares their memory."""
-    with torch.device("meta"):  # draws no random numbers
+    with without_weights():
         backbone = VisionTransformer(architecture)
     backbone.load_state_dict(_part(tensors, "teacher.backbone"), assign=True)
     return backbone.requires_grad_(False).eval()

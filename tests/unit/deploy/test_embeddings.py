@@ -11,9 +11,11 @@ from hilum.core.errors import CheckpointError, ConfigError, UnknownNameError
 from hilum.core.seeding import forked
 from hilum.data.store import Store
 from hilum.data.transforms import normalise, preprocessing
-from hilum.deploy.embeddings import embed_many, embed_study, study_means, unit
+from hilum.deploy.embeddings import embed_finding, embed_many, embed_study, mean_of, study_means, unit
 from hilum.deploy.encoder import Encoder, load_encoder
+from hilum.deploy.gradients import gradient_map
 from hilum.deploy.predictor import load
+from hilum.deploy.screening import fit_screening
 from hilum.heads.evidence import maps_of
 from hilum.heads.extension import ExtendedHead
 from hilum.heads.features import extract, freeze
@@ -104,6 +106,27 @@ def test_inside_extensions_and_attention_over_views_it_is_the_inner_heads(square
     outer = encoder_of(attended).read(squares, NAMES, STUDY, VIEW)
     for name in NAMES:
         np.testing.assert_array_equal(outer.pooled[name], inner.pooled[name])
+
+
+def test_views_that_nobody_names_are_those_of_the_view_classifier() -> None:
+    """Bright at the top is PA, at the bottom LATERAL, to this classifier; the head looks at views."""
+    films = np.random.default_rng(0).integers(0, 40, (400, 48, 48), np.uint8)
+    films[::2, 4:20, 8:40] += 200
+    films[1::2, 28:44, 8:40] += 200
+    top, bottom = films[:2]
+    maps, names = np.stack([gradient_map(film) for film in films]), ["PA", "LATERAL"] * 200
+    patients = [str(number) for number in range(400)]
+    screening = fit_screening(maps[4:300], names[4:300], patients[4:300], maps[300:], names[300:])
+    encoder = encoder_of(head_of("ml_decoder", views="memory"))
+    unnamed = embed_finding(encoder, [top, bottom], "Mass")
+    encoder.screening = screening
+    named = embed_finding(encoder, [top, bottom], "Mass", ["PA", "LATERAL"])
+    np.testing.assert_array_equal(embed_finding(encoder, [top, bottom], "Mass"), named)
+    assert np.abs(named - unnamed).max() > 1e-4
+    [(_, many)] = embed_many(encoder, [0, 1], [top, bottom].__getitem__, ["Mass"], np.zeros(2, np.int64))
+    np.testing.assert_allclose(mean_of(unit(many.pooled["Mass"])), named, rtol=0, atol=1e-6)
+    swapped = embed_finding(encoder, [top, bottom], "Mass", ["LATERAL", "PA"])
+    assert np.abs(swapped - named).max() > 1e-4
 
 
 def test_what_cannot_be_asked_is_said(squares: torch.Tensor) -> None:

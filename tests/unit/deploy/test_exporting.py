@@ -17,7 +17,7 @@ from hilum.core.seeding import forked
 from hilum.data.store import Store
 from hilum.deploy import model_files as files
 from hilum.deploy import predictor
-from hilum.deploy.engines import EXPORT_NAME, GraphNetwork, choose_precision
+from hilum.deploy.engines import EXPORT_FORMAT, EXPORT_NAME, GraphNetwork, choose_precision, read_export
 from hilum.deploy.exporting import comparing, directory
 from hilum.deploy.exporting.comparing import Difference, difference, fixtures, refuse_if_different
 from hilum.deploy.exporting.directory import export_model
@@ -193,6 +193,17 @@ def test_damage_is_named(exported: Path, tmp_path: Path, change, match: str) -> 
     change(tmp_path / "copy")
     with pytest.raises(CheckpointError, match=match):
         predictor.load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/../../b", "/etc/passwd"])
+@pytest.mark.parametrize("place", ["folder", "graph", "files"])
+def test_an_export_names_no_file_outside_of_it(tmp_path: Path, place: str, name: str) -> None:
+    network = {"folder": ".", "graph": "model.onnx", "model": "0" * 16, "files": {"model.onnx": "0" * 64}}
+    network[place] = {name: "0" * 64} if place == "files" else name
+    described = {"format": EXPORT_FORMAT, "export": "onnx", "networks": [network]}
+    (tmp_path / EXPORT_NAME).write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=f"names '{name}', outside of the export"):
+        read_export(tmp_path)
 
 
 @pytest.mark.slow

@@ -49,10 +49,10 @@ CASES_SCHEMA = {
                 "properties": {
                     "rank": {"type": "integer", "minimum": 1},
                     "similarity": {"type": "number", "minimum": -1, "maximum": 1},
-                    "study_id": {"type": "string"},
+                    "study_id": {"type": ["string", "null"]},
                     "dataset": {"type": "string"},
                     "view": {"type": "string"},
-                    "findings": {"type": "array", "items": {"type": "string"}},
+                    "findings": {"type": ["array", "null"], "items": {"type": "string"}},
                     "thumbnail": {"type": ["string", "null"]},
                 },
             },

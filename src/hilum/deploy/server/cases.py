@@ -20,7 +20,8 @@ class Cases:
     Args:
         index: made with the backbone of `model`.
         model: of the server.
-        shared: other machines can ask: images are shown only where the licence of their dataset lets them be.
+        shared: other machines can ask: images, study ids and labels are shown only where the licence of their dataset
+            lets images be.
 
     Raises:
         CheckpointError: the index was made with another backbone.
@@ -30,7 +31,7 @@ class Cases:
         index.matches(model)
         self.index, self.model = index, model
         self.hidden = _hidden_datasets(index) if shared else frozenset[str]()
-        """Datasets of which no image is shown; "" among them: all."""
+        """Datasets of which nothing but the similarity is shown; "" among them: all."""
         self._findings: dict[str, Index] = {}
 
     def similar(self, study: Study, count: int, finding: str | None) -> dict[str, Any]:
@@ -84,14 +85,15 @@ class Cases:
         return bool(self.hidden & {"", match.dataset})
 
     def _case(self, rank: int, match: Match) -> dict[str, Any]:
+        hidden = self._is_hidden(match)
         return {
             "rank": rank,
             "similarity": match.similarity,
-            "study_id": match.study_id,
+            "study_id": None if hidden else match.study_id,
             "dataset": match.dataset,
             "view": match.view,
-            "findings": match.positive,
-            "thumbnail": None if self._is_hidden(match) else f"/api/cases/{match.row}.png",
+            "findings": None if hidden else match.positive,
+            "thumbnail": None if hidden else f"/api/cases/{match.row}.png",
         }
 
 

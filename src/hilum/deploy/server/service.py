@@ -44,7 +44,7 @@ class Service:
         model: loaded; it stays the one model of this server.
         limits: sizes, times, places.
         index: of similar cases, made with the same backbone; None: there is none.
-        shared: other machines can ask, so that images of an index are shown only where their licence allows that.
+        shared: other machines can ask, so that cases of an index are shown only where their licence allows that.
 
     Raises:
         CheckpointError: the index was made with another backbone.

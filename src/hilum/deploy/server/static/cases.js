@@ -40,7 +40,7 @@ export class Cases {
 
   #card(one, finding) {
     const canvas = make("canvas", { width: "160", height: "160", "aria-hidden": "true" });
-    const labels = one.findings.length ? one.findings : ["no positive label"];
+    const labels = labelsOf(one);
     const shown = labels.length > 3 ? 2 : 3;
     const button = make(
       "button", { type: "button", class: "case", "aria-label": `Case ${one.rank}, similarity ${one.similarity.toFixed(2)}, ${labels.join(", ")}` },
@@ -69,18 +69,24 @@ export class Cases {
     canvas.getContext("2d").drawImage(thumbnail, 0, 0);
     const facts = [
       ["Similarity", one.similarity.toFixed(3)], ["View", one.view || "not stated"], ["Dataset", one.dataset || "not stated"],
-      ["Study", one.study_id],
+      ["Study", one.study_id ?? "not shown"],
     ];
     byId("case-body").replaceChildren(
       canvas,
       make("div", {},
         make("h3", {}, "Labels"),
-        make("p", { class: "labels" }, ...(one.findings.length ? one.findings.map((name) => label(name, finding)) : ["no positive label"])),
+        make("p", { class: "labels" }, ...labelsOf(one).map((name) => label(name, finding))),
         make("dl", { class: "facts" }, ...facts.flatMap(([term, value]) => [make("dt", {}, term), make("dd", {}, value)]))),
     );
     byId("case-title").textContent = `Similar case ${one.rank}`;
     byId("case").showModal();
   }
+}
+
+/** A case whose licence lets no copy be passed on has null in place of its labels. */
+function labelsOf(one) {
+  if (one.findings === null) return ["not shown to other machines"];
+  return one.findings.length ? one.findings : ["no positive label"];
 }
 
 function label(name, finding) {
