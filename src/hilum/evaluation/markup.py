@@ -51,8 +51,15 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def bracket(ends: tuple[float, float] | None, digits: int = 3) -> str:
-    """`[0.351, 0.470]`, or nothing."""
-    return "" if ends is None else f"[{decimal(ends[0], digits)}, {decimal(ends[1], digits)}]"
+    """`[0.351, 0.470]`, or nothing.
+
+    An end beside zero gets up to three more places, so that it can be seen on which side it is.
+    """
+    if ends is None:
+        return ""
+    hidden = [end for end in ends if end and float(f"{end:.{digits}f}") == 0.0]
+    places = next((more for more in range(digits, digits + 4) if all(float(f"{e:.{more}f}") for e in hidden)), digits)
+    return f"[{decimal(ends[0], places)}, {decimal(ends[1], places)}]"
 
 
 def share(value: float | None) -> str:
