@@ -161,6 +161,12 @@ def test_the_model_says_what_it_is(
     assert "## Not calibrated" in card
     assert "\nWhich images these weights have seen is not recorded. By what is published" in card
     assert "CXR-LT, CheXpert, BRAX and NIH" in card
+    assert card.startswith("---\nlibrary_name: hilum\n")
+    rows = (out / "checklist.md").read_text().splitlines()
+    assert sum("Images met: imported: which images these weights have seen is not recorded" in row for row in rows) == 2
+    assert any("Not calibrated: imported" in row for row in rows)
+    assert any("published weights (" in row and "glori" in row for row in rows)
+    assert not any("The head is fitted on train" in row or "0 images in pretraining" in row for row in rows)
 
     cv2.imwrite(str(tmp_path / "one.png"), IMAGE)
     assert run("predict", out, tmp_path / "one.png", "--out", tmp_path / "one.csv") == 0

@@ -24,6 +24,8 @@ from hilum.core.tracking import next_step, say, warn
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.data.leaks import known_exposures
 from hilum.deploy import model_files as files
+from hilum.deploy.card import FRONT_MATTER
+from hilum.deploy.checklist import CHECKLIST_NAME, checklist
 from hilum.evaluation.calibration import Calibrator
 from hilum.heads.registry import HeadConfig, on_meta
 from hilum.heads.released import BEST, ReleasedHead, choose_head, head_config, read_heads
@@ -189,6 +191,7 @@ def _write(
         "training": {"imported": imported},
     }  # fmt: skip
     write_text(out / files.CARD_NAME, _card(content))
+    write_text(out / CHECKLIST_NAME, checklist(content))
     files.write_config(out, content)
 
 
@@ -197,6 +200,7 @@ def _card(content: Mapping[str, Any]) -> str:
     findings = content["findings"]
     return "\n".join(
         [
+            FRONT_MATTER,
             f"# {len(findings)} findings on chest X-rays, imported",
             "",
             RESEARCH_NOTICE,
@@ -224,6 +228,10 @@ def _card(content: Mapping[str, Any]) -> str:
             "## Findings",
             "",
             f"Order of the outputs: {imported['findings']}. {', '.join(one['name'] for one in findings)}.",
+            "",
+            "## Reporting",
+            "",
+            f"`{CHECKLIST_NAME}`: the items of CLAIM 2024 and TRIPOD+AI, filled where the files know the answer.",
         ]
     ) + "\n"  # fmt: skip
 

@@ -178,7 +178,7 @@ def answers(
         "start": _start(models), "network": _networks(models), "performance": _performance(evidence),
         "groups": _groups(evidence), "recipe": _recipes(models), "selection": _selection(content, models),
         "ensemble": _together(content), "calibration": _calibration(content, evidence),
-        "labelled": _labelled(content), "split": SPLIT if any("fitted_on" in one for one in models) else "",
+        "labelled": _labelled(content), "split": SPLIT if any(one.get("fitted_on") for one in models) else "",
     }  # fmt: skip
     software = f"Hilum {content['hilum']}; versions of its libraries were not recorded"
     claim = {
@@ -202,7 +202,7 @@ def answers(
         "38": measured["performance"],
         "40": LIMITS,
         "41": RESEARCH_NOTICE,
-        "43": SOFTWARE,
+        "43": _terms(models),
     }
     tripod = {
         "3b": RESEARCH_NOTICE,
@@ -219,7 +219,7 @@ def answers(
         "12g": "`hilum predict`, or `hilum.load(FOLDER).predict` in Python",
         "13": measured["calibration"],
         "15": THRESHOLDS if not content.get("uncalibrated") else "Scores that order images; no thresholds",
-        "18f": SOFTWARE,
+        "18f": _terms(models),
         "21": " ".join(part for part in (measured["images"], measured["counts"]) if part),
         "22": SPECIFICATION,
         "23a": " ".join(part for part in (measured["performance"], measured["groups"]) if part),
@@ -247,11 +247,12 @@ EXPLAINED = (
     "--regions` on data with outlines or boxes measures how often that is the lesion"
 )
 LIMITS = "See the limits in the model card; those of the data and the study are the authors' to add"
-SOFTWARE = "Software: Hilum, Apache-2.0. The model: this directory; its terms are the authors' to choose"
+SOFTWARE = "Software: Hilum, Apache-2.0. The model: this directory; its terms are"
 THRESHOLDS = (
     "A probability per finding and study. Operating points from validation: best F1, best sensitivity plus "
     "specificity, sensitivity at 95 % specificity, and others in `config.json`; few positives are drawn to their group"
 )
+_CHOSEN = "the authors' to choose"
 SPECIFICATION = "This directory: weights, architecture, preprocessing, calibrators and operating points"
 UNSCREENED = "Unreadable files are refused with a reason; whether a picture is a chest X-ray is not looked at"
 POOR_INPUT = (
@@ -273,8 +274,11 @@ def _disjoint(models: Sequence[Mapping[str, Any]]) -> str:
 def _images(models: Sequence[Mapping[str, Any]]) -> str:
     found = []
     for number, one in enumerate(models, 1):
-        if images := (one.get("exposure") or {}).get("images"):
-            prefix = f"member {number}: " if len(models) > 1 else ""
+        exposure = one.get("exposure") or {}
+        prefix = f"member {number}: " if len(models) > 1 else ""
+        if told := exposure.get("not_recorded"):
+            found.append(f"{prefix}{told}")
+        elif images := exposure.get("images"):
             found.append(f"{prefix}{images['pretraining']} images in pretraining, {images['train']} in training")
     return f"Images met: {'; '.join(found)}." if found else ""
 
@@ -303,10 +307,18 @@ def _settings(models: Sequence[Mapping[str, Any]]) -> str:
 def _start(models: Sequence[Mapping[str, Any]]) -> str:
     named = []
     for one in models:
-        backbone = (one.get("training") or {}).get("backbone") or {}
-        if backbone.get("kind"):
+        training = one.get("training") or {}
+        backbone = training.get("backbone") or {}
+        if imported := training.get("imported"):
+            named.append(f"published weights ({imported['backbone']['file']}, head {imported['head']['file']})")
+        elif backbone.get("kind"):
             named.append(f"{backbone['kind']}" + (f" ({backbone['name']})" if backbone.get("name") else ""))
     return f"Backbone from {', '.join(dict.fromkeys(named))}" if named else ""
+
+
+def _terms(models: Sequence[Mapping[str, Any]]) -> str:
+    imported = any((one.get("training") or {}).get("imported") for one in models)
+    return f"{SOFTWARE} {'those of the publishers of its weights' if imported else _CHOSEN}"
 
 
 def _networks(models: Sequence[Mapping[str, Any]]) -> str:

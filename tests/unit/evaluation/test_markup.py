@@ -2,7 +2,7 @@
 
 import pytest
 
-from hilum.evaluation.markup import MINUS, bracket, decimal, signed
+from hilum.evaluation.markup import DASH, MINUS, bracket, decimal, signed
 
 
 @pytest.mark.parametrize(
@@ -21,4 +21,4 @@ def test_an_interval_shows_on_which_side_of_zero_it_ends(ends: tuple[float, floa
 
 
 def test_no_number_is_minus_zero() -> None:
-    assert (decimal(-0.0004), signed(-0.0004), signed(0.0312), signed(None)) == ("0.000", "0.000", "+0.031", "–")
+    assert (decimal(-0.0004), signed(-0.0004), signed(0.0312), signed(None)) == ("0.000", "0.000", "+0.031", DASH)
