@@ -77,11 +77,25 @@ def test_a_study_can_be_asked_for_again_and_forgotten(server, films) -> None:
         assert (answer.status, answer.code) == (404, "not_found")
 
 
-def test_the_same_upload_is_the_same_study(server, films) -> None:
-    one, two = server.upload(films, ["PA", ""]), server.upload(films, ["PA", ""])
-    assert one.body == two.body
-    assert server.upload(films, ["AP", ""]).json["study"]["id"] != one.json["study"]["id"]
-    assert server.upload(films[::-1], ["PA", ""]).json["study"]["id"] != one.json["study"]["id"]
+def test_the_same_upload_is_not_computed_again_and_has_a_name_of_its_own(server, films, monkeypatch) -> None:
+    """Two pages with the same images: one is closed, and the other goes on."""
+    one = server.upload(films, ["PA", ""]).json
+    computed = []
+    predict = server.service.model.predict
+    monkeypatch.setattr(server.service.model, "predict", lambda *a, **k: computed.append(1) or predict(*a, **k))
+    two = server.upload(films, ["PA", ""]).json
+    assert not computed
+    names = [study["study"].pop("id") for study in (one, two)]
+    assert names[0] != names[1]
+    assert one == two
+    assert server.ask("DELETE", f"/api/studies/{names[0]}").status == 204
+    assert server.ask("GET", f"/api/studies/{names[1]}/maps/0/1.png").status == 200
+    assert server.ask("GET", f"/api/studies/{names[1]}").json["study"]["id"] == names[1]
+    server.upload(films, ["PA", ""])
+    assert not computed
+    server.upload(films, ["AP", ""])
+    server.upload(films[::-1], ["PA", ""])
+    assert len(computed) == 2
 
 
 def test_only_a_few_studies_are_remembered(server, make_film) -> None:

@@ -1,5 +1,6 @@
 """The few studies that are remembered, in memory only: the last ones, for a while, under random names of ours."""
 
+import dataclasses
 import secrets
 import threading
 import time
@@ -40,7 +41,13 @@ class Study:
     model_views: tuple[tuple[np.ndarray, str], ...] = ()
     """Pixels as the model read them and the view's name, where one finding's similar cases need them again."""
     digest: bytes = b""
-    """Of what was sent: the same again is the same study."""
+    """Of what was sent: the same again is not computed again."""
+
+    def renamed(self) -> "Study":
+        """The same under a name of its own, so that who forgets one leaves the other."""
+        name = new_name()
+        document = {**self.document, "study": {**self.document["study"], "id": name}}
+        return dataclasses.replace(self, name=name, document=document)
 
     @property
     def size(self) -> int:

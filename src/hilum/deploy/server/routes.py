@@ -98,7 +98,9 @@ def routes(service: Service) -> APIRouter:
             known = service.results.find(digest)
             if known is not None:
                 notes["known"] = "yes"
-                return _json(known.document)
+                again = known.renamed()
+                service.results.add(again)
+                return _json(again.document)
             study, took = await _until_gone(request, service.line.study(upload.files, views, digest))
             service.results.add(study)
             notes |= took

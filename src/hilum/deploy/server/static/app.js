@@ -124,7 +124,7 @@ async function run(corrected) {
       return;
     }
     if (study.model.digest !== state.metadata.model.digest) await introduce(); // it was started anew, with another model
-    if (before && before !== study.study.id) forget(before); // the same images again are the same study
+    if (before) forget(before);
     await showStudy(study);
   } catch (error) {
     if (turn !== state.run) return;
