@@ -487,7 +487,9 @@ def explain(
     finding: Annotated[
         list[str] | None, typer.Option(help="Its maps; again for more. Default: findings above their threshold.")
     ] = None,
-    threshold: Annotated[str, typer.Option(help="f1, youden or sens_at_spec95.")] = "f1",
+    threshold: Annotated[
+        str | None, typer.Option(help="An operating point of the model: f1 (the first, if no site chose), youden, ...")
+    ] = None,
     maps: Annotated[Path | None, typer.Option(help="A .npz for the maps of a store's split.")] = None,
     regions: Annotated[
         Path | None, typer.Option(help="Masks or boxes: only their images and findings; else what is labelled present.")

@@ -46,8 +46,11 @@ LIKELY = {
     "Calcification of the Aorta": 0.12, "Tortuous Aorta": 0.09, "Pneumothorax": 0.034, "Rib Fracture": 0.045,
 }  # fmt: skip
 CSP = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-MODEL = {"digest": "3f9a1c27b0de4458", "calibrated": True, "unit": "study", "accepted_leak": ""}
 RULES = ("f1", "youden", "sens_at_spec95")
+MODEL = {
+    "digest": "3f9a1c27b0de4458", "calibrated": True, "unit": "study", "accepted_leak": "",
+    "operating_points": list(RULES),
+}  # fmt: skip
 
 
 def group_of(name: str) -> str:

@@ -30,7 +30,6 @@ from hilum.evaluation.studies import study_uids
 
 LONGEST = 1024
 """Longer side of the pictures that are written, pixels; smaller images stay as they are."""
-THRESHOLDS = ("f1", "youden", "sens_at_spec95")
 INDEX = (
     "study", "image", "file", "view", "finding", "probability", "threshold", "contribution", "picture",
 )  # fmt: skip
@@ -41,7 +40,7 @@ def run(
     inputs: list[str],
     out: Path | None = None,
     findings: Sequence[str] = (),
-    threshold: str = "f1",
+    threshold: str | None = None,
     maps: Path | None = None,
     regions: Path | None = None,
     together: bool = False,
@@ -55,7 +54,7 @@ def run(
         inputs: files, folders, CSV files of paths; or one STORE:split, for `maps`.
         out: folder of the pictures.
         findings: names; empty: those whose probability is above their threshold.
-        threshold: which one.
+        threshold: which one, by name; None: the model's first.
         maps: `.npz` for the maps of a store's split: of the pairs that `regions` has, or that are labelled positive.
         regions: masks or boxes (`data/regions.py`).
         together: all files are one study; otherwise as DICOM headers or a table say, and any other file is its own.
@@ -67,8 +66,6 @@ def run(
         UnknownNameError: a finding or a threshold that does not exist.
         EmptyStudyError: no input could be read.
     """
-    if threshold not in THRESHOLDS:
-        raise UnknownNameError("threshold", threshold, THRESHOLDS)
     if (out is None) == (maps is None):
         raise ConfigError("Say --out FOLDER for pictures of files, or --maps FILE.npz for the maps of STORE:split.")
     if regions is not None and maps is None:
@@ -90,7 +87,10 @@ def run(
     if maps is not None:
         _maps_of_store(loaded, found, maps, findings, regions, batch_size)
     elif out is not None:
-        _pictures(loaded, found, out, findings, threshold, together)
+        known = loaded.operating_points or ("f1",)
+        if threshold is not None and threshold not in known:
+            raise UnknownNameError("threshold of this model", threshold, known)
+        _pictures(loaded, found, out, findings, threshold or known[0], together)
 
 
 def _maps_of_store(

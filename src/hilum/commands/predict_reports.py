@@ -32,7 +32,7 @@ from hilum.deploy.inputs import HEADER_BYTES, Inputs
 from hilum.deploy.network import store_identity
 from hilum.deploy.overlays import of_study
 from hilum.deploy.predictor import Model
-from hilum.deploy.study_page import POINT, study_page
+from hilum.deploy.study_page import drawn_point, study_page
 from hilum.deploy.study_report import ImageFacts, study_document
 from hilum.evaluation.studies import study_uids
 
@@ -308,8 +308,9 @@ def _write_dicom(
 
 def _captured(document: Mapping[str, Any], captures: str) -> list[Mapping[str, Any]]:
     """The findings that secondary captures are made of."""
+    point = drawn_point(document)
     return [
-        one for one in document["findings"] if one["has_map"] and (captures == "all" or (one["above"] or {}).get(POINT))
+        one for one in document["findings"] if one["has_map"] and (captures == "all" or (one["above"] or {}).get(point))
     ]
 
 

@@ -41,6 +41,7 @@ from hilum.deploy.study_result import StudyResult
 from hilum.evaluation.composition import Composition
 from hilum.evaluation.predictions import Predictions, column_indices
 from hilum.evaluation.studies import study_uids, view_weights
+from hilum.evaluation.thresholds import DEFAULT_POINTS
 from hilum.heads.features import to_batch
 from hilum.pretraining.exposure import join_leaks
 
@@ -89,6 +90,7 @@ class Model:
         self.exposure, self.groups = exposure, dict(groups)
         self.folder: Path | None = None  # where it was loaded from
         self.screening: Screening | None = None  # of the first network that has one
+        self.site_points: tuple[str, ...] = ()  # operating points that a site has asked for, in its order
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -106,6 +108,12 @@ class Model:
             )
             for name in self.findings
         }
+
+    @property
+    def operating_points(self) -> tuple[str, ...]:
+        """Names of the operating points that studies have; first those that a site asked for, then the usual order."""
+        there = dict.fromkeys(name for points in self.calibrators["study"].thresholds.values() for name in points)
+        return tuple(dict.fromkeys(name for name in (*self.site_points, *DEFAULT_POINTS, *there) if name in there))
 
     def predict(
         self,
@@ -510,6 +518,7 @@ def load(path: Path | str, device: str = "auto", engine: str | None = None, prec
     )  # fmt: skip
     model.folder = path
     model.screening = screenings[0] if screenings else None
+    model.site_points = tuple(((content.get("recalibrated") or {}).get("rules") or {}).get("points") or ())
     model.computed_by = computed_by(export, networks, stated)
     return model
 

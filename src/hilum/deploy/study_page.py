@@ -19,21 +19,20 @@ from hilum.evaluation.films import embed
 from hilum.evaluation.markup import DASH, decimal, share, text
 from hilum.evaluation.report import listing, page
 from hilum.evaluation.report_rows import GROUPS, badge
+from hilum.evaluation.thresholds import point_words
 from hilum.evaluation.tracks import Position, bar_track
 
 SIDE, HEAT_SIDE = 720, 240
 """Longest sides of an embedded view and of a map, pixels; a map is smooth."""
-POINT = "f1"
-"""The operating point that is drawn."""
 MOST_MAPS = 8
 FEWEST_MAPS = 3
 """Maps are shown of the findings above their operating point, and of the most probable ones where these are fewer."""
 
 NO_THRESHOLD = "no operating point"
 LEAD = (
-    "Probability of each finding in this study, with its operating point (tick; chosen for F1 on validation) and, as a "
-    "line under the bar, how often the finding was present among the validation studies that scored alike (95 % "
-    "interval). Above its operating point: bold."
+    "Probability of each finding in this study, with its operating point (tick: {point} on the patients it was "
+    "calibrated on) and, as a line under the bar, how often the finding was present among the validation studies that "
+    "scored alike (95 % interval). Above its operating point: bold."
 )
 RAW_LEAD = (
     "<b>These scores are not calibrated: they order studies and are no probabilities.</b> The tick is the operating "
@@ -49,8 +48,9 @@ READING = (
     ("Interval", "Among the validation studies whose score was nearest, the share in which the finding was present, "
      "with its 95 % interval (Wilson). It says how sure the validation is, not how sure anybody is of this study. "
      "Where it is missing, the model has too few validation studies or keeps none."),
-    ("Operating point", "Where the model's F1 on validation was highest; others are in the file beside this page. A "
-     "rare finding has a low one."),
+    ("Operating point", "A probability from which on a finding is called present. The tick is {point} "
+     "on the patients that the model was calibrated on; others are in the file beside this page. A rare finding has a "
+     "low one."),
     ("Images", "An image that does not look like an upright chest X-ray takes no part, and says so. The share of an "
      "image is its part in the study's probability."),
     ("Head, medium, tail", "By share of training images: over 10 %, 1 to 10 %, under 1 %."),
@@ -80,7 +80,8 @@ def study_page(
         raise ValueError(f"pixels of {len(pixels)} images for a document of {len(images)}")
     films = [_Film(f"image-{image['number']}", one) for image, one in zip(images, pixels, strict=True)]
     shown = [one for one in _leading(document) if one["has_map"] and (maps or {}).get(one["name"]) is not None]
-    lead = LEAD if document["model"]["calibrated"] else RAW_LEAD
+    point = drawn_point(document)
+    lead = LEAD.format(point=point_words(point)) if document["model"]["calibrated"] else RAW_LEAD
     withheld = document["status"] == "withheld"
     answers = _withheld(document) if withheld else _answers(document)
     parts = [
@@ -88,10 +89,11 @@ def study_page(
         ("images", "Images", "", _sheet(films, images)),
     ]
     if shown and maps:
-        drawn = "".join(_map(one, maps[one["name"]] or (), films, images) for one in shown)
+        drawn = "".join(_map(one, maps[one["name"]] or (), films, images, _is_above(one, point)) for one in shown)
         key = words.examples_controls(False).replace("highest in the study", "strongest in the study")
         parts.append(("examples", "Maps", MAPS_LEAD, key + drawn))
-    reading = "".join(f"<div><h3>{heading}</h3><p>{body}</p></div>" for heading, body in READING)
+    explained = [(heading, body.format(point=point_words(point))) for heading, body in READING]
+    reading = "".join(f"<div><h3>{heading}</h3><p>{body}</p></div>" for heading, body in explained)
     parts.append(("reading", "How to read this page", "", f'<div class="reading">{reading}</div>'))
     parts.append(("provenance", "Provenance", "", listing(_provenance(document, facts or {}))))
     definitions = "".join(film.definition() for film in films)
@@ -146,14 +148,19 @@ def _leading(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     known = sorted(
         (one for one in document["findings"] if one["probability"] is not None), key=lambda one: -one["probability"]
     )
-    above = [one for one in known if _is_above(one)]
+    above = [one for one in known if _is_above(one, drawn_point(document))]
     return (above if len(above) >= FEWEST_MAPS else above + [one for one in known if one not in above])[
         : max(FEWEST_MAPS, min(len(above), MOST_MAPS))
     ]
 
 
-def _is_above(finding: Mapping[str, Any]) -> bool:
-    return bool((finding["above"] or {}).get(POINT))
+def drawn_point(document: Mapping[str, Any]) -> str:
+    """The operating point that pages draw and captures go by: the model's first."""
+    return next(iter(document["model"]["operating_points"]), "f1")
+
+
+def _is_above(finding: Mapping[str, Any], point: str) -> bool:
+    return bool((finding["above"] or {}).get(point))
 
 
 def _masthead(document: Mapping[str, Any]) -> str:
@@ -163,7 +170,7 @@ def _masthead(document: Mapping[str, Any]) -> str:
         ("Study", document["study"]["id"]),
         ("Images", f"{sum(image['scored'] for image in images)} of {len(images)} scored"),
         ("Findings", f"{len(known)} of {len(document['findings'])} scored"),
-        ("Above their point", str(sum(map(_is_above, known)))),
+        ("Above their point", str(sum(_is_above(one, drawn_point(document)) for one in known))),
         ("Scores", "calibrated" if model["calibrated"] else "not calibrated"),
         ("Model", model["digest"]),
         ("Status", "withheld" if document["status"] == "withheld" else "preliminary, read by nobody"),
@@ -181,10 +188,12 @@ def _withheld(document: Mapping[str, Any]) -> str:
 
 
 def _answers(document: Mapping[str, Any]) -> str:
-    def order(finding: Mapping[str, Any]) -> tuple[bool, bool, float]:
-        return finding["probability"] is None, not _is_above(finding), -(finding["probability"] or 0.0)
+    point = drawn_point(document)
 
-    rows = "".join(_answer(one) for one in sorted(document["findings"], key=order))
+    def order(finding: Mapping[str, Any]) -> tuple[bool, bool, float]:
+        return finding["probability"] is None, not _is_above(finding, point), -(finding["probability"] or 0.0)
+
+    rows = "".join(_answer(one, point) for one in sorted(document["findings"], key=order))
     head = "".join(
         f"<th{kind}>{name}</th>"
         for name, kind in (
@@ -200,9 +209,9 @@ def _answers(document: Mapping[str, Any]) -> str:
     )
 
 
-def _answer(finding: Mapping[str, Any]) -> str:
-    probability, cut = finding["probability"], (finding["thresholds"] or {}).get(POINT)
-    kind = "absent" if probability is None else "above" if _is_above(finding) else "below"
+def _answer(finding: Mapping[str, Any], point: str) -> str:
+    probability, cut = finding["probability"], (finding["thresholds"] or {}).get(point)
+    kind = "absent" if probability is None else "above" if _is_above(finding, point) else "below"
     mark = badge(finding["group"]) if finding["group"] in GROUPS else ""
     if probability is None:
         remark = "not scored" if finding["trained"] else "this model was never trained for it"
@@ -258,6 +267,7 @@ def _map(
     maps: Sequence[Float[np.ndarray, "_ _"]],
     films: Sequence[_Film],
     images: Sequence[Mapping[str, Any]],
+    is_above: bool,
 ) -> str:
     used = [place for place, image in enumerate(images) if image["scored"]]
     scale = scale_of([maps[place] for place in used])
@@ -273,7 +283,7 @@ def _map(
         figures.append(
             f"<figure>{film.frame(spoken, over)}<figcaption><b>{text(label)}</b> {text(said)}</figcaption></figure>"
         )
-    above = "above its operating point" if _is_above(finding) else ""
+    above = "above its operating point" if is_above else ""
     return (
         f'<section class="finding-map"><header><h3>{text(finding["name"])}</h3>'
         f"<p>{share(finding['probability'])} {above}</p></header>"

@@ -61,7 +61,7 @@ def study_document(
         "notice": RESEARCH_NOTICE,
         "model": {
             "digest": result.model, "hilum": hilum.__version__, "calibrated": calibrated, "unit": "study",
-            "accepted_leak": model.leak,
+            "accepted_leak": model.leak, "operating_points": list(model.operating_points),
         },
         "study": {"id": study_id, "images": described},
         "status": "scored" if any(scored) else "withheld",

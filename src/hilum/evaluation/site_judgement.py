@@ -22,6 +22,7 @@ from hilum.evaluation.definitions import METRICS
 from hilum.evaluation.map_choice import OWN_FROM
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.recalibration import CrossFitted
+from hilum.evaluation.thresholds import asked_of, point_words
 from hilum.evaluation.weighted import WeightedFinding
 
 YES, NOT_SHOWN, NO = "yes", "not shown", "no"
@@ -324,20 +325,6 @@ def _verdict(row: Mapping[str, Any], rules: Rules, exposed: int) -> tuple[str, l
     if exposed:
         doubts.append("the model has met these images")
     return (NOT_SHOWN, doubts) if doubts else (YES, [f"the whole interval of the AUC lies at {least:.2f} or above"])
-
-
-def asked_of(point: str) -> tuple[str, float]:
-    """What an operating point of the names `spec_at_sensNN` and `sens_at_specNN` promises."""
-    kind = "sensitivity" if point.startswith("spec_at_sens") else "specificity"
-    return kind, float(point.rpartition("sens" if kind == "sensitivity" else "spec")[2]) / 100
-
-
-def point_words(point: str) -> str:
-    """An operating point in words."""
-    if point in ("f1", "youden"):
-        return {"f1": "best F1", "youden": "best sensitivity + specificity (Youden)"}[point]
-    kind, share = asked_of(point)
-    return f"{kind} {share:g}"
 
 
 def _overall(findings: Mapping[str, Any], rules: Rules) -> dict[str, Any]:

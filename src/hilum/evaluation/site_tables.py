@@ -10,7 +10,8 @@ from typing import Any
 from hilum.evaluation.charts import reliability_plot
 from hilum.evaluation.curves import Curves
 from hilum.evaluation.markup import bracket, count, decimal, share, signed, text, undefined
-from hilum.evaluation.site_judgement import LARGE_DRIFT, NO, NOT_SHOWN, YES, point_words
+from hilum.evaluation.site_judgement import LARGE_DRIFT, NO, NOT_SHOWN, YES
+from hilum.evaluation.thresholds import point_words
 from hilum.evaluation.tracks import Position, axis, interval_track, pair_track
 
 AUC_SCALE = Position(0.4, 1.0)

@@ -107,6 +107,20 @@ def operating_point(name: str) -> Search:
     return lambda p, y: find(p, y, share)
 
 
+def asked_of(point: str) -> tuple[str, float]:
+    """What an operating point of the names `spec_at_sensNN` and `sens_at_specNN` promises."""
+    kind = "sensitivity" if point.startswith("spec_at_sens") else "specificity"
+    return kind, float(point.rpartition("sens" if kind == "sensitivity" else "spec")[2]) / 100
+
+
+def point_words(point: str) -> str:
+    """An operating point in words."""
+    if point in ("f1", "youden"):
+        return {"f1": "best F1", "youden": "best sensitivity + specificity (Youden)"}[point]
+    kind, share = asked_of(point)
+    return f"{kind} {share:g}"
+
+
 def fit_thresholds(
     p: Float[np.ndarray, " N"],
     y: Bool[np.ndarray, " N"],

@@ -51,6 +51,7 @@ def document() -> dict[str, Any]:
         "format": "hilum-study-1", "notice": RESEARCH_NOTICE,
         "model": {
             "digest": "0123456789abcdef", "hilum": "0.1.0", "calibrated": True, "unit": "study", "accepted_leak": "",
+            "operating_points": ["f1", "youden"],
         },
         "study": {"id": "study_0001", "images": [image(1), image(2)]}, "status": "scored", "flags": [],
         "findings": [finding("Pneumothorax", 0.3123456789012345), finding("Calcification of the Aorta", 0.05),

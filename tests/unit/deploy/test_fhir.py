@@ -39,6 +39,7 @@ def document() -> dict[str, Any]:
         "format": "hilum-study-1", "notice": RESEARCH_NOTICE,
         "model": {
             "digest": "0123456789abcdef", "hilum": "0.1.0", "calibrated": True, "unit": "study", "accepted_leak": "",
+            "operating_points": ["f1", "youden"],
         },
         "study": {"id": "study_0001", "images": []}, "status": "scored",
         "flags": [{"code": "images_left_out", "message": "Image 2 took no part <in> it."}],

@@ -39,6 +39,7 @@ def document() -> dict[str, Any]:
         "format": "hilum-study-1", "notice": RESEARCH_NOTICE,
         "model": {
             "digest": "0123456789abcdef", "hilum": "0.1.0", "calibrated": True, "unit": "study", "accepted_leak": "",
+            "operating_points": ["f1", "youden"],
         },
         "study": {"id": "study_0001", "images": images}, "status": "scored", "flags": [],
         "findings": [finding("Mass", 0.31), finding(HOSTILE, 0.62), finding("Edema", 0.04, has_map=False),

@@ -25,8 +25,6 @@ from hilum.deploy.similar import Index
 from hilum.deploy.study_report import ImageFacts, study_document
 from hilum.deploy.study_result import StudyResult
 
-THRESHOLDS = ("f1", "youden", "sens_at_spec95")
-"""Operating points by name, as models have them."""
 OTHER_MODALITIES = frozenset({"CT", "MR", "US", "NM", "PT", "MG", "XA"})
 """What a header can say that no chest radiograph is."""
 _BURNED_IN = "The header does not say that the picture is free of burnt-in text: look before it is shown to others."
@@ -84,7 +82,7 @@ class Service:
                 {"name": name, "group": model.groups.get(name) or None, "trained": trained}
                 for name, trained in model.trained.items()
             ],
-            "thresholds": list(THRESHOLDS),
+            "thresholds": list(model.operating_points),
             "limits": {
                 "files": limits.files, "file_bytes": limits.file_bytes, "study_bytes": limits.study_bytes,
                 "pixels": limits.pixels,

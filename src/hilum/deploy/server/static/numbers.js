@@ -23,10 +23,12 @@ export function seconds(count) {
   return count < 60 ? `${count} s` : `${Math.floor(count / 60)} min ${count % 60} s`;
 }
 
-export const THRESHOLD_NAMES = { f1: "F1", youden: "Youden", sens_at_spec95: "95 % specificity" };
+const THRESHOLD_NAMES = { f1: "F1", youden: "Youden" };
 
 /** The name of an operating point in words; one that this page does not know is shown as the server writes it. */
 export function thresholdName(name) {
+  const fixed = /^(sens_at_spec|spec_at_sens)([0-9.]+)$/.exec(name);
+  if (fixed) return `${fixed[2]} % ${fixed[1] === "sens_at_spec" ? "specificity" : "sensitivity"}`;
   return THRESHOLD_NAMES[name] ?? name;
 }
 
