@@ -83,7 +83,9 @@ class LinearHead(nn.Module):
     def forward(self, features: Features, masks: Int64[Tensor, " B"] | None = None) -> Float[Tensor, "B C"]:
         """Logits, float32; with `masks`, beside these partners."""
         own = torch.cat([features.cls, features.patch_mean], dim=1) if self.patch_mean else features.cls
-        return self.linear(self._inputs(own, features, masks)).float()
+        inputs = self._inputs(own, features, masks)
+        with torch.autocast(inputs.device.type, enabled=False):  # logits rounded to bfloat16 would tie
+            return self.linear(inputs.float())
 
     def _inputs(self, own: Tensor, features: Features, partners: Tensor | None) -> Float[Tensor, "B I"]:
         if self.views == "single":

@@ -180,12 +180,16 @@ class QueryDecoder(nn.Module):
         return queries.expand(batch, -1, -1)
 
     def _score(self, queries: Float[Tensor, "B Q D"], cls: Float[Tensor, "B E"]) -> Float[Tensor, "B C"]:
+        with torch.autocast(queries.device.type, enabled=False):  # logits rounded to bfloat16 would tie
+            return self._logits(queries.float(), cls.float())
+
+    def _logits(self, queries: Float[Tensor, "B Q D"], cls: Float[Tensor, "B E"]) -> Float[Tensor, "B C"]:
         weight, start = self.duplicate_pooling, self.prefix
         if self.duplicates == 1:
             rows = weight[:, start:, 0].expand(queries.shape[1], -1)
-            logits = torch.einsum("bcd,cd->bc", queries, rows.to(queries.dtype)) + self.duplicate_pooling_bias
+            logits = torch.einsum("bcd,cd->bc", queries, rows) + self.duplicate_pooling_bias
             return logits + F.linear(cls, weight[:, :start, 0]) if start else logits
-        scores = torch.einsum("bqd,qdf->bqf", queries, weight[:, start:].to(queries.dtype))
+        scores = torch.einsum("bqd,qdf->bqf", queries, weight[:, start:])
         if start:
             scores = scores + torch.einsum("be,qef->bqf", cls, weight[:, :start])
         return scores.flatten(1)[:, : self.findings] + self.duplicate_pooling_bias
