@@ -31,8 +31,7 @@ from hilum.heads.config import FitConfig
 from hilum.heads.features import Augmentation, FeatureSource, freeze
 from hilum.heads.registry import Head, HeadConfig, on_meta
 from hilum.heads.standardise import measure
-from hilum.heads.sweep import prior_log_odds
-from hilum.heads.training import LearningSet
+from hilum.heads.training import LearningSet, starting_bias
 from hilum.pretraining.exposure import uid_numbers
 
 SEARCH_FORMAT = "hilum-extension-search-1"
@@ -145,7 +144,7 @@ def run(
 
     # Ways to learn them, and the features that all of them read.
     model_config, embed_dim = base.network, base.backbone.config.embed_dim
-    bias = prior_log_odds(labels[train]) if config.prior_bias else None
+    bias = starting_bias(config, labels[train])
     old = base.names[: model_config.head.findings]
     rungs = make_ladder(config, embed_dim, model_config.head, base.main, names, old, bias, ladder)
     backbone = freeze(base.backbone).to(place)

@@ -28,8 +28,8 @@ from hilum.heads.losses import build_loss
 from hilum.heads.protocol import Choice, SearchEpoch, Variant, choose
 from hilum.heads.registry import Head, HeadConfig, build_head, on_meta
 from hilum.heads.standardise import Standardisation
-from hilum.heads.sweep import Candidate, Sweep, prior_log_odds
-from hilum.heads.training import LearningSet, Weights
+from hilum.heads.sweep import Candidate, Sweep
+from hilum.heads.training import LearningSet, Weights, starting_bias
 
 LADDER = ("rows", "adapter", "own")
 
@@ -237,7 +237,7 @@ def _sweep(
     device: torch.device,
 ) -> Sweep:  # fmt: skip
     loss = build_loss(config.describe_loss(), count_labels(data.labels[data.train]).to(device))
-    bias = prior_log_odds(data.labels[data.train]) if config.prior_bias and rung.initial is None else None
+    bias = starting_bias(config, data.labels[data.train]) if rung.initial is None else None
     return Sweep(
         [Candidate(rung.head, rate) for rate in rates], total, loss=loss, weight_decay=config.weight_decay,
         seed=config.seed, phase=phase, device=device, precision=config.precision, bias=bias,

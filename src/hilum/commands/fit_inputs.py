@@ -104,7 +104,7 @@ def open_examples(
         train_images: at most so many images to learn from, whole patients drawn by the seed; None: all.
         val_images: the same of validation.
         seed: of the draw.
-        hierarchy: fill unknown findings from their relatives (`data.label_maps.apply_hierarchy`).
+        hierarchy: fill unknown findings from parents and children (`data.label_maps.apply_hierarchy`).
 
     Raises:
         ConfigError: no training or validation split, or no finding that can be both learned and scored.
@@ -125,7 +125,7 @@ def open_examples(
     both = np.concatenate([train, val])
     of_both = store.labels[both]
     if hierarchy:  # relatives may stand among the findings that are not wanted
-        of_both = apply_hierarchy(of_both, store.findings).codes
+        of_both = apply_hierarchy(of_both, store.findings, with_normal=False).codes
     labels[both] = of_both[:, [store.findings.index(name) for name in names]]
     findings = describe_findings(names, labels[train])
     trained = np.array([finding.trained for finding in findings])

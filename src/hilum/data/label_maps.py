@@ -228,11 +228,17 @@ def _imply_negatives(codes: Int8[np.ndarray, "N C"], findings: Sequence[str]) ->
     return np.where(normal[:, None] & implied & (codes == UNKNOWN), np.int8(NEGATIVE), codes)
 
 
-def apply_hierarchy(codes: Int8[np.ndarray, "N C"], findings: Sequence[str]) -> Mapped:
+def apply_hierarchy(codes: Int8[np.ndarray, "N C"], findings: Sequence[str], with_normal: bool = True) -> Mapped:
     """Fill unknown findings from their relatives; what a source says outright is never overruled, only counted.
 
     Rules, in this order: a child makes its parents positive; an absent parent makes its children absent; Normal makes
     every finding absent but devices; a finding other than a device makes Normal absent.
+
+    Args:
+        codes: labels.
+        findings: their columns.
+        with_normal: also the two rules of Normal. They hold among the findings that one source looks for; beside those
+            of others, Normal says nothing.
     """
     codes, conflicts = codes.copy(), dict[str, int]()
     place = {name: number for number, name in enumerate(findings)}
@@ -253,7 +259,7 @@ def apply_hierarchy(codes: Int8[np.ndarray, "N C"], findings: Sequence[str]) -> 
             absent = codes[:, place[parent]] == NEGATIVE  # a child that is positive here was counted above
             imply(absent & (codes[:, place[child]] == UNKNOWN), child, NEGATIVE)
     others = [name for name in findings if name not in COMPATIBLE_WITH_NORMAL]
-    for normal in (name for name in NORMAL_NAMES if name in place):
+    for normal in (name for name in NORMAL_NAMES if with_normal and name in place):
         abnormal = (codes[:, [place[name] for name in others]] == POSITIVE).any(axis=1)
         healthy = (codes[:, place[normal]] == POSITIVE) & ~abnormal
         for name in others:

@@ -121,7 +121,7 @@ def asymmetric_terms(logits: Float[Tensor, "B C"], settings: AsymmetricSettings)
 def effective_weights(frequencies: Frequencies, settings: ClassBalancedSettings) -> tuple[Tensor, Tensor]:
     """Weights (1 - beta) / (1 - beta^n) (Cui 2019, class-balanced term) of positives and negatives, (C,) each.
 
-    A count of 0 is taken as 1. How they are scaled: `ClassBalancedSettings.over`.
+    A count of 0 is taken as 1, and takes no part in the mean. How they are scaled: `ClassBalancedSettings.over`.
     """
 
     def weigh(counts: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ def effective_weights(frequencies: Frequencies, settings: ClassBalancedSettings)
 
     positive, negative = weigh(frequencies.positives), weigh(frequencies.negatives)
     if settings.over == "findings":
-        negative = positive = positive / positive.mean()
+        present = frequencies.positives > 0  # one without any has nothing to learn, and a weight of hundreds of others
+        negative = positive = positive / (positive[present] if present.any() else positive).mean()
     else:
         total = (positive + negative) / 2
         positive, negative = positive / total, negative / total

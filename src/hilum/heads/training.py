@@ -245,9 +245,26 @@ def _sweep(
     return Sweep(
         candidates, total_steps, loss=training_loss(config, data, device),
         weight_decay=config.weight_decay, seed=config.seed, phase=phase, device=device, precision=config.precision,
-        bias=prior_log_odds(data.labels[data.train]) if config.prior_bias else None, initial=initial,
+        bias=starting_bias(config, data.labels[data.train]), initial=initial,
         ema=config.ema, build=build, trainable=classifier_parameters if classifier else None,
     )  # fmt: skip
+
+
+def starting_bias(config: FitConfig, labels: Int[np.ndarray, "N C"]) -> Float[Tensor, " C"] | None:
+    """Where the heads' biases start by `prior_bias`; None: at 0.
+
+    `logit_adjusted` adds the prior to the logits itself, so that the bias starts without it.
+
+    Args:
+        config: settings.
+        labels: of the training images, as stores code them.
+    """
+    if not config.prior_bias:
+        return None
+    bias, settings = prior_log_odds(labels), config.describe_loss()
+    if settings.name == "logit_adjusted":
+        bias = bias - settings.logit_adjusted.tau * count_labels(labels).log_odds
+    return bias
 
 
 def training_loss(config: FitConfig, data: LearningSet, device: torch.device, deferred: bool = False) -> Loss:

@@ -17,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 from hilum.core.config import from_dict, override, to_dict
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.heads import losses
+from hilum.heads.config import FitConfig
 from hilum.heads.frequencies import Frequencies, count_labels
 from hilum.heads.loss_settings import (
     AsymmetricSettings,
@@ -29,6 +30,7 @@ from hilum.heads.loss_settings import (
     second_stage,
 )
 from hilum.heads.losses import LOSSES, Targets, adjust_logits, build_loss, known_targets
+from hilum.heads.training import starting_bias
 
 CODES = arrays(np.int8, (4, 3), elements=st.sampled_from([1, 0, -1, -2]))
 LOGITS = arrays(np.float32, (4, 3), elements=st.floats(-30, 30, width=32))
@@ -486,3 +488,30 @@ def test_a_loss_on_a_gpu_is_that_on_a_cpu(name: str) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     assert torch.allclose(*slopes, rtol=1e-4, atol=1e-6)
     assert not slopes[1][targets.weights == 0].any()
+
+
+def test_a_finding_without_a_positive_takes_no_weight_from_others() -> None:
+    loss = ClassBalancedSettings(over="findings")
+    present = losses.effective_weights(Frequencies(torch.tensor([900.0, 40.0]), torch.tensor([100.0, 960.0])), loss)
+    counts = Frequencies(torch.tensor([900.0, 40.0, 0.0]), torch.tensor([100.0, 960.0, 1000.0]))
+    torch.testing.assert_close(losses.effective_weights(counts, loss)[0][:2], present[0])
+    torch.testing.assert_close(present[0].mean(), torch.tensor(1.0))
+    nothing = Frequencies(torch.zeros(2), torch.full((2,), 9.0))
+    assert torch.isfinite(losses.effective_weights(nothing, loss)[0]).all()
+
+
+def test_a_bias_starts_where_the_loss_is_that_of_prevalences() -> None:
+    """Whatever the loss adds to the logits: the first loss of a head of zeros is the entropy of the prevalences."""
+    labels = np.zeros((1000, 2), np.int8)
+    labels[:5, 0], labels[:300, 1] = 1, 1
+    shares = np.array([0.005, 0.3])
+    entropy = -(shares * np.log(shares) + (1 - shares) * np.log(1 - shares)).mean()
+    for name, tau in (("masked_bce_mean", 1.0), ("logit_adjusted", 1.0), ("logit_adjusted", 0.5)):
+        settings = LossSettings(reduction="mean", logit_adjusted=LogitAdjustedSettings(tau))
+        config = FitConfig(prior_bias=True, loss=name, losses=settings)
+        bias = starting_bias(config, labels)
+        assert bias is not None
+        loss = build_loss(config.describe_loss(), count_labels(labels))
+        first = loss(bias.expand(1000, 2), known_targets(torch.from_numpy(labels)))
+        assert float(first) == pytest.approx(entropy, rel=1e-3)
+    assert starting_bias(FitConfig(), labels) is None

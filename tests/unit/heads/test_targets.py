@@ -75,3 +75,11 @@ def test_relatives_fill_unknown_labels_by_the_manifests_own_rules() -> None:
     codes = np.array([[-1, 1, -1], [0, -1, -1], [-2, 1, 0], [0, 1, -1], [1, -1, -1]], np.int8)
     filled = apply_hierarchy(codes, findings).codes
     assert filled.tolist() == [[1, 1, -1], [0, 0, -1], [-2, 1, 0], [0, 1, -1], [1, -1, -1]]
+
+
+def test_normal_says_nothing_of_what_its_source_does_not_look_for() -> None:
+    """Fit fills over the findings of all sources together; unknown is not negative."""
+    findings = ("Normal", "Fracture", "Rib Fracture")
+    codes = np.array([[1, -1, -1], [-1, 1, -1]], np.int8)
+    assert apply_hierarchy(codes, findings).codes.tolist() == [[1, 0, 0], [0, 1, -1]]
+    assert apply_hierarchy(codes, findings, with_normal=False).codes.tolist() == codes.tolist()
