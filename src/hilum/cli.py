@@ -80,8 +80,8 @@ def manifest(
     split: Annotated[
         Literal["auto", "official", "project"], typer.Option(help="official: the source's own; project: by patient.")
     ] = "auto",
-    val_fraction: Annotated[float, typer.Option(help="Share of patients for validation.")] = 0.1,
-    test_fraction: Annotated[float, typer.Option(help="Share of patients for testing.")] = 0.2,
+    val_fraction: Annotated[float, typer.Option(help="Share of images for validation, by whole patients.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(help="Share of images for testing, by whole patients.")] = 0.2,
     seed: Seed = 0,
     allow_missing: Annotated[
         bool, typer.Option(help="Drop listed images that are not there, and say how many.")
@@ -162,7 +162,7 @@ def build(
         bool, typer.Option("--in-place", help="Copy no pixels: check every file once, then read it where it is.")
     ] = False,
     intensity: Annotated[
-        str, typer.Option(help="DICOM and 16 bits to grey: hilum-grey-1, mimic-cxr-jpg-1 or chexpert-1.")
+        str, typer.Option(help="DICOM and 16 bits to grey: hilum-grey-1, mimic-cxr-jpg-1, chexpert-1 or chexfound-1.")
     ] = "hilum-grey-1",
     checksums: Annotated[
         bool, typer.Option(help="Compare files with the SHA256SUMS.txt of their root, where there is one.")
@@ -750,7 +750,7 @@ def submit(
     scale: Annotated[str | None, typer.Option(help="f1: move each finding's F1-optimal cut to 0.5.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Where the thresholds come from, for --scale.")] = None,
     fill_untrained: Annotated[
-        str | None, typer.Option(help="prevalence: what findings never trained get instead of an error.")
+        str | None, typer.Option(help="prevalence, or a number in [0, 1]: what findings never trained get.")
     ] = None,
     compress: Annotated[float, typer.Option(help="With --scale: factor of the log-odds toward 0.5.")] = 1.0,
     code: Annotated[Path | None, typer.Option(help="Folder that becomes code/ of the zip.")] = None,
@@ -815,7 +815,7 @@ def serve(
 
 @app.command(epilog=example("hilum bench crops"))
 def bench(
-    name: Annotated[str, typer.Argument(help="build, crops, pretrain-step, startup, or all.")] = "all",
+    name: Annotated[str, typer.Argument(help="A file of benchmarks/: build, crops, similar, ...; or all.")] = "all",
 ) -> None:
     """Measure speed with a peer or a floor beside each figure."""
     from hilum.commands import bench as program
