@@ -23,5 +23,8 @@ def layer_multiplier(name: str, depth: int, decay: float) -> float:
 
 
 def takes_weight_decay(name: str) -> bool:
-    """False for biases, norms and LayerScale; true for the rest: position table, tokens and prototypes included."""
-    return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+    """False for biases, norms and LayerScale; true for the rest: position table, tokens and prototypes included.
+
+    A bias is known by the end of its name, as in `proj.bias`, `in_proj_bias` and `duplicate_pooling_bias`.
+    """
+    return not (name.endswith("bias") or "norm" in name or "gamma" in name)

@@ -9,13 +9,13 @@ import numpy as np
 from hilum.core.errors import PredictionError, StageError
 from hilum.core.tracking import progress
 from hilum.deploy.admission import Gate, RawReading
-from hilum.deploy.inputs import DATASET, Inputs
+from hilum.deploy.inputs import Inputs
 from hilum.deploy.network import store_identity
 from hilum.deploy.out_of_sample import labels_of_studies
 from hilum.deploy.predictor import Model
 from hilum.evaluation.calibration import check_out_of_sample
 from hilum.evaluation.joining import join, labelled
-from hilum.evaluation.predictions import Predictions, bare_ids
+from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import study_uids
 from hilum.evaluation.truth import Truth
 
@@ -59,8 +59,7 @@ def read_site(model: Model, found: Inputs, truth: Truth, batch_size: int) -> Sit
     """
     identity = store_identity(found.store, found.indices) if found.store else found.identity()
     indices = found.indices if found.store else np.arange(len(found.images))
-    patients = _patients(identity, truth)
-    known = labelled(truth, _table(identity, patients))
+    known = labelled(truth, _table(identity))
     left_out = {"unlabelled images": int((~known).sum())}
     if not known.any():
         raise PredictionError(
@@ -77,7 +76,7 @@ def read_site(model: Model, found: Inputs, truth: Truth, batch_size: int) -> Sit
     image = model.assemble(identity, reading, raw=True, unit="image", pictures=pictures)
     study = model.assemble(identity, reading, raw=True, unit="study", pictures=pictures)
     rows = {name: np.asarray(column)[reading.kept] for name, column in identity.items()}
-    joined = join(truth, _table(rows, patients[chosen][reading.kept]))
+    joined = join(truth, _table(rows))
     if "test" in joined.splits.tolist():
         raise StageError(f"{truth.source}: nothing is fitted on the test split. Leave it for judging the result.")
     codes = np.full((len(image), len(image.findings)), -1, np.int8)
@@ -113,27 +112,9 @@ def _read(
     return model.read_images(identity, indices, read, batch_size, READING_THREADS, done, gate)
 
 
-def _table(identity: dict[str, np.ndarray], patients: np.ndarray) -> Predictions:
+def _table(identity: dict[str, Any]) -> Predictions:
     """Images without predictions, to be joined with labels."""
-    rows: dict[str, Any] = {**identity, "patient_id": patients}
-    return Predictions(**rows, findings=("-",), probabilities=np.zeros((len(patients), 1)))
-
-
-def _patients(identity: dict[str, np.ndarray], truth: Truth) -> np.ndarray:
-    """Whose each image is. Of files the labels know it better: they may name no patient, or one under another id."""
-    patients = np.asarray(identity["patient_id"]).astype(object)
-    loose = np.flatnonzero(identity["dataset"] == DATASET)
-    for name in ("study_id", "image_id", "image_uid"):
-        keys = bare_ids(getattr(truth, name), truth.dataset).tolist()
-        known: dict[str, set[str]] = {}
-        for key, patient in zip(keys, truth.patient_id.tolist(), strict=True):
-            if key and patient:
-                known.setdefault(key, set()).add(patient)
-        for row in loose:
-            named = known.get(str(identity[name][row]), set())
-            if len(named) == 1 and patients[row] not in named:
-                patients[row] = next(iter(named))
-    return patients.astype(str)
+    return Predictions(**identity, findings=("-",), probabilities=np.zeros((len(identity["image_uid"]), 1)))
 
 
 def _overlap(model: Model, image: Predictions, study: Predictions) -> str:

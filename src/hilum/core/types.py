@@ -27,6 +27,8 @@ SPLIT_NAMES = {
 
 STAGES: tuple[str, ...] = ("raw", "study", "ensemble", "calibrated")
 UNITS: tuple[str, ...] = ("image", "study")
+LOOSE_FILES = "files"
+"""Dataset of images that were predicted from files, outside any manifest: they are known by name alone."""
 
 
 def view_kind(view: str) -> int:

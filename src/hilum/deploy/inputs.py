@@ -16,11 +16,10 @@ import numpy as np
 
 from hilum.core.errors import ConfigError, ImageError, MissingColumnError, UnknownNameError
 from hilum.core.tracking import warn
-from hilum.core.types import SPLITS, VIEWS, image_uid
+from hilum.core.types import LOOSE_FILES, SPLITS, VIEWS, image_uid
 from hilum.data.images import kind_of, read_dicom_header, read_image
 from hilum.data.store import Store
 
-DATASET = "files"
 STUDY_COLUMN = "study_id"
 TABLES = (".csv", ".parquet")
 SUFFIXES = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg"})
@@ -45,7 +44,7 @@ class FileImage:
     @property
     def uid(self) -> str:
         """Identity in a prediction table."""
-        return image_uid(DATASET, self.image_id)
+        return image_uid(LOOSE_FILES, self.image_id)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Inputs:
 
     def identity(self) -> dict[str, np.ndarray]:
         """Identity columns of the images of files."""
-        rows = [(one.uid, one.image_id, one.study, one.patient, DATASET, one.view) for one in self.images]
+        rows = [(one.uid, one.image_id, one.study, one.patient, LOOSE_FILES, one.view) for one in self.images]
         names = ("image_uid", "image_id", "study_id", "patient_id", "dataset", "view")
         return {name: np.array([row[place] for row in rows], dtype=str) for place, name in enumerate(names)}
 

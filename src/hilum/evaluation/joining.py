@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from hilum.core.errors import PredictionError
-from hilum.core.types import UNKNOWN
+from hilum.core.types import LOOSE_FILES, UNKNOWN
 from hilum.evaluation.predictions import Predictions, bare_ids
 from hilum.evaluation.studies import study_uids
 from hilum.evaluation.truth import Truth
@@ -23,7 +23,8 @@ class Joined:
     """Predictions with the labels of the same items, and what was left out.
 
     Args:
-        predictions: the items that have labels.
+        predictions: the items that have labels; whose they are as the labels say, where the predictions do not, and
+            of loose files wherever the labels do.
         labels: (N, C) int8, rows as `predictions`, columns as `findings`.
         findings: of the labels.
         splits: (N,) where the labels say that each item belongs, "" where they do not.
@@ -61,6 +62,7 @@ def join(truth: Truth, predictions: Predictions, split: str | None = None, allow
         PredictionError: predicted items without a label, labelled items of the split without a prediction, ids that
             repeat, images of a study that disagree. With counts and an example.
     """
+    predictions = _with_patients(truth, predictions)
     keys, predicted = _keys(truth, predictions)
     labels_of, labels, splits, patients = _one_row_per_key(
         truth, keys, repeats="study" in (predictions.unit, _key(truth))
@@ -102,8 +104,30 @@ def labelled(truth: Truth, predictions: Predictions) -> Bool[np.ndarray, " N"]:
     Raises:
         PredictionError: as `join`, of ids that stand for several items.
     """
-    keys, predicted = _keys(truth, predictions)
+    keys, predicted = _keys(truth, _with_patients(truth, predictions))
     return np.isin(predicted, keys)
+
+
+def _with_patients(truth: Truth, p: Predictions) -> Predictions:
+    """Loose files under the patients of the labels, which know them better: a file names none, or one by another id.
+
+    Only where exactly one patient is named for the study or image.
+    """
+    loose = np.flatnonzero(p.dataset == LOOSE_FILES)
+    if not len(loose) or not (truth.patient_id != "").any():
+        return p
+    patients = p.patient_id.astype(object)
+    for name in ("study_id", "image_id", "image_uid"):
+        known: dict[str, set[str]] = {}
+        for key, patient in zip(_bare(getattr(truth, name), truth, p).tolist(), truth.patient_id.tolist(), strict=True):
+            if key and patient:
+                known.setdefault(key, set()).add(patient)
+        ours = bare_ids(getattr(p, name)[loose], p.dataset[loose]).tolist()
+        for row, key in zip(loose.tolist(), ours, strict=True):
+            named = known.get(key, set())
+            if len(named) == 1 and patients[row] not in named:
+                patients[row] = next(iter(named))
+    return dataclasses.replace(p, patient_id=patients.astype(str))
 
 
 def _one_per_key(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -133,7 +157,7 @@ def _keys(truth: Truth, predictions: Predictions) -> tuple[np.ndarray, np.ndarra
     ours = bare_ids(getattr(p, name), p.dataset)
     theirs = _bare(getattr(truth, name), truth, p)
     if name == "study_id" and (truth.patient_id != "").all():  # the same study id in two patients is two studies
-        ours = _pairs(bare_ids(p.patient_id, p.dataset), ours)
+        ours = _pairs(_bare_patients(truth, p), ours)
         theirs = _pairs(_bare(truth.patient_id, truth, p), theirs)
     items = p.image_uid if name == "image_id" or p.unit == "study" else _studies(p)
     if "" in theirs or len(set(ours.tolist())) < len(set(items.tolist())):
@@ -147,6 +171,14 @@ def _bare(ids: np.ndarray, truth: Truth, predictions: Predictions) -> np.ndarray
     prefixes = [text.partition("/")[0] for text in ids.tolist()]
     guessed = np.array([prefix if prefix in known else "" for prefix in prefixes], dtype=str)
     return bare_ids(ids, np.where(truth.dataset == "", guessed, truth.dataset))
+
+
+def _bare_patients(truth: Truth, p: Predictions) -> np.ndarray:
+    """Patients of the predictions without their dataset; those of loose files may come from the labels."""
+    labelled_sets = set(truth.dataset.tolist()) - {""}
+    prefixes = [text.partition("/")[0] for text in p.patient_id.tolist()]
+    named = np.array([prefix if prefix in labelled_sets else LOOSE_FILES for prefix in prefixes], dtype=str)
+    return bare_ids(p.patient_id, np.where(p.dataset == LOOSE_FILES, named, p.dataset))
 
 
 def _studies(p: Predictions) -> np.ndarray:

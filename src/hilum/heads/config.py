@@ -89,7 +89,8 @@ class FitConfig:
     """From this share of the search's epochs on, and after as many steps of the refit, the loss weighs findings by
     rarity (LDAM-DRW); in what follows (`classifier_epochs`, `tune`) too. 1: never."""
     hierarchy: bool = False
-    """Fill unknown findings from their relatives: a rib fracture is a fracture (training and validation labels)."""
+    """Fill unknown findings from parents and children alone (training and validation labels): a rib fracture is a
+    fracture, and without a fracture there is none of a rib. Normal says nothing of other findings here."""
     batch_size: int = 256
     """Images a step; also of validation and prediction."""
     standardise: bool = False

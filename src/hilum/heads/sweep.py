@@ -136,7 +136,7 @@ class Sweep:
                 _Group(
                     config, positions, heads, StackedAdamW(list(heads.moving.values()), weight_decay),
                     RunningMeans(heads.moving, ema) if ema else None,
-                    torch_stream(seed, "head dropout", phase, device=self.device.type),
+                    torch_stream(seed, "head dropout", phase, device=str(self.device)),
                 )
             )  # fmt: skip
 

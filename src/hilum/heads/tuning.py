@@ -80,7 +80,7 @@ def unfreeze(backbone: VisionTransformer, config: TuneSettings, seed: int, phase
             module.requires_grad_(True)
     elif config.method == "lora":
         device = tuned.cls_token.device
-        generator = torch_stream(seed, "low-rank dropout", phase, device=device.type)
+        generator = torch_stream(seed, "low-rank dropout", phase, device=str(device))
         with forked(seed, "low-rank initialisation"):
             for block in tuned.blocks:
                 for name in ("qkv", "proj"):
@@ -166,7 +166,7 @@ class Tuner:
         self.total_steps, self.steps, self.precision = max(total_steps, 1), 0, precision
         self.groups = parameter_groups(backbone, head, config)
         self.optimiser = torch.optim.AdamW(self.groups)
-        self.generator = torch_stream(seed, "tuning dropout", phase, device=source.device.type)
+        self.generator = torch_stream(seed, "tuning dropout", phase, device=str(source.device))
 
     def epoch(
         self, view: int, batches: list[Batch], data: LearningSet, prepare: Prepare, loss: Loss, bar: Bar

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from hilum.core.errors import ConfigError, PredictionError, UnknownLabelError, UnknownNameError
-from hilum.evaluation.joining import join, match_findings
+from hilum.evaluation.bootstrap import clusters_of
+from hilum.evaluation.joining import join, labelled, match_findings
 from hilum.evaluation.metrics import evaluate
 from hilum.evaluation.studies import mean_over_studies
 from hilum.evaluation.truth import read_truth
@@ -124,6 +125,44 @@ def test_missing_patients_are_taken_from_the_labels(tmp_path, made_up):
     path = write_csv(tmp_path / "l.csv", table, labels, patient_id=table.patient_id)
     without = dataclasses.replace(table, patient_id=np.full(60, ""))
     assert join(read_truth(path), without).predictions.patient_id.tolist() == table.patient_id.tolist()
+
+
+def loose_files(table):
+    """The same pictures as `hilum predict` knows them from files: whose they are, the name says, or a header."""
+    studies = np.array([f"study-{index // 2}" for index in range(len(table))])
+    whose = np.array([f"MRN{index // 2}" for index in range(len(table))])
+    return dataclasses.replace(table, dataset=np.full(len(table), "files"), study_id=studies, patient_id=whose)
+
+
+@pytest.mark.parametrize("by", ["image_id", "study_id"])
+@pytest.mark.parametrize("spelled", ["person {}", "d/person {}"])
+def test_whose_loose_files_are_the_labels_say(tmp_path, made_up, by, spelled):
+    table, labels = made_up()
+    table = loose_files(table)
+    labels[1::2] = labels[::2]  # one label a study
+    people = np.array([spelled.format(index // 6) for index in range(60)])
+    columns = {"patient_id": people, "dataset": np.full(60, "d")}
+    columns |= {"study_id": table.study_id} if by == "image_id" else {}
+    ids = dataclasses.replace(table, image_id=getattr(table, by))
+    truth = read_truth(write_csv(tmp_path / "l.csv", ids, labels, id_column=by, **columns))
+    for predicted in (table, mean_over_studies(table, unit="study")):
+        joined = join(truth, predicted)
+        assert labelled(truth, predicted).all()
+        assert len(np.unique(clusters_of(joined.predictions))) == 10
+    np.testing.assert_array_equal(join(truth, table).labels, labels)
+    assert join(truth, table).predictions.patient_id.tolist() == people.tolist()
+
+
+def test_what_the_labels_leave_open_of_loose_files_stays(tmp_path, made_up):
+    table, labels = made_up()
+    table = loose_files(table)
+    nobody = np.where(np.arange(60) < 30, "", np.array([f"person {index}" for index in range(60)]))
+    truth = read_truth(write_csv(tmp_path / "l.csv", table, labels, study_id=table.study_id, patient_id=nobody))
+    found = join(truth, table).predictions.patient_id
+    assert found[:30].tolist() == table.patient_id[:30].tolist()
+    assert found[30:].tolist() == nobody[30:].tolist()  # two people in a study: the image says whose it is
+    known = dataclasses.replace(table, dataset=np.full(60, "d"))
+    assert join(truth, known).predictions.patient_id.tolist() == table.patient_id.tolist()
 
 
 @pytest.mark.parametrize(
