@@ -1,6 +1,7 @@
 """Tuning: low-rank updates are what their paper says, rates fall layer by layer, frozen means frozen."""
 
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.core.config import from_dict
 from hilum.core.errors import ConfigError
 from hilum.core.seeding import forked, torch_stream
-from hilum.heads.features import freeze
+from hilum.heads import sweep, tuning
+from hilum.heads.features import FeatureSource, freeze
 from hilum.heads.linear import LinearHead
+from hilum.heads.registry import HeadConfig, build_head
 from hilum.heads.tune_settings import TuneSettings
 from hilum.heads.tuning import LowRankLinear, merge, parameter_groups, unfreeze, warm_cosine
 
@@ -83,7 +86,7 @@ def test_rates_fall_from_the_top_of_the_backbone_to_the_pixels(backbone: VisionT
         for name in group["names"]:
             assert name not in rates
             rates[name] = group["rate"]
-            decays = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+            decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
             assert group["weight_decay"] == (0.2 if decays else 0.0)
     depth = backbone.config.depth
     assert rates["head.linear.weight"] == 0.1
@@ -91,6 +94,36 @@ def test_rates_fall_from_the_top_of_the_backbone_to_the_pixels(backbone: VisionT
     for block in range(depth):
         assert rates[f"backbone.blocks.{block}.attn.qkv.weight"] == pytest.approx(1e-3 * 0.5 ** (depth - block))
     assert rates["backbone.patch_embed.proj.weight"] == pytest.approx(1e-3 * 0.5 ** (depth + 1))
+
+
+def test_no_bias_of_a_decoder_decays_whatever_its_name(backbone: VisionTransformer) -> None:
+    """Their names end in _bias too: of the attention's projection in, and of the output rows."""
+    head = build_head(HeadConfig("ml_decoder", 12, 3, 1, decoder_dim=8, decoder_feed_forward=12, decoder_heads=2))
+    groups = parameter_groups(unfreeze(backbone, TuneSettings("lora"), 0, "x"), head, TuneSettings("lora"))
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    biases = [name for name in decays if "bias" in name.rpartition(".")[2]]
+    assert {name.rpartition(".")[2] for name in biases} == {"bias", "in_proj_bias", "duplicate_pooling_bias"}
+    assert not any(decays[name] for name in biases)
+    assert decays["head.decoder.duplicate_pooling"] > 0
+
+
+def test_dropout_is_drawn_on_the_very_device_that_was_asked_for(backbone: VisionTransformer, monkeypatch) -> None:
+    """cuda:1 is not cuda: a generator of another device cannot be drawn from there."""
+    asked = []
+
+    def watched(root: int, *names: str | int, device: str = "cpu") -> torch.Generator:
+        asked.append((names[0], device))
+        return torch_stream(root, *names, device=device)
+
+    for module in (sweep, tuning):
+        monkeypatch.setattr(module, "torch_stream", watched)
+    sweep.Sweep([(HeadConfig("linear", 12, 3, 1), 0.1)], 1, device="cpu:0")
+    settings = TuneSettings("lora")
+    source = Mock(FeatureSource, device=torch.device("cpu:0"))
+    tuned = unfreeze(backbone, settings, 0, "x")
+    tuning.Tuner(settings, tuned, LinearHead(12, 1, 3), 1, source, 1, precision="fp32", seed=0, phase="x")
+    # a tensor of cpu:0 says that it is on cpu, so of the low-rank updates this tells nothing
+    assert asked == [("head dropout", "cpu:0"), ("low-rank dropout", "cpu"), ("tuning dropout", "cpu:0")]
 
 
 def test_dropout_of_updates_follows_its_stream_and_only_in_training(backbone: VisionTransformer) -> None:
