@@ -1,6 +1,7 @@
 """`hilum combine` on prediction files: rules, weights, damping, and what may be chosen on which labels."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -171,6 +172,24 @@ def test_what_was_chosen_on_some_patients_is_not_judged_on_them(folder: Path, tm
     with pytest.raises(StageError, match="The choice of members or weights of the compared file"):
         evaluate.run(tmp_path / "plain.parquet", labels, tmp_path / "evaluation", bootstraps=0, compare=out)
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_loose_files_are_chosen_on_and_judged_under_the_patients_of_the_labels(folder: Path, tmp_path: Path) -> None:
+    """As predicted each study is a patient of its own; in the labels four studies are one person's."""
+    whose = np.array([f"s{number // 2}" for number in range(160)])
+    for name, table in zip(("good", "fair"), read(folder, "good_val", "fair_val"), strict=True):
+        loose = dataclasses.replace(table, dataset=np.full(160, "files"), study_id=whose, patient_id=whose)
+        write_predictions(loose, tmp_path / f"{name}.parquet")
+    with (folder / "labels.csv").open(newline="") as file, (tmp_path / "labels.csv").open("w", newline="") as out:
+        rows = list(csv.reader(file))[1:161:2]
+        writer = csv.writer(out)
+        writer.writerow(["study_id", "patient_id", *FINDINGS])
+        writer.writerows([f"s{number}", f"person {number // 4}", *row[5:]] for number, row in enumerate(rows))
+    files, labels = [tmp_path / "good.parquet", tmp_path / "fair.parquet"], tmp_path / "labels.csv"
+    assert evaluate.run(files[0], labels, tmp_path / "evaluation", bootstraps=0)["n_patients"] == 20
+    combine.run(files, tmp_path / "chosen.parquet", unit="study", choose=True, labels=labels)
+    with pytest.raises(StageError, match="fitted on 80 of the 80"):
+        evaluate.run(tmp_path / "chosen.parquet", labels, tmp_path / "x", bootstraps=0)
 
 
 def test_calibrated_ranks_are_probabilities(folder: Path, tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ def _labelled(
     order = first.predictions.image_uid
     rows = [one.predictions.rows(one.predictions.places(order)) for one in joined]
     chosen_on = describe_items(order.tolist())
-    p = first.predictions  # the result may have a row per study: its ids are remembered too
+    # the result may have a row per study: its ids are remembered too, as it will spell them
+    p = members[0].rows(members[0].places(order))
     studies = study_uids(p.dataset, p.patient_id, p.study_id, p.image_uid)
     return rows, first.labels, chosen_on | {"digests": describe_items([*order, *studies])["digests"]}
 
