@@ -3,6 +3,7 @@
 A calibrator belongs to the stage and unit it was fitted at (raw image predictions, study means, an ensemble) and
 refuses others. It remembers on which items it was fitted, so that nothing is judged on them (`check_out_of_sample`).
 The maps are in `calibrators.py`, which finding gets which in `map_choice.py`, the operating points in `thresholds.py`.
+Past 300 lines: one class and its file, read and refused where they are damaged.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,11 +43,22 @@ __all__ = ["FEW_POSITIVES", "METHODS", "NO_LABELS", "Calibrator", "check_out_of_
 FORMAT = "hilum-calibrator-1"
 STEPS = ("study_aggregation", "ensemble", "normal_damping")
 """What prediction files say of how they came about before calibration."""
+OF_AN_ENSEMBLE = ("members", "weights")
+"""What `steps_of` adds for an ensemble; calibrators from before have neither, and are not checked for it."""
 
 
 def steps_of(predictions: Predictions) -> dict[str, Any]:
-    """The steps between raw predictions and these."""
-    return {key: predictions.metadata[key] for key in STEPS if predictions.metadata.get(key) is not None}
+    """The steps between raw predictions and these; of an ensemble also how many members it has, and their weights.
+
+    Weights are shares of 1, in the order of the members; equal ones are left out.
+    """
+    found = {key: predictions.metadata[key] for key in STEPS if predictions.metadata.get(key) is not None}
+    members = predictions.metadata.get("members")
+    if "ensemble" not in found or not members:
+        return found
+    weights = [float(one.get("weight", 1.0)) for one in members]
+    shares = [round(weight / sum(weights), 6) for weight in weights]
+    return found | {"members": len(members)} | ({"weights": shares} if len(set(shares)) > 1 else {})
 
 
 @dataclass(frozen=True)
@@ -189,6 +201,8 @@ class Calibrator:
                 f"{predictions.stage} predictions per {predictions.unit}. Fit one where it is used (hilum calibrate)."
             )
         found = steps_of(predictions)
+        if "members" not in (self.steps or {}):
+            found = {key: value for key, value in found.items() if key not in OF_AN_ENSEMBLE}
         if self.steps is not None and found != self.steps:
             raise StageError(
                 f"This calibrator was fitted on predictions made by {_words(self.steps)}; these were made by "

@@ -19,10 +19,12 @@ from hilum.evaluation.calibration import (
     describe_items,
     fingerprint,
     read_calibrator,
+    steps_of,
     write_calibrator,
 )
 from hilum.evaluation.calibrators import CALIBRATORS, IDENTITY
 from hilum.evaluation.definitions import log_loss
+from hilum.evaluation.ensemble import combine_members
 from hilum.evaluation.map_choice import cross_fit, deal_patients
 from hilum.evaluation.metrics import average_precision, expected_calibration_error, f1_at, roc_auc
 from hilum.evaluation.predictions import Predictions
@@ -445,3 +447,29 @@ def test_a_calibrator_is_for_the_steps_it_was_fitted_after():
         again.apply_to(table.replace(probabilities, study_aggregation="logit_mean"))
     old = Calibrator.from_dict({key: value for key, value in fitted.to_dict().items() if key != "steps"})
     old.apply_to(table.replace(probabilities, study_aggregation="logit_mean"))  # files from before say nothing of steps
+
+
+def test_a_calibrator_is_for_the_weights_and_the_number_of_members_it_was_fitted_after():
+    rng = np.random.default_rng(0)
+    ids, text = np.array([f"{n:016x}" for n in range(60)]), np.full(60, "")
+    members = [Predictions(ids, ids, text, text, text, text, ("a", "b"), rng.random((60, 2))) for _ in range(3)]
+    labels = (rng.random((60, 2)) < 0.5).astype(np.int8)
+
+    def fitted(weights, count=2):
+        table = combine_members(members[:count], weights=weights)
+        return Calibrator.fit(
+            table.probabilities, labels, table.findings, stage="ensemble", steps=steps_of(table)
+        ), table  # fmt: skip
+
+    uneven, weighed = fitted([0.75, 0.25])
+    uneven.apply_to(weighed)
+    uneven.apply_to(combine_members(members[:2], weights=[3, 1]))
+    even, equal = fitted(None)
+    even.apply_to(combine_members(members[:2], weights=[2, 2]))
+    with pytest.raises(StageError, match=r"weights \[0.75, 0.25\]; these were made by ensemble mean, members 2\."):
+        uneven.apply_to(equal)
+    for other in (weighed, fitted(None, 3)[1]):
+        with pytest.raises(StageError, match="these were made by ensemble mean, members"):
+            even.apply_to(other)
+    old = dataclasses.replace(even, steps={"ensemble": "mean"})
+    old.apply_to(weighed)  # files from before say nothing of weights
