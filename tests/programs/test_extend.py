@@ -1,6 +1,7 @@
 """`hilum extend`: new findings beside old ones that stay the same bits, budgets, splits, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from hilum.commands.extend_inputs import Shots, open_base, open_new_examples, se
 from hilum.commands.extend_training import make_ladder
 from hilum.core.config import override
 from hilum.core.errors import ConfigError, LeakageError, PredictionError, PreprocessingMismatchError, UnknownNameError
+from hilum.core.files import write_json
 from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
 from hilum.deploy import model_files as files
 from hilum.deploy.predictor import load
+from hilum.deploy.validation import read_bands
+from hilum.evaluation.calibration import describe_items
+from hilum.evaluation.fitted_items import are_among
 from hilum.heads.config import FitConfig
 from hilum.heads.registry import build_head
 
@@ -308,6 +313,33 @@ def test_images_that_the_model_has_never_met_are_joined_to_its_exposure(folder: 
     assert (old["items"], both["items"]) == (24, 48)
     with pytest.raises(PredictionError, match="added on other validation images"):
         files.read_validation(tmp_path / "out")
+
+
+def test_what_a_site_was_calibrated_on_is_not_forgotten(folder: Path, tmp_path: Path) -> None:
+    """After `hilum recalibrate` the ids are a site's, known by their digests alone; the new findings' are added."""
+    shutil.copytree(folder / "linear", tmp_path / "site")
+    content = settings(tmp_path / "site")
+    here = {"image": ["site/1", "site/2", "site/3"], "study": ["site/a", "site/b"]}
+    for unit, items in here.items():
+        content["calibration"][unit]["fitted_on"] = describe_items(items)
+    write_json(tmp_path / "site" / "config.json", content | {"recalibrated": {"studies": 2}})
+    extend.run(tmp_path / "site", folder / "store", NEW[:1], tmp_path / "one", FAST, device="cpu")
+    extend.run(tmp_path / "one", folder / "store", NEW[1:], tmp_path / "two", FAST, device="cpu")
+    validation = files.read_validation_of(folder / "linear")[0].image_uid.tolist()
+    for name in ("one", "two"):
+        content = settings(tmp_path / name)
+        for unit, items in here.items():
+            fitted_on = content["calibration"][unit]["fitted_on"]
+            assert are_among(items, fitted_on)
+            assert fitted_on["items"] == (27 if unit == "image" else 14)
+        assert are_among(validation, content["calibration"]["image"]["fitted_on"])
+        model = load(tmp_path / name, "cpu")
+        bands = read_bands(tmp_path / name, content, model.composition, model.calibrators["image"])
+        assert set(bands.findings) == set(model.findings) - set(OLD)  # validation says nothing of the site's maps
+        assert "calibrated on studies of one site" in (tmp_path / name / "README.md").read_text()
+    model = load(folder / "linear", "cpu")
+    bands = read_bands(folder / "linear", settings(folder / "linear"), model.composition, model.calibrators["image"])
+    assert set(bands.findings) == set(OLD)
 
 
 def test_an_ensemble_and_a_model_without_weights_are_refused(folder: Path, tmp_path: Path) -> None:

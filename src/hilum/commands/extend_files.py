@@ -1,5 +1,6 @@
 """The files of a MODEL that `extend` writes: what the model had, unchanged, and what was added beside it."""
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from hilum.deploy.card import write_cards
 from hilum.deploy.screening import SCREENING_NAME
 from hilum.evaluation.calibration import Calibrator, describe_items
 from hilum.evaluation.calibrators import IDENTITY
+from hilum.evaluation.fitted_items import DIGEST_BYTES, are_among, fingerprint
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import study_uids
 from hilum.heads.extension import ExtendedHead
@@ -80,6 +82,8 @@ def write_extended(
         "accepted_leak": join_leaks(str(base.content.get("accepted_leak") or ""), leak),
         "extended_from": files.digest_of(base.path),
     }
+    if "recalibrated" in content:
+        content["recalibrated"] = {**content["recalibrated"], "elsewhere": calibrated_elsewhere(base)}
     write_cards(out, content, more=extension_card(content))
     files.write_config(out, content)
     return content
@@ -123,11 +127,44 @@ def _join(
         for number, extension in enumerate(base.network.extensions):
             if not extension.zero_shot:
                 uids |= set(_items(files.read_validation_of(base.path, number)[0], old.unit))
-        items = describe_items(uids)
+        items = join_items(items, describe_items(uids))
     return replace(
         old, findings=old.findings + new.findings, maps=old.maps | new.maps, thresholds=old.thresholds | new.thresholds,
         raw_thresholds=old.raw_thresholds | new.raw_thresholds, fitted_on=items,
     )  # fmt: skip
+
+
+def join_items(old: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What was fitted on either, as `describe_items` writes it.
+
+    Ids of the old one's are not kept where they were a site's, so of a true union the fingerprint is that of digests.
+    """
+    first, second = (_digests(one) for one in (old, new))
+    if first <= second:
+        return new
+    both = sorted(first | second)
+    return {
+        "fingerprint": fingerprint(one.hex() for one in both),
+        "items": len(both),
+        "digests": base64.b64encode(b"".join(both)).decode(),
+    }
+
+
+def _digests(fitted_on: Mapping[str, Any]) -> set[bytes]:
+    packed = base64.b64decode(fitted_on["digests"])
+    return {packed[start : start + DIGEST_BYTES] for start in range(0, len(packed), DIGEST_BYTES)}
+
+
+def calibrated_elsewhere(base: Base) -> list[str]:
+    """Findings of a recalibrated model whose maps are of a site, while the validation that it holds is not.
+
+    The union of items can no longer tell, once something is added that was fitted on that validation.
+    """
+    recalibrated = base.content.get("recalibrated") or {}
+    items, fitted_on = _items(base.validation, "image"), base.calibrators["image"].fitted_on
+    if not recalibrated or "elsewhere" in recalibrated:
+        return list(recalibrated.get("elsewhere", ()))
+    return [] if fitted_on and are_among(items, fitted_on) else list(base.names)
 
 
 def _items(predictions: Predictions, unit: str) -> list[str]:
@@ -181,6 +218,12 @@ def memory_has_seen(base: Base, rung: Rung, predictions: Predictions) -> bool:
 def extension_card(content: Mapping[str, Any]) -> str:
     """What the model card says of findings that were added."""
     lines = []
+    if elsewhere := (content.get("recalibrated") or {}).get("elsewhere"):
+        lines += [
+            "", "## Recalibrated for a site", "",
+            f"{', '.join(elsewhere)}: calibrated on studies of one site, not on the validation above. Findings added "
+            "since are calibrated on the validation named below, not at that site.",
+        ]  # fmt: skip
     for number, extension in enumerate(content.get("extensions", ()), 1):
         names, training = extension["findings"], extension["training"]
         lines += ["", f"## Extension {number}: {', '.join(names)}", ""]

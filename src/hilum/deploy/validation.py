@@ -122,7 +122,8 @@ def read_bands(
         except (StageError, PredictionError):
             continue
         bands |= ScoreBands.of(scores, labels).findings
-    return ScoreBands(bands)
+    elsewhere = (content.get("recalibrated") or {}).get("elsewhere", ())
+    return ScoreBands({name: band for name, band in bands.items() if name not in elsewhere})
 
 
 _Part = tuple[list[Predictions], np.ndarray, list[np.ndarray]]
