@@ -145,6 +145,28 @@ def test_a_calibrator_fitted_on_test_is_refused(world, results, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def test_thresholds_come_from_the_calibrator_of_the_predictions_and_no_other(world, results, tmp_path):
+    """Another one that was fitted on the same items has thresholds of other probabilities."""
+    options = {"split": "test", "bootstraps": 0}
+    for name, more in (("other", {"method": "platt"}), ("more", {"sensitivity": [0.9]})):
+        calibrate.run(world / "both-val.parquet", world / "store", out=tmp_path / f"{name}.json", **more)
+    found = [
+        evaluate.run(world / "calibrated.parquet", world / "store", tmp_path / "m", calibration=path, **options)[
+            "macro"
+        ]
+        for path in (None, world / "cal.json", tmp_path / "more.json")
+    ]
+    assert found[0] == found[1] == found[2]
+    with pytest.raises(StageError, match="calibrated by something else than"):
+        evaluate.run(
+            world / "calibrated.parquet",
+            world / "store",
+            tmp_path / "x",
+            calibration=tmp_path / "other.json",
+            **options,
+        )
+
+
 def test_validation_predictions_of_a_head_trained_on_validation_are_refused(world, tmp_path):
     table = read_predictions(world / "one-val.parquet")
     write_predictions(table.replace(table.probabilities, head_splits=["train", "val"]), tmp_path / "p.parquet")

@@ -20,15 +20,17 @@ def f1_thresholds(table: Predictions, calibration: Path | None) -> dict[str, flo
     own = table.metadata.get("calibration") or {}
     if own.get("fitted_on"):
         check_out_of_sample(table, own["fitted_on"], "The calibrator of these predictions")
+    stored = {name: cuts["f1"] for name, cuts in (table.metadata.get("thresholds") or {}).items()}
     if calibration is None:
-        found = table.metadata.get("thresholds") or {}
-        return {name: cuts["f1"] for name, cuts in found.items()} or None
+        return stored or None
     calibrator = read_calibrator(calibration)
     if calibrator.fitted_on:
         check_out_of_sample(table, calibrator.fitted_on, str(calibration))
     if table.stage != "calibrated":
         calibrator.check_stage(table)
         return {name: cuts["f1"] for name, cuts in calibrator.raw_thresholds.items()}
-    if own.get("fitted_on") != calibrator.fitted_on:
+    cuts = {name: cuts["f1"] for name, cuts in calibrator.thresholds.items()}
+    # fitted on the same items is not enough: another method gives other probabilities, and cuts of those
+    if own.get("fitted_on") != calibrator.fitted_on or any(stored.get(n) != cuts.get(n) for n in table.findings):
         raise StageError(f"These predictions were calibrated by something else than {calibration}.")
-    return {name: cuts["f1"] for name, cuts in calibrator.thresholds.items()}
+    return cuts
