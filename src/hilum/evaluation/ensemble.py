@@ -12,6 +12,7 @@ from jaxtyping import Float
 from scipy.special import expit, logit
 
 from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
+from hilum.evaluation.fitted_items import merge_items
 from hilum.evaluation.predictions import Predictions, column_indices
 from hilum.evaluation.ranks import Ranks
 from hilum.evaluation.study_rules import SMALLEST
@@ -76,9 +77,11 @@ def combine_members(
         "thresholds": None,
         "calibration": None,
         "head_splits": sorted({split for m in members for split in m.metadata.get("head_splits", ())}) or None,
-        "chosen_on": next((chosen for m in members if (chosen := m.metadata.get("chosen_on"))), None),
+        "chosen_on": merge_items([chosen for m in members if (chosen := m.metadata.get("chosen_on"))]),
         "exposed_images": _most_exposed(members),
-        "accepted_leak": "; ".join(dict.fromkeys(leak for m in members if (leak := m.metadata.get("accepted_leak")))),
+        "accepted_leak": _accepted_leak(members),
+        "uncalibrated": _said(members, "uncalibrated"),
+        "exposure_not_recorded": _said(members, "exposure_not_recorded"),
     }
     return first.replace(_mean(stacked[shares > 0], shares[shares > 0], rule == "logit_mean"), **metadata)
 
@@ -113,6 +116,17 @@ def _mean(
     lowest = stacked[0]
     highest = np.take_along_axis(stacked, np.maximum(trained.sum(axis=0) - 1, 0)[None], axis=0)[0]
     return np.clip(expit(average) if logits else average, lowest, highest)
+
+
+def _said(members: Sequence[Predictions], key: str) -> str | None:
+    """What members say under a key of their metadata, each sentence once."""
+    return "; ".join(dict.fromkeys(said for m in members if (said := m.metadata.get(key)))) or None
+
+
+def _accepted_leak(members: Sequence[Predictions]) -> str | None:
+    """The leaks that were accepted; None where a member has met images without one: nobody has accepted that."""
+    unexcused = any(m.metadata.get("exposed_images") and not m.metadata.get("accepted_leak") for m in members)
+    return None if unexcused else _said(members, "accepted_leak")
 
 
 def _most_exposed(members: Sequence[Predictions]) -> int | None:

@@ -5,7 +5,7 @@ Ids are kept as short digests: enough to tell whether an item was among them, to
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hilum.core.errors import StageError
@@ -24,6 +24,20 @@ def describe_items(uids: Iterable[str]) -> dict[str, Any]:
     names = sorted({str(uid) for uid in uids})
     packed = b"".join(sorted(_digest(name) for name in names))
     return {"fingerprint": fingerprint(names), "items": len(names), "digests": base64.b64encode(packed).decode()}
+
+
+def merge_items(described: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Several `describe_items` as one, of every item that is in any; None of none.
+
+    The ids are gone, so of different ones the fingerprint is that of their fingerprints, and `items` counts digests.
+    """
+    distinct = {str(one["digests"]): one for one in described}
+    if len(distinct) < 2:
+        return dict(next(iter(distinct.values()))) if distinct else None
+    digests = sorted(set().union(*map(_digests, distinct.values())))
+    packed = base64.b64encode(b"".join(digests)).decode()
+    marks = fingerprint(str(one["fingerprint"]) for one in distinct.values())
+    return {"fingerprint": marks, "items": len(digests), "digests": packed}
 
 
 def _digest(uid: str) -> bytes:

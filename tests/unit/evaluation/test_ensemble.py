@@ -8,6 +8,7 @@ from scipy.stats import rankdata
 
 from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.evaluation.ensemble import ENSEMBLES, combine_members, mean_over_models
+from hilum.evaluation.fitted_items import are_among, check_out_of_sample, describe_items
 from hilum.evaluation.ranks import Ranks
 from hilum.evaluation.studies import aggregate_studies, mean_over_studies
 
@@ -102,6 +103,46 @@ def test_provenance_of_the_members_is_kept(made_up):
     assert mean_over_models([unknown, known]).metadata["exposed_images"] == 0
     assert "thresholds" not in metadata
     assert "model" not in metadata
+
+
+def test_what_any_member_says_against_itself_the_ensemble_says(made_up):
+    tables = members(made_up)
+    values = [table.probabilities for table in tables]
+    clean = tables[0].replace(values[0])
+    notes = {"uncalibrated": "imported", "exposure_not_recorded": "the authors name it"}
+    noted = tables[1].replace(values[1], **notes)
+    again = tables[2].replace(values[2], uncalibrated="other import", exposure_not_recorded="the authors name it")
+    found = mean_over_models([clean, noted, again]).metadata
+    assert found["uncalibrated"] == "imported; other import"
+    assert found["exposure_not_recorded"] == "the authors name it"
+    assert not {"uncalibrated", "exposure_not_recorded"} & set(mean_over_models([clean, clean]).metadata)
+
+
+def test_one_accepted_leak_excuses_no_other_member(made_up):
+    first, second, third = ((table, table.probabilities) for table in members(made_up))
+    excused = first[0].replace(first[1], exposed_images=3, accepted_leak="a pool that leaks by design")
+    exposed, other = second[0].replace(second[1], exposed_images=2), third[0].replace(third[1], exposed_images=0)
+    assert mean_over_models([excused, other]).metadata["accepted_leak"] == "a pool that leaks by design"
+    for order in ([excused, exposed, other], [other, exposed, excused]):
+        found = mean_over_models(order).metadata
+        assert not found.get("accepted_leak")
+        assert found["exposed_images"] == 3
+    also = second[0].replace(second[1], exposed_images=2, accepted_leak="another")
+    assert mean_over_models([excused, also]).metadata["accepted_leak"] == "a pool that leaks by design; another"
+
+
+def test_what_any_member_was_chosen_on_is_judged_by_none(made_up):
+    tables = members(made_up)
+    parts = [tables[0].image_uid[:10].tolist(), tables[0].image_uid[5:20].tolist()]
+    chosen = [t.replace(t.probabilities, chosen_on=describe_items(p)) for t, p in zip(tables, parts, strict=False)]
+    found = mean_over_models([*chosen, tables[2]]).metadata["chosen_on"]
+    assert found["items"] == 20
+    for uids in parts:
+        assert are_among(uids, found)
+    assert not are_among(tables[0].image_uid[20:21].tolist(), found)
+    with pytest.raises(StageError, match="fitted on 20 of the 60"):
+        check_out_of_sample(tables[0], found, "x")
+    assert mean_over_models([chosen[0], chosen[0], tables[2]]).metadata["chosen_on"] == describe_items(parts[0])
 
 
 def ranked(table):
