@@ -375,3 +375,33 @@ def test_a_task_prints_its_board_and_claims_no_place_on_other_images(tmp_path, c
         section = re.search(r'<section id="leaderboard".*?</section>', page, re.S)[0]
         assert "yangz16" in section
         assert ("says nothing about a place" in section) is not comparable
+
+
+@pytest.mark.parametrize("fault", ["untrained", "no labels", "few positives", "no positives"])
+def test_no_place_on_a_board_without_every_class_of_the_task(tmp_path, capsys, fault):
+    """A class that the mean lacks may be the hardest; one without a positive has no AP on anybody's board."""
+    from hilum.data.labels import TASKS
+
+    task = "cxrlt2024-task2"
+    count, rng, hernia = TEST_IMAGES[task][0], np.random.default_rng(0), TASKS[task].index("Hernia")
+    labels = (rng.random((count, 26)) < 0.3).astype(np.int8)
+    values = np.clip(rng.normal(0.3 + 0.3 * labels, 0.2), 0, 1)
+    if fault == "untrained":
+        values[:, hernia] = np.nan
+    else:
+        labels[:, hernia] = -1 if fault == "no labels" else 0
+        labels[:2, hernia] = 1 if fault == "few positives" else labels[:2, hernia]
+    ids = np.array([f"{row:016x}" for row in range(count)])
+    table = Predictions(ids, ids, ids, ids, np.full(count, "mimic"), np.full(count, "PA"), TASKS[task], values)
+    write_predictions(table, tmp_path / "p.parquet")
+    columns = {name: labels[:, c] for c, name in enumerate(TASKS[task])}
+    pl.DataFrame({"image_uid": ids, **columns}).write_csv(tmp_path / "l.csv")
+    result = evaluate.run(
+        tmp_path / "p.parquet", tmp_path / "l.csv", tmp_path / "m", task=task, bootstraps=0, min_positives=3
+    )
+    board, shown = result["leaderboard"], capsys.readouterr().out
+    place = fault == "no positives"
+    assert (board["rows"][0]["rank"] is not None) is board["comparable"] is place
+    message = "1 classes without a positive here are in no mean" if place else "1 classes of this task are in no mean"
+    for text in (board["note"], shown, (tmp_path / "m" / "report.html").read_text()):
+        assert re.search(f"{message}.*Hernia", text)

@@ -8,7 +8,8 @@ import pytest
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
-from hilum.commands import extend_joint, fit
+from hilum.commands import extend, extend_joint, fit
+from hilum.commands.extend_inputs import check_sides, open_base
 from hilum.core.config import override
 from hilum.core.errors import ConfigError, HilumError, LeakageError
 from hilum.core.seeding import forked
@@ -27,8 +28,11 @@ CONFIG = FitConfig(
 )  # fmt: skip
 
 
-def make_store(path: Path, old_in_train: bool = True, change=lambda labels: None) -> Store:
-    """Three halves of the image say three findings; the store may lack labels of the old ones in training."""
+def make_store(path: Path, old_in_train: bool = True, change=lambda labels: None, part: slice = slice(None)) -> Store:
+    """Three halves of the image say three findings; the store may lack labels of the old ones in training.
+
+    `part`: of the images, to have a store of some and one of others.
+    """
     rng = np.random.default_rng(1)
     labels = (rng.random((len(SPLITS), 3)) < 0.4).astype(np.int8)
     images = []
@@ -41,8 +45,10 @@ def make_store(path: Path, old_in_train: bool = True, change=lambda labels: None
     if not old_in_train:
         labels[:120, :2] = -1
     change(labels)
+    names = [f"image{n}" for n in range(len(SPLITS))][part]
+    patients = [f"arrays/p{n}" for n in range(len(SPLITS))][part]
     return write_arrays(
-        path, images, labels, (*OLD, *NEW), splits=SPLITS, patients=[f"arrays/p{n}" for n in range(len(SPLITS))]
+        path, images[part], labels[part], (*OLD, *NEW), splits=SPLITS[part], patients=patients, image_ids=names
     )
 
 
@@ -143,3 +149,54 @@ def test_how_the_backbone_was_tuned_stays_known(folder: Path, tmp_path: Path) ->
     before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "tuned", joint))
     assert before["training"]["tuning"]["method"] == "full"
     assert after["training"]["tuning"] == before["training"]["tuning"]
+
+
+def test_a_finding_that_the_model_was_never_trained_on_has_nothing_to_lose(folder: Path, tmp_path: Path) -> None:
+    """It is null before and after: neither the gate nor the choice of a rate knows of it."""
+
+    def forget(labels: np.ndarray) -> None:
+        labels[:120, 1] = 0  # validation has positives
+
+    make_store(tmp_path / "store", change=forget)
+    fit.run(CONFIG, tmp_path / "store", folder / "run", tmp_path / "model", device="cpu")
+    extend_joint.run(
+        tmp_path / "model", tmp_path / "store", NEW, tmp_path / "out", tolerance=0.1, bootstraps=50, device="cpu"
+    )
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert list(content["joint"]["regression"]) == ["Edema"]
+    assert content["joint"]["harmless"]
+    assert [one["trained"] for one in content["findings"]] == [True, False, True]
+    assert json.loads((tmp_path / "out" / "search.json").read_text())["findings"] == ["Edema", "Rib Fracture"]
+    assert not files.read_validation(tmp_path / "out")[0].trained[1]
+
+
+def test_heads_that_were_validated_on_other_images_are_each_held_against_their_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Edema was learned on every other image, Fracture added on the rest; all of them are there in the joint fit."""
+    for name, start in (("one", 0), ("other", 1)):
+        make_store(tmp_path / name, part=slice(start, None, 2))
+    short = ["search_epochs=2", "refit_epochs=2"]
+    config = override(CONFIG, ["findings=[Edema]", *short])
+    fit.run(config, tmp_path / "one", folder / "run", tmp_path / "model", device="cpu")
+    extend.run(tmp_path / "model", tmp_path / "other", ["Fracture"], tmp_path / "more", short, device="cpu")
+
+    def forget(labels: np.ndarray) -> None:
+        labels[120:180, 1] = -1  # the labels that the extension was validated with are in the model
+
+    make_store(tmp_path / "store", change=forget)
+    extend_joint.run(
+        tmp_path / "more", tmp_path / "store", NEW, tmp_path / "out", short, accept=True, bootstraps=50, device="cpu"
+    )
+    rows = json.loads((tmp_path / "out" / "config.json").read_text())["joint"]["regression"]
+    assert list(rows) == list(OLD)
+    for number, name in ((None, "Edema"), (0, "Fracture")):
+        validation, labels = files.read_validation_of(tmp_path / "more", number)
+        assert rows[name]["before"] == pytest.approx(average_precision(validation.probabilities[:, 0], labels[:, 0]))
+        assert rows[name]["positives"] == int((labels[:, 0] == 1).sum())
+
+    # an image that an extension was validated on is no training image of the next
+    moved = Store.open(tmp_path / "other")
+    base = open_base(tmp_path / "more")
+    with pytest.raises(LeakageError, match="validated on images of 30 patients"):
+        check_sides(base, moved, moved.indices("val"), moved.indices("train")[:0])

@@ -21,7 +21,7 @@ from hilum.evaluation.bootstrap import paired_comparison
 from hilum.evaluation.calibration import check_out_of_sample
 from hilum.evaluation.curves import curves
 from hilum.evaluation.joining import Joined, join, match_findings
-from hilum.evaluation.leaderboards import NOT_COMPARABLE, Row, is_challenge_test, leaderboard, leaderboard_table
+from hilum.evaluation.leaderboards import Row, is_challenge_test, leaderboard, leaderboard_table
 from hilum.evaluation.ledger import record_opening
 from hilum.evaluation.metrics import evaluate
 from hilum.evaluation.predictions import Predictions, read_predictions
@@ -144,7 +144,7 @@ def run(
             )  # fmt: skip
     board = _board(task, joined, result, predictions.stem) if task else []
     if board:
-        remarks = {"comparable": board[0].note != NOT_COMPARABLE, "note": board[0].note}
+        remarks = {"comparable": board[0].rank is not None, "note": board[0].note}
         result["leaderboard"] = {"rows": [dataclasses.asdict(row) for row in board], **remarks}
     if compare is not None and other is not None:
         result["compare"] = _compare(joined, thresholds, other, compare, bootstraps, seed, min_positives)
@@ -276,7 +276,10 @@ def _board(task: str, joined: Joined, result: dict[str, Any], name: str) -> list
     """The own row and the published ones; nothing where none was published."""
     table = joined.predictions
     comparable = table.unit == "image" and is_challenge_test(task, len(table), sorted(set(table.dataset.tolist())))
-    rows = leaderboard(task, result["macro"], name, comparable)
+    out = {name for reason in ("untrained", "no_labels", "few_positives") for name in result["excluded"][reason]}
+    none = [name for name, one in result["findings"].items() if one["positives"] == 0 and one["negatives"]]
+    missing = [name for name in table.findings if name in out and name not in none]
+    rows = leaderboard(task, result["macro"], name, comparable, missing, none)
     return rows if len(rows) > 1 else []
 
 

@@ -123,10 +123,7 @@ def _join(
 ) -> Calibrator:
     items = old.fitted_on
     if validation is not None and items is not None:
-        uids = set(_items(base.validation, old.unit)) | set(_items(validation[0], old.unit))
-        for number, extension in enumerate(base.network.extensions):
-            if not extension.zero_shot:
-                uids |= set(_items(files.read_validation_of(base.path, number)[0], old.unit))
+        uids = {uid for one, _ in (*base.validations, validation) for uid in _items(one, old.unit)}
         items = join_items(items, describe_items(uids))
     return replace(
         old, findings=old.findings + new.findings, maps=old.maps | new.maps, thresholds=old.thresholds | new.thresholds,
@@ -161,7 +158,7 @@ def calibrated_elsewhere(base: Base) -> list[str]:
     The union of items can no longer tell, once something is added that was fitted on that validation.
     """
     recalibrated = base.content.get("recalibrated") or {}
-    items, fitted_on = _items(base.validation, "image"), base.calibrators["image"].fitted_on
+    items, fitted_on = _items(base.validations[0][0], "image"), base.calibrators["image"].fitted_on
     if not recalibrated or "elsewhere" in recalibrated:
         return list(recalibrated.get("elsewhere", ()))
     return [] if fitted_on and are_among(items, fitted_on) else list(base.names)

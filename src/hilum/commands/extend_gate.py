@@ -7,7 +7,6 @@ from jaxtyping import Int
 
 from hilum.commands.extend_inputs import Base
 from hilum.core.types import POSITIVE
-from hilum.deploy import model_files as files
 from hilum.evaluation.bootstrap import paired_comparison
 from hilum.evaluation.predictions import Predictions
 
@@ -17,11 +16,26 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Average precision of every old finding before and after, on images that both were validated on.
 
+    A model that was extended on another store has heads that were validated on other images: each is compared on its
+    own. Findings that the model was never trained on have nothing to lose, and are left out.
+
     Returns:
         by finding: `before`, `after`, `difference`, `low`, `high` (95 %, patients resampled) and a `verdict`:
         "harmless" where the whole interval is above -tolerance, "worse" where it is below, else "not shown".
     """
-    before, _ = files.read_validation(base.path)
+    trained = {finding.name for finding in base.network.findings if finding.trained}
+    result: dict[str, dict[str, Any]] = {}
+    for before, _ in base.validations:
+        names = [name for name in before.findings if name in trained]
+        if names:
+            result |= _compare_head(before.select(names), predictions, labels, tolerance, bootstraps, seed)
+    return result
+
+
+def _compare_head(
+    before: Predictions, predictions: Predictions, labels: Int[np.ndarray, "M C"], tolerance: float, bootstraps: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     shared = np.intersect1d(before.image_uid, predictions.image_uid)
     rows = [np.flatnonzero(np.isin(one.image_uid, shared)) for one in (before, predictions)]
     if not len(shared):

@@ -40,9 +40,9 @@ class Base:
     head: Head | ExtendedHead
     exposure: files.Exposure
     calibrators: files.Calibrators
-    validation: Predictions
-    """Of the head that had not seen validation: findings of the first head."""
-    validation_labels: Int[np.ndarray, "N C"]
+    validations: tuple[tuple[Predictions, Int[np.ndarray, "N C"]], ...]
+    """Of every head that was validated, the first one first: predictions by a head that had not seen validation, and
+    the labels. Extensions may have been validated on other images than the first head."""
 
     @property
     def main(self) -> Head:
@@ -57,7 +57,9 @@ class Base:
     @property
     def validated(self) -> np.ndarray:
         """Identities (uint64) of the images that selection and calibration were done on."""
-        return np.union1d(self.exposure.val, uid_numbers(self.validation.image_uid))
+        return np.unique(
+            np.concatenate([self.exposure.val, *(uid_numbers(one.image_uid) for one, _ in self.validations)])
+        )
 
 
 def open_base(path: Path) -> Base:
@@ -72,10 +74,10 @@ def open_base(path: Path) -> Base:
         raise ConfigError(f"{path} is an ensemble. Extend its members one by one, and combine them again.")
     network = files.read_network(path, content)
     backbone, head = files.read_weights(path, network, str(content["weights"]["sha256"]))
-    validation, labels = files.read_validation_of(path)
+    numbers = [None, *(number for number, one in enumerate(network.extensions) if not one.zero_shot)]
     return Base(
         path, content, network, backbone, head, files.read_exposure(path, content),
-        files.read_calibrators(path, content), validation, labels,
+        files.read_calibrators(path, content), tuple(files.read_validation_of(path, number) for number in numbers),
     )  # fmt: skip
 
 

@@ -230,13 +230,13 @@ def _open_all(base: Base, data: Path, names: tuple[str, ...]) -> Examples:
     for column, name in enumerate(base.names):
         if name in store.findings:
             old[both, column] = store.labels[both, store.findings.index(name)]
-    known_then = dict(zip(uid_numbers(base.validation.image_uid).tolist(), range(len(base.validation)), strict=True))
-    place = {name: column for column, name in enumerate(base.validation.findings)}
-    for index in examples.val:  # labels that the model was validated with, where the store has none
-        row = known_then.get(int(uid_numbers(store.uids[index : index + 1])[0]))
-        for column, name in enumerate(base.names) if row is not None else ():
-            if name in place and old[index, column] == UNKNOWN:
-                old[index, column] = base.validation_labels[row, place[name]]
+    for validation, known in base.validations:  # labels that the model was validated with, where the store has none
+        row_of = dict(zip(uid_numbers(validation.image_uid).tolist(), range(len(validation)), strict=True))
+        columns = [base.names.index(name) for name in validation.findings]
+        for index, uid in zip(examples.val, uid_numbers(store.uids[examples.val]).tolist(), strict=True):
+            if uid in row_of:
+                now = old[index, columns]
+                old[index, columns] = np.where(now == UNKNOWN, known[row_of[uid]], now)
     labels = np.concatenate([old, examples.labels], axis=1)
     fresh = describe_findings((*base.names, *names), labels[examples.train])
     # An old finding was trained already, whether or not this store has a label of it.
@@ -244,10 +244,10 @@ def _open_all(base: Base, data: Path, names: tuple[str, ...]) -> Examples:
         replace(now, trained=True) if now.known and then.trained else now if now.known else then
         for now, then in zip(fresh[: len(base.names)], base.network.findings, strict=True)
     )
-    return replace(
-        examples, labels=labels, findings=kept + fresh[len(base.names) :],
-        scored=(labels[examples.val] == POSITIVE).any(axis=0),
-    )  # fmt: skip
+    findings = kept + fresh[len(base.names) :]
+    trained = np.array([finding.trained for finding in findings])
+    labels[:, ~trained] = UNKNOWN  # as in a fit: nothing to learn, and nothing to choose by
+    return replace(examples, labels=labels, findings=findings, scored=(labels[examples.val] == POSITIVE).any(axis=0))
 
 
 def _teacher_has_seen(base: Base, store: Store, val: np.ndarray, accept: bool) -> bool:

@@ -153,10 +153,14 @@ def check(
     if labels is None:
         return found, None
     truth = read_truth(labels)
-    scores = challenge_scores(found.values, labels_of(found, truth))
+    known = labels_of(found, truth)
+    scores = challenge_scores(found.values, known)
     datasets = sorted(set(truth.dataset.tolist()) - {""}) or ["cxrlt2026" if "2026" in task else "cxrlt"]
     comparable = is_challenge_test(task, len(found.ids), datasets)
-    say(leaderboard_table(leaderboard(task, scores, path.name, comparable)))
+    unlabelled = [name for name, codes in zip(found.classes, known.T, strict=True) if (codes < 0).all()]
+    absent = [name for name, codes in zip(found.classes, known.T, strict=True) if (codes != 1).all()]
+    none = [name for name in absent if name not in unlabelled]
+    say(leaderboard_table(leaderboard(task, scores, path.name, comparable, unlabelled, none)))
     return found, scores
 
 

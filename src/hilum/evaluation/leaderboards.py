@@ -25,6 +25,8 @@ TEST_IMAGES: dict[str, tuple[int, ...]] = {
 NOT_COMPARABLE = (
     "The first row is of other images than the published test set: its level says nothing about a place on this board."
 )
+PLACE = "place among the published mAP"
+"""Of an own row that has one."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Row:
     phase: str
     """test: the challenge's board; development: its development set; rerun: others, later; own: what was given."""
     rank: int | None
-    """As published; of an own row the place that its mAP would have had, on the challenge's own test images alone."""
+    """As published; of an own row the place that its mAP would have had, on the challenge's own test images alone and
+    over every class of the task."""
     team: str
     values: dict[str, float | None]
     """Of each name in MEASURES; mF1 at the fixed cut of 0.5."""
@@ -76,7 +79,12 @@ def is_challenge_test(task: str, images: int, datasets: Sequence[str]) -> bool:
 
 
 def leaderboard(
-    task: str, own: Mapping[str, float | None], name: str = "this file", comparable: bool = False
+    task: str,
+    own: Mapping[str, float | None],
+    name: str = "this file",
+    comparable: bool = False,
+    missing: Sequence[str] = (),
+    without_positive: Sequence[str] = (),
 ) -> list[Row]:
     """One's own row, then the published ones.
 
@@ -86,6 +94,8 @@ def leaderboard(
         name: what the own row is called.
         comparable: the own numbers are of the challenge's own test images (`is_challenge_test`). Only then does the
             row get a place: one more than the entries with a higher mAP.
+        missing: classes of the task that the mean lacks though the images have positives of them, or may: no place.
+        without_positive: classes that nobody can be judged on with these images; the note names them.
 
     Returns:
         Rows, the own one first. `dataclasses.asdict` makes each JSON.
@@ -98,9 +108,19 @@ def leaderboard(
     board = [row.values["mAP"] for row in rows if row.phase == "test"]
     score = values["mAP"]
     above = sum(other is not None and score is not None and other > score for other in board)
-    rank = 1 + above if comparable and score is not None else None
-    note = "place among the published mAP" if rank else NOT_COMPARABLE if not comparable else ""
-    return [Row(task, "own", rank, name, values, note, "metrics.json"), *rows]
+    rank = 1 + above if comparable and not missing and score is not None else None
+    return [Row(task, "own", rank, name, values, _note(comparable, rank, missing, without_positive), "metrics.json"), *rows]
+
+
+def _note(comparable: bool, rank: int | None, missing: Sequence[str], without_positive: Sequence[str]) -> str:
+    """What is to be said of an own row's place."""
+    if not comparable:
+        return NOT_COMPARABLE
+    if missing:
+        return f"No place: {len(missing)} classes of this task are in no mean of the first row: {', '.join(missing)}."
+    names = ", ".join(without_positive)
+    absent = f"{len(without_positive)} classes without a positive here are in no mean: {names}." if names else ""
+    return "; ".join(part for part in (PLACE if rank else "", absent) if part)
 
 
 def leaderboard_table(rows: Sequence[Row]) -> str:
@@ -114,6 +134,5 @@ def leaderboard_table(rows: Sequence[Row]) -> str:
     notes = ["mECE of the own row: mECE_challenge_inferred (what the challenge computed was never published)."]
     if any(row.phase == "development" for row in rows):
         notes.append("development: other images and labels than the test set; not the scale of the test rows.")
-    if any(row.phase == "own" and row.note == NOT_COMPARABLE for row in rows):
-        notes.append(NOT_COMPARABLE)
+    notes += [row.note for row in rows if row.phase == "own" and row.note not in (PLACE, "")]
     return "\n".join([*lines, *notes])

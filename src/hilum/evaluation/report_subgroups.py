@@ -129,7 +129,7 @@ def leaderboard_table(board: Mapping[str, Any]) -> str:
             f'<tr><th scope="row">{name}</th><td>{text(phase)}</td>'
             f'<td class="number">{count(row["rank"])}</td>{cells}</tr>'
         )
-    remark = "" if board["comparable"] else f" <b>{text(board['note'])}</b>"
+    remark = "" if board["note"] in (PLACE, "") else f" <b>{text(board['note'])}</b>"
     return (
         '<div class="scroll"><table class="plain steps"><thead><tr><th>Entry</th><th>Phase</th>'
         f'<th class="number">Place</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
