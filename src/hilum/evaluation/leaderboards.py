@@ -109,7 +109,10 @@ def leaderboard(
     score = values["mAP"]
     above = sum(other is not None and score is not None and other > score for other in board)
     rank = 1 + above if comparable and not missing and score is not None else None
-    return [Row(task, "own", rank, name, values, _note(comparable, rank, missing, without_positive), "metrics.json"), *rows]
+    return [
+        Row(task, "own", rank, name, values, _note(comparable, rank, missing, without_positive), "metrics.json"),
+        *rows,
+    ]
 
 
 def _note(comparable: bool, rank: int | None, missing: Sequence[str], without_positive: Sequence[str]) -> str:

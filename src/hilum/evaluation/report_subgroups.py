@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hilum.evaluation.charts import nice_ticks
+from hilum.evaluation.leaderboards import PLACE
 from hilum.evaluation.markup import bracket, count, decimal, finite, interval, signed, text, undefined
 from hilum.evaluation.report_tables import difference_axis, difference_cells, difference_scale
 from hilum.evaluation.subgroups import UNDER_DIAGNOSIS

@@ -58,6 +58,16 @@ def test_a_place_is_given_on_the_challenges_own_images_alone():
     json.dumps([dataclasses.asdict(row) for row in leaderboard("cxrlt2024-task2", OWN)], allow_nan=False)
 
 
+def test_no_place_where_the_mean_lacks_classes():
+    def own(**options):
+        return leaderboard("cxrlt2024-task2", OWN, "mine", comparable=True, **options)
+
+    lacking, whole = own(missing=["Hernia"], without_positive=["Mass"]), own(without_positive=["Mass", "Fibrosis"])
+    assert (lacking[0].rank, whole[0].rank) == (None, 3)
+    assert "No place: 1 classes of this task are in no mean of the first row: Hernia." in leaderboard_table(lacking)
+    assert "place among the published mAP; 2 classes without a positive here" in leaderboard_table(whole)
+
+
 def test_the_text_says_what_may_not_be_concluded():
     text = leaderboard_table(leaderboard("cxrlt2024-task1", OWN, "mine"))
     assert NOT_COMPARABLE in text
