@@ -40,7 +40,7 @@ class Base:
     head: Head | ExtendedHead
     exposure: files.Exposure
     calibrators: files.Calibrators
-    validations: tuple[tuple[Predictions, Int[np.ndarray, "N C"]], ...]
+    validations: tuple[tuple[Predictions, Int[np.ndarray, "_ _"]], ...]
     """Of every head that was validated, the first one first: predictions by a head that had not seen validation, and
     the labels. Extensions may have been validated on other images than the first head."""
 
