@@ -23,6 +23,8 @@ from hilum.core.config import override
 from hilum.core.seeding import forked
 from hilum.data.store import Store
 from hilum.deploy.ensemble_model import combine_models
+from hilum.deploy.study_page import study_page
+from hilum.deploy.study_report import ImageFacts, study_document
 from hilum.deploy.validation import read_bands
 from hilum.evaluation.predictions import read_predictions
 
@@ -112,6 +114,15 @@ def site(world: Path) -> Path:
     return world / "here"
 
 
+def test_the_operating_point_that_a_site_asks_for_comes_first(site: Path, world: Path) -> None:
+    model, old = hilum.load(site, device="cpu"), hilum.load(world / "model", device="cpu")
+    assert model.operating_points == ("spec_at_sens90", *old.operating_points)
+    result = model.predict(cv2.imread(str(world / "images" / "3_0.png"), 0), attention=False)
+    facts = [ImageFacts(rows=10, columns=10)]
+    page = study_page(study_document(result, model, study_id="s", images=facts), [np.zeros((10, 10), np.uint8)])
+    assert "tick: sensitivity 0.9 on the patients" in page
+
+
 def numbers(site: Path) -> dict:
     return json.loads((site / "site_report.json").read_text())
 
@@ -130,6 +141,8 @@ def test_the_new_model_is_whole_and_the_old_one_untouched(
     assert content["recalibrated"]["overall"]["verdict"] == "no"
     assert content["fitted_on"]["studies"] == STUDIES
     model, old = hilum.load(tmp_path / "moved", device="cpu"), hilum.load(world / "model", device="cpu")
+    assert old.operating_points[0] == "f1"
+    assert model.operating_points == old.operating_points
     image = cv2.imread(str(world / "images" / "3_0.png"), 0)
     new, was = model.predict(image, attention=False), old.predict(image, attention=False)
     raw = model.predict(image, raw=True, attention=False)
