@@ -15,7 +15,7 @@ import torch
 
 from hilum import plans
 from hilum.backbones.weights import load_backbone, read_backbone_config
-from hilum.commands import ablate, combine, evaluate, fit, predict
+from hilum.commands import ablate, ablate_results, combine, evaluate, fit, predict
 from hilum.commands.ablate_plan import AblationPlan, PlannedBackbone, PlannedHead, PlannedRow, PublishedNumber
 from hilum.commands.ablate_units import UNIT_NAME, Unit, Workplace
 from hilum.core.config import read_yaml, write_yaml
@@ -123,6 +123,20 @@ def test_task_2_is_columns_of_the_outputs_of_task_1(finished: Path, store: Path)
         expected = judge(table.select(two), labels[:, columns])["macro"]["mAP"]
         entry = next(one for one in found["rows"] if one["name"] == row.name)["tasks"][TASK2]["all"]["mAP"]
         assert entry["seeds"]["3"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_task_of_2026_is_columns_that_answer_its_classes(tmp_path: Path) -> None:
+    """Its names are its own: "aortic elongation" is what a store calls Tortuous Aorta."""
+    task, findings = "cxrlt2026-task1", ("Tortuous Aorta", "Hernia", "Scanner")
+    images, splits = [np.zeros((8, 8), np.uint8)] * 4, ["test"] * 4
+    write_arrays(tmp_path / "store", images, np.ones((4, 3), np.int8), findings, splits=splits)
+    at = place(tmp_path / "store", tmp_path / "out", replace(PLAN, tasks=(TASK1, task)))
+    found = ablate_results._columns(task, at, {})
+    assert found["findings"] == ["Tortuous Aorta", "Hernia"]
+    assert found["left_out"]["not_in_store"] == [
+        name for name in TASKS[task] if name not in ("aortic elongation", "Hernia")
+    ]
+    assert found["asked"] == len(TASKS[task])
 
 
 def test_a_row_equals_the_programs_run_by_hand(finished: Path, store: Path, tmp_path: Path) -> None:

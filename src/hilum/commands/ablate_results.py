@@ -1,6 +1,6 @@
 """From the finished units of an ablation to `results.json`, `table.md` and `report.html`. Reads, and trains nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from hilum.commands.ablate_units import Unit, Workplace
 from hilum.core.config import to_dict
 from hilum.core.files import write_json, write_text
 from hilum.core.types import RESEARCH_NOTICE
-from hilum.data.labels import TASKS
+from hilum.data.labels import TASKS, task_findings
 from hilum.evaluation.ablation import SeedResult, compare, summarise
 from hilum.evaluation.ablation_report import render_ablation
 from hilum.evaluation.ablation_table import markdown_table
@@ -87,7 +87,10 @@ def _columns(task: str, place: Workplace, measured: Measured) -> dict[str, Any]:
 
     The same findings for every row and every seed: those of the store that each was trained for.
     """
-    asked = place.store.findings if task == ALL else TASKS[task]
+    asked: Sequence[str] = place.store.findings
+    if task != ALL:  # classes by the names that findings have here, as in evaluate and submit
+        answers = task_findings(task, place.store.findings)
+        asked = [answers.get(name, name) for name in TASKS[task]]
     results = [result for seeds in measured.values() for result in seeds.values()]
     left_out: dict[str, list[str]] = {"not_in_store": [], "untrained": [], "few_positives": [], "no_negatives": []}
     used: list[str] = []
