@@ -15,15 +15,19 @@ import torch
 
 from hilum import plans
 from hilum.backbones.weights import load_backbone, read_backbone_config
-from hilum.commands import ablate, ablate_results, combine, evaluate, fit, predict
+from hilum.commands import ablate, ablate_making, ablate_results, combine, evaluate, fit, predict
 from hilum.commands.ablate_plan import AblationPlan, PlannedBackbone, PlannedHead, PlannedRow, PublishedNumber
 from hilum.commands.ablate_units import UNIT_NAME, Unit, Workplace
 from hilum.core.config import read_yaml, write_yaml
 from hilum.core.errors import ConfigError, HilumError
 from hilum.data.labels import CXRLT_2024_TASK1, TASKS
 from hilum.data.store import Store, write_arrays
+from hilum.deploy.model_files import read_validation
+from hilum.evaluation.ensemble import combine_members
 from hilum.evaluation.metrics import evaluate as judge
 from hilum.evaluation.predictions import read_predictions
+from hilum.evaluation.ranks import Ranks
+from hilum.evaluation.studies import aggregate_studies
 
 FINDINGS = CXRLT_2024_TASK1[:6]
 SHORT = (
@@ -155,6 +159,22 @@ def test_an_ensemble_row_is_calibrated_on_validation_alone(finished: Path, store
     assert table.stage == "calibrated"
     assert len(table.metadata["members"]) == 2
     assert table.metadata["study_aggregation"] == "mean"
+
+
+def test_ranks_of_a_row_are_among_validation_so_that_no_test_image_depends_on_another(
+    finished: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, row = place(store, finished), PlannedRow("ranked", ("plain", "wide"), study="mean", ensemble="rank_mean")
+    whole, cuts = ablate_making.row_predictions(at, row, 3)
+    validation = [aggregate_studies(read_validation(at.model_path(head, 3))[0], "mean") for head in row.heads]
+    files = [at.folder(Unit("predictions", head, 3)) / "test.parquet" for head in row.heads]
+    test = [aggregate_studies(read_predictions(path), "mean") for path in files]
+    ranks = [Ranks.of(one) for one in validation]
+    np.testing.assert_array_equal(whole.probabilities, combine_members(test, "rank_mean", ranks=ranks).probabilities)
+    monkeypatch.setattr(ablate_making, "read_predictions", lambda path: read_predictions(path).rows(np.arange(8)))
+    part, same = ablate_making.row_predictions(at, row, 3)
+    np.testing.assert_array_equal(part.probabilities, whole.probabilities[:8])
+    assert same == cuts
 
 
 def test_what_is_finished_is_not_made_again(finished: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:

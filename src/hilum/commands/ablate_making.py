@@ -24,6 +24,7 @@ from hilum.evaluation.calibration import Calibrator, check_out_of_sample, steps_
 from hilum.evaluation.ensemble import combine_members
 from hilum.evaluation.learned_views import fit_views
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
+from hilum.evaluation.ranks import Ranks
 from hilum.evaluation.studies import aggregate_studies
 from hilum.evaluation.study_rules import StudyRule
 
@@ -58,7 +59,10 @@ def row_predictions(place: Workplace, row: PlannedRow, seed: int) -> tuple[Predi
             rule = fit_views(combine_members(validation), labels).rule
         validation = [aggregate_studies(one, rule) for one in validation]
         test = [aggregate_studies(one, rule) for one in test]
-    joined = [side[0] if len(side) == 1 else combine_members(side, row.ensemble) for side in (validation, test)]
+    ranks = [Ranks.of(one) for one in validation]  # of both sides, or a test image's rank would be among test images
+    joined = [
+        side[0] if len(side) == 1 else combine_members(side, row.ensemble, ranks=ranks) for side in (validation, test)
+    ]
     calibrator = Calibrator.fit(
         joined[0].probabilities, labels, joined[0].findings, place.groups, stage=joined[0].stage,
         unit=joined[0].unit, uids=joined[0].image_uid, steps=steps_of(joined[0]),
