@@ -192,6 +192,19 @@ def test_loose_files_are_chosen_on_and_judged_under_the_patients_of_the_labels(f
         evaluate.run(tmp_path / "chosen.parquet", labels, tmp_path / "x", bootstraps=0)
 
 
+@pytest.mark.parametrize("options", [{"choose": True}, {"study": "learned", "ensemble": "mean"}])
+def test_a_misspelt_label_leaves_no_silent_gap(folder: Path, tmp_path: Path, capsys, options: dict) -> None:
+    files, text = [folder / f"{name}_val.parquet" for name in ("good", "fair")], (folder / "labels.csv").read_text()
+    for names, message in ((",Edema,Mas\n", r"'Mass' \(nearest: 'Mas'\)"), (",Odd,Mas\n", "'Mass'")):
+        (tmp_path / "labels.csv").write_text(text.replace(",Edema,Mass\n", names, 1))
+        with pytest.raises(PredictionError, match=message):
+            combine.run(files, tmp_path / "out.parquet", labels=tmp_path / "labels.csv", **options)
+    lines = [line.rpartition(",")[0] for line in text.splitlines()]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    combine.run(files, tmp_path / "out.parquet", labels=tmp_path / "labels.csv", **options)
+    assert "no labels for Mass" in capsys.readouterr().err
+
+
 def test_calibrated_ranks_are_probabilities(folder: Path, tmp_path: Path) -> None:
     for end, out in (("_val", "val"), ("", "all")):
         files = [folder / f"{name}{end}.parquet" for name in ("good", "fair")]

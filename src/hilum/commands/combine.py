@@ -19,7 +19,7 @@ from hilum.evaluation.calibration import describe_items
 from hilum.evaluation.composition import Composition
 from hilum.evaluation.ensemble import combine_members
 from hilum.evaluation.ensemble_search import choose_ensemble, steps_of
-from hilum.evaluation.joining import join
+from hilum.evaluation.joining import join, match_findings
 from hilum.evaluation.learned_views import fit_views
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
 from hilum.evaluation.studies import aggregate_studies, study_uids
@@ -147,6 +147,9 @@ def _labelled(
     if not truth.has_splits:
         warn(f"{labels} does not say which split an item is in: every predicted item is used.")
     combine_members(members)  # the same items in all, or an error that says which
+    _, only = match_findings(members[0].findings, truth.findings, None, str(labels))
+    if only["unlabelled"]:
+        warn(f"no labels for {', '.join(only['unlabelled'])}: they have no say in what is chosen.")
     joined = [join(truth, member, split if truth.has_splits else None) for member in members]
     first = joined[0].select(members[0].findings)
     order = first.predictions.image_uid
