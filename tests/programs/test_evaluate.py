@@ -321,3 +321,19 @@ def test_a_task_of_2026_is_judged_by_the_findings_that_answer_its_classes(tmp_pa
         tmp_path / "p.parquet", tmp_path / "store", tmp_path / "m", task="cxrlt2026-task1", bootstraps=0
     )
     assert tuple(result["findings"]) == findings
+    # the challenge's own label file, in its words; and predictions in its words beside labels in ours
+    names = dict(zip(findings, classes, strict=True))
+    with (tmp_path / "challenge.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_uid", *classes])
+        writer.writerows([uid, *row] for uid, row in zip(store.uids.tolist(), labels.tolist(), strict=True))
+    write_predictions(
+        dataclasses.replace(table, findings=tuple(names[name] for name in table.findings)), tmp_path / "q.parquet"
+    )
+    for file, truth in (("p", "challenge.csv"), ("q", "store"), ("q", "challenge.csv")):
+        other = evaluate.run(
+            tmp_path / f"{file}.parquet", tmp_path / truth, tmp_path / "n", task="cxrlt2026-task1", bootstraps=0
+        )
+        assert [one["AP"] for one in other["findings"].values()] == [one["AP"] for one in result["findings"].values()]
+    with pytest.raises(PredictionError, match="'Tortuous Aorta'"):
+        evaluate.run(tmp_path / "p.parquet", tmp_path / "challenge.csv", tmp_path / "x", bootstraps=0)

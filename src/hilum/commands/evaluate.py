@@ -108,6 +108,7 @@ def run(
     table, truth = read_predictions(predictions), read_truth(labels, required, optional)
     if split is not None and not truth.has_splits:
         raise PredictionError(f"{labels} does not say which split an item is in; leave out --split.")
+    truth = truth if task is None else _in_words_of(table, truth, task)
     joined = join(truth, table, split)
     labels_file = labels / "index.npz" if labels.is_dir() else labels
     if ledger is not None:
@@ -182,6 +183,13 @@ def run(
         f"{len(joined.predictions)} {table.unit} rows"
     )
     return result
+
+
+def _in_words_of(table: Predictions, truth: Truth, task: str) -> Truth:
+    """Labels whose classes of the task have the names that the predictions give them: a challenge has its own words."""
+    ours, theirs = task_findings(task, table.findings), task_findings(task, truth.findings)
+    names = {theirs[one]: name for one, name in ours.items() if one in theirs and name not in truth.findings}
+    return dataclasses.replace(truth, findings=tuple(names.get(name, name) for name in truth.findings))
 
 
 def _localisation(
