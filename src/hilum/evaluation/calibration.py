@@ -190,6 +190,7 @@ class Calibrator:
             calibrated_from=predictions.stage,
             calibration=self.provenance(),
             scale=None,  # ranks became probabilities
+            uncalibrated=None,  # as imported weights are
             thresholds={name: self.thresholds[name] for name in predictions.findings if name in self.thresholds},
         )
 

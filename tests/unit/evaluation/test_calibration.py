@@ -473,3 +473,11 @@ def test_a_calibrator_is_for_the_weights_and_the_number_of_members_it_was_fitted
             even.apply_to(other)
     old = dataclasses.replace(even, steps={"ensemble": "mean"})
     old.apply_to(weighed)  # files from before say nothing of weights
+
+
+def test_what_was_imported_without_calibration_is_calibrated_by_one(made_up):
+    table, labels = made_up()
+    imported = table.replace(table.probabilities, uncalibrated="imported weights", exposure_not_recorded="unknown")
+    found = Calibrator.fit(table.probabilities, labels, table.findings).apply_to(imported).metadata
+    assert "uncalibrated" not in found
+    assert found["exposure_not_recorded"] == "unknown"  # calibration says nothing of what it has seen
