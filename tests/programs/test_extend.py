@@ -271,6 +271,44 @@ def test_a_finding_without_a_validation_positive_is_flagged(folder: Path, tmp_pa
     assert maps["Lobar Atelectasis"]["flag"]
 
 
+def test_another_head_starts_without_what_the_models_own_alone_obeys(folder: Path, tmp_path: Path) -> None:
+    """`head=linear` needs no list of settings to be taken back; those that were for other heads are left behind."""
+    shutil.copytree(folder / "decoder", tmp_path / "model")
+    content = settings(tmp_path / "model")
+    recorded = content["training"]["settings"] | {
+        "views": "memory", "decoder_layers": 2, "positions": "sincos", "cat_cls": True, "pyramid": True, "dropout": 0.3,
+        "sampling_power": 1.0, "classifier_epochs": 2, "pseudo_labels": "teacher", "pseudo_weight": 0.2,
+    }  # fmt: skip
+    write_json(tmp_path / "model" / "config.json", content | {"training": {"settings": recorded}})
+    base = open_base(tmp_path / "model")
+    same, other = settings_of(base), settings_of(base, ["head=linear", "patch_mean=true"])
+    assert (same.views, same.positions, same.dropout, same.queries) == ("memory", "sincos", 0.3, "learnable")
+    assert same.sampling_power == FitConfig.sampling_power  # it was for `classifier_epochs` alone
+    assert (other.views, other.positions, other.dropout, other.queries) == ("single", "none", 0.1, "fixed")
+    assert other.patch_mean
+    assert settings_of(base, ["head=csra", "csra_lambda=0.3"]).csra_lambda == 0.3
+    with pytest.raises(ConfigError, match="dropout: of the head ml_decoder alone"):
+        settings_of(base, ["head=linear", "dropout=0.2"])
+    with pytest.raises(UnknownNameError, match="Did you mean 'linear'"):
+        settings_of(base, ["head=liner"])
+    make = ["head=linear", *FAST]
+    extend.run(folder / "decoder", folder / "store", NEW, tmp_path / "out", make, device="cpu")
+    assert settings(tmp_path / "out")["extensions"][0]["head"]["name"] == "linear"
+    recorded = settings(folder / "linear")["training"]["settings"] | {"patch_mean": True, "csra_lambda": 0.2}
+    content = settings(folder / "linear")
+    write_json(tmp_path / "model" / "config.json", content | {"training": {"settings": recorded}})
+    assert settings_of(replace(base, content=settings(tmp_path / "model")), ["head=ml_decoder"]).patch_mean is False
+
+
+def test_an_imported_model_is_refused_in_words(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "linear", tmp_path / "model")
+    content = settings(tmp_path / "model") | {"training": {"imported": {"backbone": {"file": "teacher.safetensors"}}}}
+    write_json(tmp_path / "model" / "config.json", content)
+    for run in (extend.run, extend_joint.run):
+        with pytest.raises(ConfigError, match=r"was imported; it has no fit settings.*hilum fit RECIPE --backbone"):
+            run(tmp_path / "model", folder / "store", NEW, tmp_path / "out", device="cpu")
+
+
 def swap(splits: list[str], first: int, second: int) -> list[str]:
     changed = list(splits)
     changed[first], changed[second] = splits[second], splits[first]
@@ -363,7 +401,8 @@ def test_every_kind_of_head_that_can_be_built_has_a_ladder() -> None:
         ["pyramid=true", "decoder_dim=24", "decoder_heads=2", "attention_temperature=true"], ["views=memory"],
         ["head=linear", "views=attention"],
     ):  # fmt: skip
-        config = override(DECODER, [*changes, "queries=learnable"])
+        queries = [] if any(change.startswith("head=") for change in changes) else ["queries=learnable"]
+        config = override(DECODER, [*changes, *queries])
         main = config.describe_head(12, 3)
         if "head=linear" not in changes and "head=csra" not in changes and "views=memory" not in changes:
             mains = (main, replace(main, text_dim=6, shared_output=True, learnable_queries=False))

@@ -179,6 +179,10 @@ def test_a_head_that_reads_text_needs_no_store(folder: Path, tmp_path: Path) -> 
     np.savez(tmp_path / "other.npz", **other_encoder)
     with pytest.raises(ConfigError, match=r"not the one that the head was trained with.*same sentence encoder"):
         extend_zero_shot.run(tmp_path / "text", tmp_path / "other.npz", UNSEEN, tmp_path / "b", device="cpu")
+    with pytest.raises(ConfigError, match="search_epochs=3: without --data nothing is trained, and no setting is read"):
+        extend_zero_shot.run(
+            tmp_path / "text", folder / "vectors.npz", UNSEEN, tmp_path / "b", None, ["search_epochs=3"], "cpu"
+        )
 
 
 def test_what_cannot_be_scored_from_text_is_refused(folder: Path, tmp_path: Path) -> None:

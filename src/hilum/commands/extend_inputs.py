@@ -4,7 +4,7 @@ Images that the model was trained on stay on the training side and those that it
 by patient. No label of another split is read. `extend.py` trains and writes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from hilum.core.types import POSITIVE, UNKNOWN
 from hilum.data.store import Store
 from hilum.deploy import model_files as files
 from hilum.evaluation.predictions import IDENTITY, Predictions
-from hilum.heads.config import FitConfig
+from hilum.heads.config import SETTINGS_OF_ONE_HEAD, FitConfig
 from hilum.heads.extension import ExtendedHead
-from hilum.heads.registry import Head
+from hilum.heads.registry import VIEWS_OF_HEADS, Head
 from hilum.pretraining.exposure import uid_numbers
 
 
@@ -66,12 +66,17 @@ def open_base(path: Path) -> Base:
     """Read a model, whole.
 
     Raises:
-        ConfigError: an ensemble.
+        ConfigError: an ensemble, or a model that was imported.
         CheckpointError, PredictionError: incomplete or damaged.
     """
     content = files.read_config(path)
     if content["format"] != files.MODEL_FORMAT:
         raise ConfigError(f"{path} is an ensemble. Extend its members one by one, and combine them again.")
+    if "settings" not in content["training"]:
+        raise ConfigError(
+            f"{path} was imported; it has no fit settings to extend it by. Fit a head on the weights of its backbone "
+            "(hilum fit RECIPE --backbone WEIGHTS), and extend that model."
+        )
     network = files.read_network(path, content)
     backbone, head = files.read_weights(path, network, str(content["weights"]["sha256"]))
     numbers = [None, *(number for number, one in enumerate(network.extensions) if not one.zero_shot)]
@@ -113,7 +118,7 @@ LEFT_OUT = (
     "findings", "datasets", "target", "pseudo_labels", "source_weights", "source_bias", "also_blocks",
     "also_patch_mean", "prune_after", "classifier_epochs", "consistency", "deferred", "stop_epoch", "refit_init",
     "train_images", "val_images", "hierarchy", "text_vectors", "query_groups", "shared_output", "tune",
-    "kept_channels",
+    "kept_channels", "pseudo_weight", "pseudo_certainty",
 )  # fmt: skip
 """Settings of a fit that an extension does not take over from the model; of these only `stop_epoch` may be given."""
 
@@ -122,7 +127,8 @@ def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) 
     """The settings that the model was fitted with, as far as they apply to an extension, with `key=value` changes.
 
     The kind of head, its blocks, rates, epochs, loss and augmentation are the model's own; what spoke of its findings,
-    its data or its way of ending (`LEFT_OUT`) is not.
+    its data or its way of ending (`LEFT_OUT`) is not. With another head (`head=linear`), neither is what the model's
+    own head alone obeys.
 
     Args:
         base: the model.
@@ -133,17 +139,21 @@ def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) 
         ConfigError: settings that cannot be read or mean nothing here, other blocks or another resolution than the
             model's.
     """
-    recorded = from_dict(FitConfig, base.content["training"]["settings"], "training.settings.")
-    plain = FitConfig()
-    own_queries = joint and recorded.queries != "text"
+    recorded, plain = base.content["training"]["settings"], FitConfig()
+    chosen = [text for text in overrides if text.partition("=")[0] == "head"]
+    head = override(plain, chosen or [f"head={recorded.get('head', plain.head)}"]).head
+    idle = _idle_with(recorded, head)
+    settings = {name: value for name, value in recorded.items() if name not in idle} | {"head": head}
+    if head == "ml_decoder":
+        own = recorded.get("queries", plain.queries)
+        settings["queries"] = own if joint and own != "text" else "learnable"
+    kept = from_dict(FitConfig, settings, "training.settings.")
     kept = replace(
-        recorded,
-        **{name: getattr(plain, name) for name in LEFT_OUT},
-        queries=recorded.queries if own_queries else "learnable",
+        kept,
         resolution=base.network.resolution,
         blocks=base.network.head.blocks,
-        patch_mean=base.network.head.patch_mean,
-        learning_rates=recorded.learning_rates if len(recorded.learning_rates) > 1 else plain.learning_rates,
+        patch_mean=head == "linear" and base.network.head.patch_mean,
+        learning_rates=kept.learning_rates if len(kept.learning_rates) > 1 else plain.learning_rates,
     )
     config = override(kept, overrides)
     for name in ("blocks", "resolution", "precision", "flip_average"):
@@ -156,6 +166,20 @@ def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) 
         if getattr(config, name) != getattr(kept, name) and name != "stop_epoch":
             raise ConfigError(f"{name}: `hilum extend` does not obey it, found {getattr(config, name)}. Leave it out.")
     return config
+
+
+def _idle_with(recorded: Mapping[str, Any], head: str) -> set[str]:
+    """Recorded settings that say nothing of an extension by that head: they would be refused, or mean another thing."""
+    idle = {"queries", *LEFT_OUT}
+    for owner, names in SETTINGS_OF_ONE_HEAD.items():
+        idle |= set(names) if owner != head else set()
+    if recorded.get("views") not in VIEWS_OF_HEADS[head]:
+        idle.add("views")
+    if recorded.get("sampling") != "class_aware":  # they may have been for `classifier_epochs`
+        idle |= {"sampling_power", "sampling_over"}
+    if not recorded.get("augmented_views"):
+        idle.add("cache_dtype")
+    return idle
 
 
 @dataclass(frozen=True)

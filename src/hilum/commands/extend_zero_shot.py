@@ -30,7 +30,6 @@ from hilum.deploy import model_files as files
 from hilum.deploy.network import choose_device
 from hilum.evaluation.definitions import mean_average_precision
 from hilum.heads.batches import in_order
-from hilum.heads.config import FitConfig
 from hilum.heads.features import freeze
 from hilum.heads.open_vocabulary import (
     VECTORS,
@@ -74,7 +73,8 @@ def run(
         `out`.
 
     Raises:
-        ConfigError: no store and no head that reads text, vectors of another encoder, or too few labelled findings.
+        ConfigError: no store and no head that reads text, or settings for it; vectors of another encoder, or too few
+            labelled findings.
         UnknownNameError: a finding without a vector.
         LeakageError, PreprocessingMismatchError, NonFiniteLossError: as `extend`.
     """
@@ -82,6 +82,11 @@ def run(
     files.require_new(out)
     base = open_base(Path(model))
     names = check_new(base, findings)
+    if data is None and overrides:
+        raise ConfigError(
+            f"{' '.join(overrides)}: without --data nothing is trained, and no setting is read. Leave it out, or give "
+            "--data STORE."
+        )
     new = read_vectors(vectors, names)
     if data is None:
         described, head, training, search_record = _from_own_head(base, vectors, new)
@@ -136,11 +141,8 @@ def _learn(
         raise ConfigError(
             f"{data} has labels of no finding of {base.path}; a decoder of text queries learns from them."
         )
-    plain, start = FitConfig(), ("head=ml_decoder", "views=single", "loss=masked_bce_mean", "patch_mean=false")
-    config = replace(
-        settings_of(base, [*start, *overrides]), queries="text", shared_output=True, csra_lambda=plain.csra_lambda,
-        csra_temperatures=plain.csra_temperatures,
-    )  # fmt: skip
+    start = ("head=ml_decoder", "views=single", "loss=masked_bce_mean")
+    config = replace(settings_of(base, [*start, *overrides]), queries="text", shared_output=True)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     place = choose_device(device)

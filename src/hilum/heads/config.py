@@ -1,7 +1,7 @@
 """Settings of a head and its training; `commands/fit.py` runs them, `recipes.py` names them."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,19 @@ from hilum.heads.protocol import RefitInit, Variant
 from hilum.heads.registry import HeadConfig
 from hilum.heads.sweep import SLIDES_RATES
 from hilum.heads.tune_settings import TuneSettings
+
+SETTINGS_OF_ONE_HEAD: dict[str, tuple[str, ...]] = {
+    "linear": ("patch_mean", "also_patch_mean"),
+    "ml_decoder": (
+        "queries", "text_vectors", "dropout", "decoder_layers", "query_groups", "cls_memory", "positions",
+        "attention_temperature", "pyramid", "shared_output", "cat_cls",
+    ),
+    "csra": ("csra_lambda", "csra_temperatures"),
+}  # fmt: skip
+"""Settings of a fit that one head alone obeys; with another they are refused unless they are at their default.
+
+The decoder's three sizes are not among them: recipes for small data set them, and may be given another head.
+"""
 
 
 @dataclass(frozen=True)
@@ -225,13 +238,25 @@ class FitConfig:
 
     def _refuse_idle(self) -> None:
         """Settings that would do nothing, or undo each other."""
-        for owner, names in {"linear": ("patch_mean", "also_patch_mean"), "ml_decoder": ("cat_cls",)}.items():
+        plain = {one.name: one.default for one in fields(self)}
+        for owner, names in SETTINGS_OF_ONE_HEAD.items():
             for name in names:
-                if getattr(self, name) and self.head != owner:
+                if getattr(self, name) != plain[name] and self.head != owner:
                     raise ConfigError(
-                        f"{name}: of the head {owner} alone, which {self.head} would ignore. Say {name}=false, or "
-                        f"head={owner}."
+                        f"{name}: of the head {owner} alone, which {self.head} would ignore. Leave it at "
+                        f"{plain[name]}, or say head={owner}."
                     )
+        for names, idle, why in (
+            (("sampling_power", "sampling_over"), self.sampling == "natural" and not self.classifier_epochs,
+             "sampling=natural draws every image alike. Say sampling=class_aware"),
+            (("cache_dtype",), not self.augmented_views,
+             "augmented_views=0 keeps no view in memory. Say augmented_views=K"),
+            (("pseudo_weight", "pseudo_certainty"), self.pseudo_labels is None,
+             "there are no pseudo-labels. Say pseudo_labels=MODEL"),
+        ):  # fmt: skip
+            for name in names:
+                if idle and getattr(self, name) != plain[name]:
+                    raise ConfigError(f"{name} would do nothing: {why}, or leave it at {plain[name]}.")
         if self.tune.method != "none" and (self.ema or self.source_bias or self.classifier_epochs):
             raise ConfigError(
                 f"tune.method={self.tune.method} goes with none of ema, source_bias and classifier_epochs: tuning "

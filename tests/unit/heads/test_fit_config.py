@@ -11,6 +11,15 @@ from hilum.heads.config import FitConfig
     (["head=ml_decoder", "patch_mean=true"], "patch_mean: of the head linear alone, which ml_decoder would ignore"),
     (["head=csra", "also_patch_mean=true"], "also_patch_mean: of the head linear alone"),
     (["head=linear", "cat_cls=true"], "cat_cls: of the head ml_decoder alone, which linear would ignore"),
+    (["head=linear", "queries=learnable"], "queries: of the head ml_decoder alone, which linear would ignore"),
+    (["head=csra", "dropout=0.2"], "dropout: of the head ml_decoder alone, which csra would ignore. Leave it at 0.1"),
+    (["head=linear", "decoder_layers=2"], "decoder_layers: of the head ml_decoder alone"),
+    (["csra_lambda=0.2"], "csra_lambda: of the head csra alone, which ml_decoder would ignore"),
+    (["sampling_power=1"], "sampling_power would do nothing: sampling=natural draws every image alike"),
+    (["sampling_over=mean"], "sampling_over would do nothing: sampling=natural"),
+    (["cache_dtype=float16"], "cache_dtype would do nothing: augmented_views=0 keeps no view in memory"),
+    (["pseudo_weight=0.3"], "pseudo_weight would do nothing: there are no pseudo-labels"),
+    (["pseudo_certainty=0.3"], "pseudo_certainty would do nothing"),
     (["tune.method=lora", "ema=0.9"], "tune.method=lora goes with none of ema"),
     (["tune.method=full", "source_bias=true"], "tune.method=full goes with none of ema, source_bias"),
     (["tune.method=full", "classifier_epochs=2"], "goes with none of ema, source_bias and classifier_epochs"),
@@ -28,6 +37,9 @@ def test_a_setting_that_would_do_nothing_is_refused(changes: list[str], message:
     ["head=linear", "patch_mean=true", "also_patch_mean=true"], ["cat_cls=true"],
     ["tune.method=lora", "source_weights=[here=0.5]", "consistency=1", "refit=false"], ["ema=0.9"],
     ["loss=ldam", "deferred=0.5", "stop_epoch=6"],
+    ["head=csra", "decoder_dim=128", "decoder_heads=4", "decoder_feed_forward=256"], ["kept_channels=64"],
+    ["sampling=class_aware", "sampling_power=1"], ["classifier_epochs=2", "sampling_power=1", "sampling_over=mean"],
+    ["augmented_views=2", "cache_dtype=float16"], ["pseudo_labels=MODEL", "pseudo_weight=0.3", "pseudo_certainty=0.1"],
 ])  # fmt: skip
 def test_what_goes_together_is_not_refused(changes: list[str]) -> None:
     override(FitConfig(), changes)
