@@ -588,7 +588,7 @@ def combine(
     labels: Annotated[
         Path | None, typer.Option(help="For --choose or learned on files: a store, a manifest, a CSV.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Of --labels; never the test split.")] = "val",
+    split: Annotated[str | None, typer.Option(help="Of --labels; never the test split. Default: val.")] = None,
 ) -> None:
     """Put together the images of a study and the members of an ensemble, in that order."""
     models = all((path / "config.json").exists() for path in files)
@@ -608,7 +608,7 @@ def combine(
 def calibrate(
     predictions: Annotated[Path, typer.Argument(help="Predictions, at the stage that will be used.")],
     labels: Annotated[Path | None, typer.Option(help="A store, a manifest or a CSV with an id column.")] = None,
-    split: Annotated[str, typer.Option(help="The split to fit on; never the test split.")] = "val",
+    split: Annotated[str | None, typer.Option(help="The split to fit on; never the test split. Default: val.")] = None,
     out: Out = Path("calibration.json"),
     method: Annotated[
         str,

@@ -11,7 +11,7 @@ from hilum.commands import calibrate, combine, evaluate, submit
 from hilum.core.errors import ConfigError, HilumError, LeakageError, PredictionError, StageError, UnknownNameError
 from hilum.core.seeding import stream
 from hilum.data.labels import TASKS
-from hilum.data.store import write_arrays
+from hilum.data.store import Store, write_arrays
 from hilum.evaluation.metrics import average_precision, f1_at
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
 from hilum.evaluation.summary import evaluation_table
@@ -143,6 +143,45 @@ def test_a_calibrator_fitted_on_test_is_refused(world, results, tmp_path):
             world / "both-test.parquet", world / "store", tmp_path / "m", calibration=tmp_path / "c.json", bootstraps=0
         )
     assert not (tmp_path / "m").exists()
+
+
+def write_labels(path, world, name, split=None):
+    """The store's labels of predicted items as a CSV, with a column of splits or without."""
+    table, store = read_predictions(world / f"{name}.parquet"), Store.open(world / "store")
+    place = {uid: row for row, uid in enumerate(store.uids.tolist())}
+    rows = [store.labels[place[uid]].tolist() for uid in table.image_uid.tolist()]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_uid", *(["split"] if split else []), *FINDINGS])
+        writer.writerows(
+            [uid, *([split] if split else []), *row] for uid, row in zip(table.image_uid.tolist(), rows, strict=True)
+        )
+    return path
+
+
+def test_the_test_split_is_refused_however_it_is_spelled_and_where_labels_name_none(world, tmp_path):
+    out, test = tmp_path / "out.json", world / "one-test.parquet"
+    spelled = write_labels(tmp_path / "spelled.csv", world, "one-test", "Test")
+    silent = write_labels(tmp_path / "silent.csv", world, "one-test")
+    table = read_predictions(test)
+    write_predictions(table.replace(table.probabilities, split="test"), tmp_path / "of_test.parquet")
+    write_predictions(table.replace(table.probabilities, split="train"), tmp_path / "of_train.parquet")
+    for file, labels, split, error, message in (
+        (test, spelled, "Test", StageError, "on the test split"),
+        (tmp_path / "of_test.parquet", silent, None, StageError, "of the test split"),
+        (tmp_path / "of_train.parquet", silent, None, StageError, "trained on split 'train'"),
+        (test, silent, "val", PredictionError, "leave out --split"),
+    ):
+        with pytest.raises(error, match=message):
+            calibrate.run(file, labels, split, out)
+        with pytest.raises(error, match=message):
+            combine.run([file], out.with_suffix(".csv"), study="learned", labels=labels, split=split)
+    assert not out.exists()
+    found = evaluate.run(test, spelled, tmp_path / "m", split="TEST", bootstraps=0)
+    assert (found["split"], found["n_items"]) == ("test", 192)
+    val = write_labels(tmp_path / "val.csv", world, "one-val", "Val")
+    for labels, split in ((val, "VAL"), (world / "store", None)):
+        calibrate.run(world / "one-val.parquet", labels, split, out)
 
 
 def test_thresholds_come_from_the_calibrator_of_the_predictions_and_no_other(world, results, tmp_path):

@@ -90,6 +90,7 @@ def test_a_split_of_a_store(folder: Path, tmp_path: Path, suffix: str) -> None:
     assert predictions.metadata["exposed_images"] == 0
     assert predictions.metadata["head_splits"] == ["train", "val"]
     assert predictions.metadata["groups"] == {"Edema": "head", "Mass": "head"}
+    assert predictions.metadata["split"] == "test"
 
 
 def test_raw_predictions_are_for_combine(folder: Path, tmp_path: Path, capsys) -> None:
@@ -98,6 +99,7 @@ def test_raw_predictions_are_for_combine(folder: Path, tmp_path: Path, capsys) -
     assert predictions.stage == "raw"
     assert "calibration" not in predictions.metadata
     assert predictions.metadata["exposed_images"] == 24
+    assert predictions.metadata["split"] == "train"
     printed = capsys.readouterr()
     assert "Next: hilum combine" in printed.out
     assert "met 24 of 24 images" in printed.err

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from hilum.core.errors import ConfigError, StageError
+from hilum.core.errors import ConfigError, PredictionError, StageError
 from hilum.core.tracking import next_step, say, warn
 from hilum.evaluation.bootstrap import clusters_of
 from hilum.evaluation.calibration import Calibrator, read_calibrator, steps_of, write_calibrator
@@ -16,13 +16,16 @@ from hilum.evaluation.joining import join, match_findings
 from hilum.evaluation.map_choice import FOLDS
 from hilum.evaluation.predictions import read_predictions, write_predictions
 from hilum.evaluation.thresholds import point_name
-from hilum.evaluation.truth import read_truth
+from hilum.evaluation.truth import read_truth, split_name
+
+VALIDATION = "val"
+"""The split that is fitted on where nobody says another."""
 
 
 def run(
     predictions: Path,
     labels: Path | None = None,
-    split: str = "val",
+    split: str | None = None,
     out: Path = Path("calibration.json"),
     method: str = "auto",
     use: Path | None = None,
@@ -34,7 +37,7 @@ def run(
     Args:
         predictions: raw, study or ensemble predictions; the stage at which the calibrator will be used.
         labels: a store, a manifest or a CSV.
-        split: the split to fit on, where the labels have splits.
+        split: the split to fit on; None: val, where the labels have splits, else every item.
         out: JSON of the calibrator; with `use`, a prediction file.
         method: "auto", "cross_fitted" or a name in CALIBRATORS.
         use: a calibrator to apply.
@@ -43,12 +46,13 @@ def run(
 
     Raises:
         ConfigError: neither or both of `labels` and `use`, or `use` with what belongs to a fit.
+        PredictionError: a split of labels that have none; ids that cannot be joined.
         StageError: the test split, a split that the head was trained on, calibrated input, another stage.
     """
     if (labels is None) == (use is None):
         raise ConfigError("Say --labels FILE to fit a calibration, or --use CALIBRATION to apply one.")
     if use is not None:
-        if method != "auto" or split != "val" or sensitivity or specificity:
+        if method != "auto" or split is not None or sensitivity or specificity:
             raise ConfigError(
                 "--use applies what was fitted: --split, --method, --sensitivity and --specificity do not go with it."
             )
@@ -81,20 +85,28 @@ def _macro(calibrator: Calibrator) -> dict[str, list[float]]:
 
 
 def fit(
-    predictions: Path, labels: Path, split: str = "val", method: str = "auto", points: Sequence[str] = ()
+    predictions: Path, labels: Path, split: str | None = None, method: str = "auto", points: Sequence[str] = ()
 ) -> Calibrator:
     """A calibrator from a prediction file and the labels of one split, judged on patients left out of the fit."""
+    asked, split = split, split_name(split or VALIDATION)
     if split == "test":
         raise StageError("Nothing is fitted on the test split. Predict the validation split and fit there.")
     table, truth = read_predictions(predictions), read_truth(labels)
+    if asked is not None and not truth.has_splits:
+        raise PredictionError(f"{labels} does not say which split an item is in; leave out --split.")
+    if table.metadata.get("split") == "test":
+        raise StageError(
+            f"{predictions} says that it is of the test split: nothing is fitted on it. Predict validation."
+        )
     if split == "train" and truth.has_splits and not table.metadata.get("head_splits"):
         raise StageError(
             f"{predictions} does not say on which splits its head was trained, and split 'train' is what heads are "
             "trained on. Predict the validation split and fit there."
         )
-    if split in table.metadata.get("head_splits", ()):
+    seen = [one for one in (split, table.metadata.get("split")) if one in table.metadata.get("head_splits", ())]
+    if seen:
         raise StageError(
-            f"{predictions} comes from a head that was trained on split {split!r}: its predictions there are not "
+            f"{predictions} comes from a head that was trained on split {seen[0]!r}: its predictions there are not "
             "out of sample. Use the model's validation_logits.parquet, or a head trained on the training split alone."
         )
     if not truth.has_splits:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hilum.commands.calibrate import VALIDATION
 from hilum.commands.combine_options import NONE, Rules, tell, tell_views
 from hilum.core.errors import ConfigError, PredictionError, StageError, UnknownNameError
 from hilum.core.tracking import next_step, progress, say, warn
@@ -23,7 +24,7 @@ from hilum.evaluation.joining import join, match_findings
 from hilum.evaluation.learned_views import fit_views
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
 from hilum.evaluation.studies import aggregate_studies, study_uids
-from hilum.evaluation.truth import read_truth
+from hilum.evaluation.truth import read_truth, split_name
 
 
 def run(
@@ -36,7 +37,7 @@ def run(
     normal_damping: str | None = None,
     choose: bool = False,
     labels: Path | None = None,
-    split: str = "val",
+    split: str | None = None,
 ) -> None:
     """Combine prediction files; studies first, then models, then damping, whatever the order of the options.
 
@@ -50,7 +51,7 @@ def run(
         normal_damping: such as "power:0.5"; None or "none": not at all.
         choose: find members, weights and rules on `labels`; then None and "choose" mean what `Rules.plan` says.
         labels: a store, a manifest or a CSV, for `choose` and `learned`.
-        split: of the labels, on which is chosen; never the test split.
+        split: of the labels, on which is chosen; never the test split. None: val, where the labels have splits.
 
     Raises:
         ConfigError: nothing to do, several files without an ensemble, or labels that nothing is fitted on.
@@ -104,7 +105,7 @@ def _combine(
     return composition.damping.apply(result) if composition.damping else result
 
 
-def _choose(files: list[Path], out: Path, rules: Rules, unit: str, labels: Path | None, split: str) -> None:
+def _choose(files: list[Path], out: Path, rules: Rules, unit: str, labels: Path | None, split: str | None) -> None:
     members = [read_predictions(path) for path in files]
     rows, codes, chosen_on = _labelled(members, files, labels, split)
     plan = rules.plan(Composition())
@@ -120,11 +121,12 @@ def _choose(files: list[Path], out: Path, rules: Rules, unit: str, labels: Path 
 
 
 def _labelled(
-    members: Sequence[Predictions], files: Sequence[Path], labels: Path | None, split: str
+    members: Sequence[Predictions], files: Sequence[Path], labels: Path | None, split: str | None
 ) -> tuple[list[Predictions], np.ndarray, dict[str, object]]:
     """The members' rows of a split with their labels, columns as the first member's, and a record of the items."""
     if labels is None:
         raise ConfigError("What is chosen is chosen on labels: say --labels FILE (a store, a manifest or a CSV).")
+    asked, split = split, split_name(split or VALIDATION)
     if split == "test":
         raise StageError("Nothing is chosen on the test split. Predict the validation split and choose there.")
     for path, member in zip(files, members, strict=True):
@@ -138,12 +140,17 @@ def _labelled(
                 f"{path} is at stage {member.stage!r} per {member.unit}; members and rules are chosen on raw "
                 "predictions per image (hilum predict --raw)."
             )
-        if split in member.metadata.get("head_splits", ()) or member.metadata.get("split") == "test":
+        if member.metadata.get("split") == "test":
+            raise StageError(f"{path} says that it is of the test split: nothing is chosen on it. Predict validation.")
+        seen = [one for one in (split, member.metadata.get("split")) if one in member.metadata.get("head_splits", ())]
+        if seen:
             raise StageError(
-                f"{path} comes from a head that was trained on split {split!r}, or says that it is of the test split: "
-                "nothing can be chosen on it. Use the model's validation_logits.parquet."
+                f"{path} comes from a head that was trained on split {seen[0]!r}: nothing can be chosen on it. Use the "
+                "model's validation_logits.parquet."
             )
     truth = read_truth(labels)
+    if asked is not None and not truth.has_splits:
+        raise PredictionError(f"{labels} does not say which split an item is in; leave out --split.")
     if not truth.has_splits:
         warn(f"{labels} does not say which split an item is in: every predicted item is used.")
     combine_members(members)  # the same items in all, or an error that says which

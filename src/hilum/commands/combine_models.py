@@ -23,7 +23,7 @@ def run(
     normal_damping: str | None = None,
     choose: bool = False,
     labels: Path | None = None,
-    split: str = "val",
+    split: str | None = None,
 ) -> None:
     """Write an ensemble directory; `hilum.load` and `hilum predict` take it like a model.
 
@@ -37,7 +37,7 @@ def run(
         normal_damping: such as "power:0.5", or "none"; None: the members'. With `choose` also "choose".
         choose: find members, weights and rules on validation.
         labels: None only; models bring their own validation labels.
-        split: "val" only, for the same reason.
+        split: None or "val" only, for the same reason.
 
     Raises:
         ConfigError: options for prediction files, or that mean nothing; and as below.
@@ -48,7 +48,7 @@ def run(
             "An ensemble of models has calibrators for images and for studies: leave out --unit, and say hilum predict "
             "--study own for one row per study."
         )
-    if labels is not None or split != "val":
+    if labels is not None or split not in (None, "val"):
         raise ConfigError("Models bring the labels of their own validation: leave out --labels and --split.")
     said = {key for key, text in (("study", study), ("normal_damping", normal_damping)) if text}
     rules, default = Rules(study, ensemble, weights, normal_damping), inherited(models, said)

@@ -29,7 +29,7 @@ from hilum.evaluation.report import ReportExample, write_report
 from hilum.evaluation.stored_thresholds import f1_thresholds
 from hilum.evaluation.subgroups import DEFAULT_ATTRIBUTES, MIN_PATIENTS, choose_attributes, levels, subgroups
 from hilum.evaluation.summary import evaluation_notes, evaluation_table, localisation_table
-from hilum.evaluation.truth import Truth, read_truth
+from hilum.evaluation.truth import Truth, read_truth, split_name
 
 FORMAT = "hilum-metrics-1"
 EXAMPLES = 6
@@ -105,6 +105,7 @@ def run(
     by = None if by is None else tuple(name for name in by if name != "none")
     optional = ("view", "dataset") if by else DEFAULT_ATTRIBUTES if by is None else ()
     required = tuple(name for name in by or () if name not in optional)
+    split = None if split is None else split_name(split)
     table, truth = read_predictions(predictions), read_truth(labels, required, optional)
     if split is not None and not truth.has_splits:
         raise PredictionError(f"{labels} does not say which split an item is in; leave out --split.")

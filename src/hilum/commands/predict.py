@@ -130,7 +130,8 @@ def run(
     predictions = loaded.assemble(work.identity, reading, raw, unit, pictures)
     if found.store is None:  # identities of loose files say nothing about what the model has seen
         predictions = predictions.replace(predictions.probabilities, exposed_images=None, exposure=None)
-    predictions = predictions.replace(predictions.probabilities, inputs=account.counts())
+    facts = {"inputs": account.counts(), "split": found.split or None}
+    predictions = predictions.replace(predictions.probabilities, **facts)
     write_predictions(predictions, out)
     if parts is not None:
         parts.remove()

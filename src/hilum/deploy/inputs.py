@@ -66,6 +66,8 @@ class Inputs:
     repeated: int = 0
     """How often a file was given again."""
     store: Store | None = None
+    split: str = ""
+    """Of the store; empty where all of it was asked for, and of files."""
     indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
@@ -134,7 +136,7 @@ def resolve(inputs: list[str], study_column: str | None = None) -> Inputs:
             if len(inputs) > 1:
                 raise ConfigError(f"{text} is a part of a store and is predicted alone; found {len(inputs)} inputs.")
             result.store = Store.open(folder)
-            result.indices = result.store.indices(split)
+            result.indices, result.split = result.store.indices(split), split
             if not len(result.indices):
                 raise ConfigError(f"{folder} has no images of split {split!r}.")
             return result

@@ -31,9 +31,14 @@ PERSONAL_COLUMNS = frozenset(
 ATTRIBUTE_SPELLINGS: dict[str, tuple[str, ...]] = {"view": ("view", "ViewPosition"), "age": ("age", "age_years")}
 """Columns, in this order, in which an attribute is looked for; any other in the column of its own name."""
 SPLIT_CELLS = {**SPLIT_NAMES, "training": "train"}
-"""Any other name of a split stays as it is."""
+"""In small letters; any other name of a split stays as it is."""
 CELLS = {"1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE, "": UNKNOWN, "-1": UNKNOWN, "-1.0": UNKNOWN,
          "-2": UNCERTAIN, "-2.0": UNCERTAIN}  # fmt: skip
+
+
+def split_name(text: str) -> str:
+    """A split by the name it has here, however a file or a person spells it: `Test`, `dev`, `training`."""
+    return SPLIT_CELLS.get(text.strip().casefold(), text)
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ def _read_csv(path: Path, by: Sequence[str], by_if_there: Sequence[str]) -> Trut
                 "columns that hold no labels."
             )
         labels[:, index] = [CELLS[cell] for cell in cells]
-    split = np.array([SPLIT_CELLS.get(name, name) for name in column("split").tolist()], dtype=str)
+    split = np.array([split_name(name) for name in column("split").tolist()], dtype=str)
     patient_id, dataset = column(*PATIENT_COLUMNS), column("dataset")
     truth = Truth(str(path), findings, labels, image_uid, image_id, study_id, patient_id, dataset, split)
     _check_splits(truth)

@@ -66,9 +66,9 @@ def test_duplicate_label_rows_are_refused(tmp_path, made_up):
 
 def test_names_of_splits(tmp_path, made_up):
     table, labels = made_up()
-    names = ["dev", "development", "valid", "val", "training", "train", "test", "fold 3", "", "Dev"]
+    names = ["Dev", "development", "VALID", "val", "Training", "train", "Test", "Fold 3", "", "test "]
     truth = read_truth(write_csv(tmp_path / "l.csv", table, labels, split=np.array(names * 6)))
-    assert truth.split[:10].tolist() == ["val"] * 4 + ["train"] * 2 + ["test", "fold 3", "", "Dev"]
+    assert truth.split[:10].tolist() == ["val"] * 4 + ["train"] * 2 + ["test", "Fold 3", "", "test"]
 
 
 def test_splits_select_and_must_be_predicted_whole(tmp_path, made_up):
