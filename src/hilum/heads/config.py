@@ -1,4 +1,7 @@
-"""Settings of a head and its training; `commands/fit.py` runs them, `recipes.py` names them."""
+"""Settings of a head and its training; `commands/fit.py` runs them, `recipes.py` names them.
+
+Past 300 lines: every setting says what it does, and every one that cannot be, or would do nothing, is refused here.
+"""
 
 import math
 from dataclasses import dataclass, field, fields, replace
