@@ -238,6 +238,13 @@ def test_exposed_images_are_refused_unless_that_is_said(world, tmp_path, capsys)
     result = evaluate.run(world / "one-test.parquet", world / "store", tmp_path / "n", bootstraps=0)
     assert result["exposed_images"] is None  # these predictions do not say
     assert "17 of the predicted images" in capsys.readouterr().err
+    for exposed in (None, 0):
+        unseen = table.replace(table.probabilities, exposed_images=exposed)
+        write_predictions(dataclasses.replace(unseen, dataset=np.full(len(table), "files")), tmp_path / "r.parquet")
+        evaluate.run(tmp_path / "r.parquet", world / "store", tmp_path / "r", bootstraps=0)
+        said = "Whether the model, or its calibrator, has met these images is not known"
+        for where in (capsys.readouterr().err, (tmp_path / "r" / "report.html").read_text()):
+            assert (said in where) is (exposed is None)
 
 
 def test_the_table_has_groups_and_intervals(world, results, capsys):

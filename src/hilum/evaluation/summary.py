@@ -92,6 +92,11 @@ def evaluation_notes(result: dict[str, Any]) -> list[str]:
             f"{result['exposed_images']} of the predicted images were in the model's pretraining or training data; "
             "these numbers are not those of unseen images."
         )
+    if result["exposed_images"] is None:
+        lines.append(
+            "Whether the model, or its calibrator, has met these images is not known: the predictions do not say, and "
+            "files are known by name alone."
+        )
     if (result.get("compare") or {}).get("exposed_images"):
         lines.append(f"The compared model has met {result['compare']['exposed_images']} of its predicted images.")
     if result["items_of_head_training"]:
