@@ -175,6 +175,10 @@ def test_ranks_of_a_row_are_among_validation_so_that_no_test_image_depends_on_an
     part, same = ablate_making.row_predictions(at, row, 3)
     np.testing.assert_array_equal(part.probabilities, whole.probabilities[:8])
     assert same == cuts
+    planned = place(store, finished, replace(PLAN, rows=(*PLAN.rows, row)))
+    settings = {name: planned.inputs(Unit("rows", name, 3))["settings"] for name in ("ranked", "both")}
+    assert settings["ranked"].get("ranks") == "validation"  # rows of before are made again
+    assert "ranks" not in settings["both"]
 
 
 def test_what_is_finished_is_not_made_again(finished: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,6 +167,8 @@ class Workplace:
         row = named(plan.rows, unit.name)
         models = {head: self.record(Unit("heads", head, unit.seed))["output"] for head in row.heads}
         rule = {"study": row.study, "ensemble": row.ensemble, "calibrated": row.calibrated}
+        if row.ensemble == "rank_mean":  # once among the images at hand: such rows are made again
+            rule["ranks"] = "validation"
         settings = rule | {"bootstraps": plan.bootstraps, "bootstrap_seed": plan.bootstrap_seed, "target": plan.target}
         return {"settings": settings, "store": store, "before": before, "models": models, "order": list(row.heads)}
 

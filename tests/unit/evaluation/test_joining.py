@@ -153,6 +153,22 @@ def test_whose_loose_files_are_the_labels_say(tmp_path, made_up, by, spelled):
     assert join(truth, table).predictions.patient_id.tolist() == people.tolist()
 
 
+def test_studies_of_loose_files_meet_labels_that_name_images_by_uid(tmp_path, made_up):
+    table, labels = made_up()
+    table = loose_files(table)
+    labels[1::2] = labels[::2]
+    people = np.array([f"person {index // 6}" for index in range(60)])
+    columns = {"study_id": table.study_id, "patient_id": people}
+    ids = dataclasses.replace(table, image_id=table.image_uid)
+    truth = read_truth(write_csv(tmp_path / "l.csv", ids, labels, id_column="image_uid", **columns))
+    studies = mean_over_studies(table, unit="study")
+    joined = join(truth, studies)
+    assert len(joined.predictions) == 30
+    assert len(np.unique(clusters_of(joined.predictions))) == 10
+    place = table.study_id.tolist().index
+    np.testing.assert_array_equal(joined.labels, labels[[place(name) for name in studies.study_id.tolist()]])
+
+
 def test_what_the_labels_leave_open_of_loose_files_stays(tmp_path, made_up):
     table, labels = made_up()
     table = loose_files(table)
