@@ -152,9 +152,8 @@ def _keys(truth: Truth, predictions: Predictions) -> tuple[np.ndarray, np.ndarra
     if kind == "uid":
         if p.unit == "image":
             return truth.image_uid, p.image_uid
-        if not (
-            p.dataset == LOOSE_FILES
-        ).all():  # their studies' uids hold the patient of the file: they go by study id
+        # the uid of a loose file's study holds the patient that the file named: these go by study id
+        if not (p.dataset == LOOSE_FILES).all():
             return study_uids(truth.dataset, truth.patient_id, truth.study_id, truth.image_uid), p.image_uid
     name = "image_id" if kind == "image" and p.unit == "image" else "study_id"
     ours = bare_ids(getattr(p, name), p.dataset)
