@@ -102,6 +102,14 @@ class Exposure:
     pictures: UInt64[np.ndarray, " p"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     """All of them by the name that a picture has in any dataset (`Store.pictures`)."""
 
+    @classmethod
+    def join(cls, several: Sequence["Exposure"]) -> "Exposure":
+        """What any of several models has met."""
+        if not several:
+            return cls()
+        uses = (*EXPOSURES, "pictures")
+        return cls(*(np.unique(np.concatenate([getattr(one, use) for one in several])) for use in uses))
+
     def count(self, uids: np.ndarray, pictures: np.ndarray | None = None) -> dict[str, int]:
         """How many of these images the model has met, by use, under another dataset's name alone, and in all ("any").
 

@@ -88,6 +88,7 @@ class Model:
             )
         self.networks, self.calibrators, self.digest = tuple(networks), calibrators, digest
         self.exposure, self.groups = exposure, dict(groups)
+        self.unexcused = files.Exposure() if leak else exposure  # of the members without an accepted leak
         self.folder: Path | None = None  # where it was loaded from
         self.screening: Screening | None = None  # of the first network that has one
         self.site_points: tuple[str, ...] = ()  # operating points that a site has asked for, in its order
@@ -401,7 +402,8 @@ class Model:
         if len(kept) == 0:
             raise EmptyStudyError("There is no image to predict.")
         rows = {name: np.asarray(column)[kept] for name, column in identity.items()} | {"view": reading.views}
-        met = self.exposure.count(rows["image_uid"], None if pictures is None else pictures[kept])
+        names = None if pictures is None else pictures[kept]
+        met = self.exposure.count(rows["image_uid"], names)
         facts = {
             "model": self.digest,
             "groups": self.groups,
@@ -411,7 +413,7 @@ class Model:
             "head_splits": [name for name in ("train", "val") if len(getattr(self.exposure, name))],
             "exposed_images": max(met["any"], int(np.isin(rows["dataset"], self.reservations.datasets).sum())),
             "exposure": met,
-            "accepted_leak": self.leak,
+            "accepted_leak": "" if self.unexcused.count(rows["image_uid"], names)["any"] else self.leak,
             **self.computed_by,
             **({"uncalibrated": self.reservations.uncalibrated} if self.reservations.uncalibrated else {}),
             **({"exposure_not_recorded": self.reservations.not_recorded} if self.reservations.not_recorded else {}),
@@ -508,15 +510,12 @@ def load(path: Path | str, device: str = "auto", engine: str | None = None, prec
         groups |= {finding.name: finding.group for finding in config.findings}
         screening = read_screening(folder, described)
         screenings += [] if screening is None else [screening]
-    if len(exposures) > 1:
-        uses = (*files.EXPOSURES, "pictures")
-        merged = (np.unique(np.concatenate([getattr(one, use) for one in exposures])) for use in uses)
-        exposures = [files.Exposure(*merged)]
     model = Model(
-        networks, files.read_calibrators(path, content), files.digest_of(path), exposures[0], groups,
+        networks, files.read_calibrators(path, content), files.digest_of(path), files.Exposure.join(exposures), groups,
         join_leaks(*leaks), read_composition(path, content), _chosen_units(content), reservations,
     )  # fmt: skip
     model.folder = path
+    model.unexcused = files.Exposure.join([one for one, leak in zip(exposures, leaks, strict=True) if not leak])
     model.screening = screenings[0] if screenings else None
     model.site_points = tuple(((content.get("recalibrated") or {}).get("rules") or {}).get("points") or ())
     model.computed_by = computed_by(export, networks, stated)

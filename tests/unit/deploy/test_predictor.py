@@ -22,6 +22,7 @@ from hilum.core.errors import (
 from hilum.data.store import Store
 from hilum.data.transforms import evaluation_crop
 from hilum.deploy import model_files as files
+from hilum.deploy.ensemble_model import combine_models
 from hilum.deploy.predictor import load
 from hilum.evaluation.calibration import Calibrator
 from hilum.evaluation.ensemble import mean_over_models
@@ -310,3 +311,25 @@ def test_mean_over_models_is_what_the_ensemble_predicts_raw(fitted: Path, store:
     together = load(fitted / "ensemble", "cpu").predict_store(store, range(5), raw=True)
     assert np.array_equal(together.probabilities, mean_over_models(members).probabilities)
     assert together.stage == "ensemble"
+
+
+def test_one_members_accepted_leak_excuses_no_other_member(fitted: Path, store: Store, tmp_path: Path) -> None:
+    def accept(name: str) -> None:
+        content = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**content, "accepted_leak": "siblings on both sides"}))
+
+    def told(*names: str) -> tuple[int, str]:
+        place = tmp_path / names[0]
+        if len(names) > 1:
+            place = tmp_path / f"of {len(list(tmp_path.iterdir()))}"
+            combine_models([tmp_path / name for name in names], place)
+        metadata = load(place, "cpu").predict_store(store, [0, 1]).metadata
+        return metadata["exposed_images"], metadata.get("accepted_leak") or ""
+
+    for name in ("linear", "decoder"):
+        shutil.copytree(fitted / name, tmp_path / name)
+    accept("linear")
+    assert told("linear") == (2, "siblings on both sides")
+    assert told("linear", "decoder") == (2, "")  # the decoder has met them, and nobody has accepted that
+    accept("decoder")
+    assert told("linear", "decoder") == (2, "siblings on both sides")
