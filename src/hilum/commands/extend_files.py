@@ -1,6 +1,5 @@
 """The files of a MODEL that `extend` writes: what the model had, unchanged, and what was added beside it."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from hilum.deploy.card import write_cards
 from hilum.deploy.screening import SCREENING_NAME
 from hilum.evaluation.calibration import Calibrator, describe_items
 from hilum.evaluation.calibrators import IDENTITY
-from hilum.evaluation.fitted_items import DIGEST_BYTES, are_among, fingerprint
+from hilum.evaluation.fitted_items import are_among, merge_items
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import study_uids
 from hilum.heads.extension import ExtendedHead
@@ -124,32 +123,11 @@ def _join(
     items = old.fitted_on
     if validation is not None and items is not None:
         uids = {uid for one, _ in (*base.validations, validation) for uid in _items(one, old.unit)}
-        items = join_items(items, describe_items(uids))
+        items = merge_items([describe_items(uids), items])  # a site's may be among them
     return replace(
         old, findings=old.findings + new.findings, maps=old.maps | new.maps, thresholds=old.thresholds | new.thresholds,
         raw_thresholds=old.raw_thresholds | new.raw_thresholds, fitted_on=items,
     )  # fmt: skip
-
-
-def join_items(old: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """What was fitted on either, as `describe_items` writes it.
-
-    Ids of the old one's are not kept where they were a site's, so of a true union the fingerprint is that of digests.
-    """
-    first, second = (_digests(one) for one in (old, new))
-    if first <= second:
-        return new
-    both = sorted(first | second)
-    return {
-        "fingerprint": fingerprint(one.hex() for one in both),
-        "items": len(both),
-        "digests": base64.b64encode(b"".join(both)).decode(),
-    }
-
-
-def _digests(fitted_on: Mapping[str, Any]) -> set[bytes]:
-    packed = base64.b64decode(fitted_on["digests"])
-    return {packed[start : start + DIGEST_BYTES] for start in range(0, len(packed), DIGEST_BYTES)}
 
 
 def calibrated_elsewhere(base: Base) -> list[str]:

@@ -29,15 +29,21 @@ def describe_items(uids: Iterable[str]) -> dict[str, Any]:
 def merge_items(described: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Several `describe_items` as one, of every item that is in any; None of none.
 
-    The ids are gone, so of different ones the fingerprint is that of their fingerprints, and `items` counts digests.
+    One that holds all others stands as it is. Else the ids are gone, so the fingerprint is that of the digests, which
+    `items` counts.
     """
-    distinct = {str(one["digests"]): one for one in described}
-    if len(distinct) < 2:
-        return dict(next(iter(distinct.values()))) if distinct else None
-    digests = sorted(set().union(*map(_digests, distinct.values())))
-    packed = base64.b64encode(b"".join(digests)).decode()
-    marks = fingerprint(str(one["fingerprint"]) for one in distinct.values())
-    return {"fingerprint": marks, "items": len(digests), "digests": packed}
+    if not described:
+        return None
+    digests = set().union(*map(_digests, described))
+    whole = next((one for one in described if _digests(one) == digests), None)
+    if whole is not None:
+        return dict(whole)
+    every = sorted(digests)
+    return {
+        "fingerprint": fingerprint(one.hex() for one in every),
+        "items": len(every),
+        "digests": base64.b64encode(b"".join(every)).decode(),
+    }
 
 
 def _digest(uid: str) -> bytes:
