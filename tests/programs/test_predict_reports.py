@@ -356,6 +356,30 @@ def test_reports_of_one_folder_are_made_with_the_same_options(model: Model, film
         write_reports(model, found, np.array([0]), ReportOptions(out, ("fhir",)))
 
 
+def test_other_files_under_the_same_names_are_other_studies(model: Model, films: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        pixels = np.random.default_rng(number).integers(0, 255, (30, 44), np.uint8)
+        cv2.imwrite(str(tmp_path / name / "d.png"), pixels)
+    out = ReportOptions(tmp_path / "out")
+    write_reports(model, resolve([str(tmp_path / "one")]), np.array([0]), out)
+    write_reports(model, resolve([str(tmp_path / "one")]), np.array([0]), out)
+    with pytest.raises(ConfigError, match="lists other studies than these inputs, or other files of them"):
+        write_reports(model, resolve([str(tmp_path / "two")]), np.array([0]), out)
+    cv2.imwrite(str(tmp_path / "one" / "d.png"), pixels)  # the same path
+    with pytest.raises(ConfigError, match="files that have changed since"):
+        write_reports(model, resolve([str(tmp_path / "one")]), np.array([0]), out)
+
+
+def test_other_pictures_of_a_store_are_other_studies(model: Model, tmp_path: Path) -> None:
+    found = resolve([f"{make_store(tmp_path / 'store').path}:test"])
+    out = ReportOptions(tmp_path / "out")
+    write_reports(model, found, np.array([0]), out)
+    found.store._columns = {**found.store._columns, "checksum": found.store.checksums + 1}
+    with pytest.raises(ConfigError, match="lists other studies"):
+        write_reports(model, found, np.array([0]), out)
+
+
 def test_references_of_nobody_are_told_of(model: Model, films: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "references.csv").write_text("study_id,patient\n1.2.4,Patient/7\nsomebody,Patient/9\n")
     asked = parse_options(tmp_path / "out", "fhir", references=tmp_path / "references.csv")

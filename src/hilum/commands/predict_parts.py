@@ -26,6 +26,7 @@ from hilum.core.tracking import say
 from hilum.data.images import read_image
 from hilum.data.store import Store
 from hilum.deploy.admission import Flagged, Gate, RawReading
+from hilum.deploy.inputs import fingerprint
 from hilum.deploy.predictor import Model
 from hilum.deploy.screening import Flag
 from hilum.evaluation.studies import study_uids
@@ -147,16 +148,7 @@ def plan_of(work: Work, model: Model, chunks: Sequence[np.ndarray]) -> dict[str,
     inputs = hashlib.sha256(str(work.store).encode())
     for name, column in sorted(work.identity.items()):
         inputs.update("\x1f".join([name, *column.tolist(), ""]).encode())
-    for place in work.places:
-        if isinstance(place, Path):
-            try:
-                status = place.stat()
-                told = f"{place.absolute()}\x1f{status.st_size}\x1f{status.st_mtime_ns}\x1e"
-            except OSError:
-                told = f"{place.absolute()}\x1fgone\x1e"
-        else:
-            told = f"{place}\x1e"
-        inputs.update(told.encode())
+    inputs.update(fingerprint(work.places, None if work.store is None else Store.open(work.store)).encode())
     settings = {
         "engine": work.engine, "precision": work.precision, "batch_size": work.batch_size,
         "computed": [network.config.precision for network in model.networks],

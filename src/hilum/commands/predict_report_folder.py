@@ -42,17 +42,18 @@ class LeftOut:
             write_text(path, _csv(LEFT_OUT_COLUMNS, self.rows))
 
 
-def write_index(folder: Path, studies: Iterable[tuple[str, str, int]]) -> None:
-    """List the studies: folder, id in the input, images.
+def write_index(folder: Path, studies: Iterable[tuple[str, str, int, str]]) -> None:
+    """List the studies: folder, id in the input, images, digest of the files that these are.
 
     Raises:
-        ConfigError: the folder has the reports of others.
+        ConfigError: the folder has the reports of others, or of other files under the same names.
     """
-    text = _csv(("folder", "study_id", "images"), studies)
+    text = _csv(("folder", "study_id", "images", "files"), studies)
     path = folder / INDEX_NAME
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(
-            f"{path} lists other studies than these inputs: their reports would be mixed. Choose another folder."
+            f"{path} lists other studies than these inputs, or other files of them, or files that have changed since: "
+            "reports of both would be mixed. Choose another folder."
         )
     write_text(path, text)
 

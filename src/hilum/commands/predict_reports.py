@@ -28,7 +28,7 @@ from hilum.core.tracking import progress, say, warn
 from hilum.data.images import kind_of, read_image
 from hilum.deploy.fhir import NOBODY, fhir_bundle
 from hilum.deploy.finding_codes import local_code
-from hilum.deploy.inputs import HEADER_BYTES, Inputs
+from hilum.deploy.inputs import HEADER_BYTES, Inputs, fingerprint
 from hilum.deploy.network import store_identity
 from hilum.deploy.overlays import of_study
 from hilum.deploy.predictor import Model
@@ -52,6 +52,8 @@ class _Study(NamedTuple):
     study_id: str
     positions: list[int]
     """Of its images among those of the input."""
+    files: str
+    """Digest of what its images are read from (`inputs.fingerprint`)."""
 
 
 class _View(NamedTuple):
@@ -139,7 +141,7 @@ def prepare_reports(
     if set(options.formats) & set(DICOM_FORMATS):
         _need_dicom(found)
     studies = _studies(found)
-    write_index(options.folder, ((study.name, study.study_id, len(study.positions)) for study in studies))
+    write_index(options.folder, ((one.name, one.study_id, len(one.positions), one.files) for one in studies))
     write_options(options, str(model.composition.study), score_flagged or found.store is not None, correct_inverted)
     first = next((study for study in studies if (options.folder / study.name / DOCUMENT_NAME).exists()), None)
     if first is not None:
@@ -178,9 +180,14 @@ def _studies(found: Inputs) -> list[_Study]:
     for position, uid in enumerate(uids.tolist()):
         positions.setdefault(uid, []).append(position)
     digits = max(4, len(str(len(positions))))
-    ids = identity["study_id"].tolist()
+    ids, files = identity["study_id"].tolist(), found.places
     return [
-        _Study(f"study_{number:0{digits}d}", ids[places[0]], places)
+        _Study(
+            f"study_{number:0{digits}d}",
+            ids[places[0]],
+            places,
+            fingerprint([files[place] for place in places], found.store)[:16],
+        )
         for number, places in enumerate(positions.values(), 1)
     ]
 

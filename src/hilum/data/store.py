@@ -234,6 +234,11 @@ class Store:
         """Int32 (N,): positions in `shards`."""
         return self._columns["shard"]
 
+    @property
+    def checksums(self) -> np.ndarray:
+        """UInt32 (N,): CRC-32 of each record as it was written; of its source's digest, where images are in place."""
+        return self._columns["checksum"]
+
     def indices(self, split: str) -> np.ndarray:
         """Int64 positions of one split, ascending."""
         return np.flatnonzero(self.splits == split).astype(np.int64)

@@ -5,9 +5,10 @@ used are listed with a reason and the rest goes on: every file is an image, refu
 """
 
 import csv
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,38 @@ class Inputs:
         stored = np.full(len(self.indices), "given")
         return stored if self.store else np.array([one.view_source for one in self.images], dtype=str)
 
+    @property
+    def places(self) -> list[Any]:
+        """(N) of each image, its file, or its index in the store."""
+        return self.indices.tolist() if self.store else [one.path for one in self.images]
+
     def identity(self) -> dict[str, np.ndarray]:
         """Identity columns of the images of files."""
         rows = [(one.uid, one.image_id, one.study, one.patient, LOOSE_FILES, one.view) for one in self.images]
         names = ("image_uid", "image_id", "study_id", "patient_id", "dataset", "view")
         return {name: np.array([row[place] for row in rows], dtype=str) for place, name in enumerate(names)}
+
+
+def fingerprint(places: Iterable[Any], store: Store | None = None) -> str:
+    """SHA-256 that changes when another image takes the place of one of these: what was made of them holds no longer.
+
+    Args:
+        places: of each image, its file, or its index in the store. Of a file count path, size and time of change.
+        store: where the images are in one; of its records count uid and checksum.
+    """
+    digest = hashlib.sha256()
+    for place in places:
+        if store is not None:
+            digest.update(f"{store.uids[place]} {store.checksums[place]}\x1e".encode())
+            continue
+        path = os.path.abspath(place)  # noqa: PTH100 (as below)
+        try:
+            status = Path(path).stat()
+            told = f"{status.st_size}\x1f{status.st_mtime_ns}"
+        except OSError:
+            told = "gone"
+        digest.update(os.fsencode(path) + f"\x1f{told}\x1e".encode())
+    return digest.hexdigest()
 
 
 def resolve(inputs: list[str], study_column: str | None = None) -> Inputs:
