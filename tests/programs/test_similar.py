@@ -184,6 +184,32 @@ def test_an_interrupted_index_is_the_same_in_the_end(folder: Path, tmp_path: Pat
     assert not (tmp_path / "b" / "progress.json").exists()
 
 
+def test_parts_of_other_files_under_the_same_names_are_not_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        for film in range(4):
+            pixels = np.random.default_rng(10 * number + film).integers(0, 255, (48, 40), np.uint8)
+            cv2.imwrite(str(tmp_path / name / f"{film}.png"), pixels)
+    monkeypatch.setattr(embedding_parts, "IMAGES", 2)
+    real, calls = embedding_parts.embed_many, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(embedding_parts, "embed_many", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embed.run(str(folder / "model"), [str(tmp_path / "one")], tmp_path / "f.npz", device="cpu")
+    for name in ("f", "g"):
+        embed.run(str(folder / "model"), [str(tmp_path / "two")], tmp_path / f"{name}.npz", device="cpu")
+    found, expected = (read_embeddings(tmp_path / f"{name}.npz").vectors for name in ("f", "g"))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_what_was_begun_for_something_else_is_not_gone_on_with(folder: Path, tmp_path: Path, monkeypatch) -> None:
     store, encoder = Store.open(folder / "store"), Encoder.of(load(folder / "model", "cpu"))
 

@@ -25,7 +25,7 @@ from hilum.deploy.embedding_files import FORMAT, WRITERS, Embeddings, write_embe
 from hilum.deploy.embedding_parts import embed_resumably
 from hilum.deploy.embeddings import study_means
 from hilum.deploy.encoder import Embedded, load_encoder
-from hilum.deploy.inputs import Inputs, resolve
+from hilum.deploy.inputs import Inputs, fingerprint, resolve
 from hilum.deploy.network import store_identity
 from hilum.evaluation.predictions import IDENTITY
 from hilum.evaluation.studies import study_uids
@@ -84,11 +84,13 @@ def run(
     identity, studies = {name: column[part] for name, column in identity.items()}, studies[part]
     read = found.store.read if found.store else found.reader(encoder.short_side, encoder.preprocess_id)
     indices = found.indices[part] if found.store else part
+    places = found.places
+    files = fingerprint([places[place] for place in part.tolist()], found.store)
     folder = out.with_name(out.name + ".parts")
     with progress("embed", len(part), "images") as bar:
         pieces = embed_resumably(
             encoder, indices, read, folder, identity["image_uid"], studies, identity["view"], (), batch_size,
-            READING_THREADS, bar.advance,
+            READING_THREADS, bar.advance, files=files,
         )  # fmt: skip
         table, vectors = _collect(pieces, identity, studies, what)
     write_quarantine(found, out)

@@ -1,8 +1,8 @@
 """Embeddings of many images that survive an interruption: finished parts are kept in a folder until all is done.
 
 A part is some thousand images, whole studies. One that is there is read instead of computed, when the folder was begun
-for the same images and the same weights, and when none of its images was left out (what could not be read is tried
-again, and named again).
+for the same images, in the same files, and the same weights, and when none of its images was left out (what could not
+be read is tried again, and named again).
 """
 
 import hashlib
@@ -41,6 +41,7 @@ def embed_resumably(
     workers: int = 2,
     done: Callable[[int], None] = lambda count: None,
     size: int | None = None,
+    files: str = "",
 ) -> Iterator[tuple[Int64[np.ndarray, " B"], Embedded]]:
     """As `embed_many`, part by part; what is in `folder` from before is not computed again.
 
@@ -57,12 +58,13 @@ def embed_resumably(
         workers: threads that read.
         done: told how many images were finished.
         size: images of a part; None: `IMAGES`.
+        files: digest of what the images are read from (`inputs.fingerprint`).
 
     Yields:
         positions in `indices` (those that were left out are missing), and their embeddings; a part at a time.
     """
     chosen, size = np.asarray(list(indices), dtype=np.int64), size or IMAGES
-    key = _key(encoder, uids, studies, findings, size)
+    key = _key(encoder, uids, studies, findings, size, files)
     _begin(folder, key)
     number = np.unique(studies, return_inverse=True)[1].reshape(-1)
     for count, part in enumerate(in_order(np.arange(len(chosen)), size, number)):
@@ -92,9 +94,11 @@ def embed_resumably(
         yield places[seen[order]], joined
 
 
-def _key(encoder: Encoder, uids: np.ndarray, studies: np.ndarray, findings: Sequence[str], size: int) -> str:
+def _key(
+    encoder: Encoder, uids: np.ndarray, studies: np.ndarray, findings: Sequence[str], size: int, files: str
+) -> str:
     head = encoder.head_digest if findings else ""
-    facts = json.dumps([encoder.digest, head, encoder.precision, list(findings), size])
+    facts = json.dumps([encoder.digest, head, encoder.precision, encoder.short_side, list(findings), size, files])
     digest = hashlib.sha256(facts.encode())
     digest.update("\n".join(uids.tolist()).encode())
     digest.update("\n".join(studies.tolist()).encode())
