@@ -19,7 +19,7 @@ from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.types import UNKNOWN, image_uid
 from hilum.data.label_maps import LabelPolicy, apply_hierarchy
 from hilum.data.labels import FINDING_SETS, canonical, ordered
-from hilum.data.pools import mark_ssl_by_pool, open_pool, split_by_part
+from hilum.data.pools import keep_to_pool, mark_ssl_by_pool, open_pool, split_by_part
 from hilum.data.rows import SourceOptions, SourceRows, check_dataset_name
 from hilum.data.schema import ORDER, STUDY, Manifest, check_rows, complete, label_column
 from hilum.data.sources import (
@@ -161,7 +161,7 @@ def build_manifest(specs: Sequence[SourceSpec], options: ManifestOptions) -> tup
         frame = mark_ssl_by_pool(frame, pool)
     else:
         frame, settled = settle_across_datasets(frame)
-        frame = mark_ssl(frame)
+        frame = keep_to_pool(mark_ssl(frame), pool) if pool else mark_ssl(frame)
         notes += [*settled, *([] if pool else _unused_development(frame))]
     frame = complete(frame, findings).sort(ORDER)
     check_rows(frame, "the new manifest", leak)

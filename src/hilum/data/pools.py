@@ -192,6 +192,13 @@ def mark_ssl_by_pool(frame: pl.DataFrame, pool: Pool) -> pl.DataFrame:
     return frame.with_columns(ssl_ok=inside, ssl_reason=reason)
 
 
+def keep_to_pool(frame: pl.DataFrame, pool: Pool) -> pl.DataFrame:
+    """`ssl_ok` and `ssl_reason` under a sound pool: of what else may be pretrained on, its training part alone."""
+    outside = pl.col("ssl_ok") & (pl.col("split_project") != "train")
+    reason = pl.when(outside).then(pl.lit(f"not in {pool.name}")).otherwise("ssl_reason")
+    return frame.with_columns(ssl_ok=pl.col("ssl_ok") & ~outside, ssl_reason=reason)
+
+
 def differences(pool: Pool, found: Mapping[str, int]) -> list[Difference]:
     """Counts against the expected ones, a row per source of the pool.
 

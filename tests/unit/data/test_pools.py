@@ -141,6 +141,15 @@ def test_a_clean_pool_has_no_patient_of_an_evaluation_list(make):
     assert json.loads(manifest.metadata["pool_counts"])["chexpert"] == 80
 
 
+def test_what_a_clean_pool_does_not_take_stays_out_of_pretraining(make):
+    """Images of no list are not of the training list."""
+    frame = make("slides-710k-clean", nih=images(30, 1, ["train"] * 10 + ["test"] * 10 + [""] * 10)).frame
+    outside = frame.filter(pl.col("split_official") == "")
+    assert not outside["ssl_ok"].any()
+    assert outside["ssl_reason"].unique().to_list() == ["not in slides-710k-clean"]
+    assert frame.filter("ssl_ok")["split_official"].to_list() == ["train"] * 10
+
+
 def test_another_dataset_of_the_same_people_yields_to_evaluation(make):
     """The same patients under two names: what one evaluates on, the other does not train on."""
     first, second = images(40, 4, ["train"] * 20 + ["test"] * 20), images(40, 4)

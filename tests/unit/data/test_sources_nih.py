@@ -100,6 +100,24 @@ def test_official_lists(make, tmp_path):
         nih.read(options)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "sides"),
+    [
+        ("train_val_list.txt", "00000001_000.png\n00000001_001.png\n", ["train", "train", "test", "test"]),
+        ("test_list.txt", "00000012_000.png\n", ["train", "train", "test", "train"]),
+    ],
+)
+def test_one_list_alone_leaves_the_other_images_on_the_other_side(make, tmp_path, name, content, sides):
+    options = make()
+    (tmp_path / name).write_text(content)
+    rows = nih.read(options)
+    assert rows.frame["split_official"].to_list() == sides
+    assert any(f"{name} is the only list" in note for note in rows.notes)
+    for split in ("project", "official"):
+        manifest, _ = build_manifest([SourceSpec("nih", "nih", tmp_path)], ManifestOptions(split=split))
+        assert not manifest.frame.filter(pl.col("split_official") == "test")["ssl_ok"].any()
+
+
 def test_lists_that_name_no_image_of_the_table_are_refused(make, tmp_path):
     options = make()
     (tmp_path / "test_list.txt").write_text("images/00000012_000.png\n")  # as a path, it would hold nothing back

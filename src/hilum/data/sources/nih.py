@@ -140,7 +140,10 @@ def _locations(files: list[str], root: Path) -> pl.DataFrame:
 
 
 def _official_split(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, dict[str, str], list[str]]:
-    """`split_official` from the lists that are there, "" for an image in none of them; hashes of the lists; notes."""
+    """`split_official` from the lists; hashes of these; notes.
+
+    With one list, an image that it does not name is on the other side. With both, one that neither names is on none.
+    """
     members, hashes = [], {}
     for name, split in LISTS.items():
         if (root / name).is_file():
@@ -161,9 +164,12 @@ def _official_split(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, dict
             f"{root}: {', '.join(hashes)} name none of the images of the table. Expected a name such as "
             "00000001_000.png on each line."
         )
-    note = f"{unlisted} images are in none of {', '.join(hashes)}: the lists hold none of them back"
-    notes = [note] if unlisted and len(hashes) == len(LISTS) else []
-    return frame.with_columns(pl.col("split_official").fill_null("")), hashes, notes
+    other, note = "", f"{unlisted} images are in none of {', '.join(hashes)}: the lists hold none of them back"
+    if len(hashes) == 1:
+        (name,) = hashes
+        other = next(split for listing, split in LISTS.items() if listing != name)
+        note = f"{name} is the only list: the {unlisted} images that it does not name count as {other}"
+    return frame.with_columns(pl.col("split_official").fill_null(other)), hashes, [note] if unlisted else []
 
 
 def _boxes(root: Path, entries: pl.DataFrame) -> tuple[dict[str, str], list[str]]:
