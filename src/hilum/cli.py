@@ -447,7 +447,7 @@ def predict(
     ] = None,
     formats: Annotated[str, typer.Option(help="Of reports: json, html, fhir, fhir-r4b, sr, sc, with commas.")] = "json",
     captures: Annotated[
-        str, typer.Option(help="Of format sc: above (findings above their F1 operating point) or all.")
+        str, typer.Option(help="Of format sc: above (findings above the first operating point) or all.")
     ] = "above",
     references: Annotated[
         Path | None, typer.Option(help="Of fhir: a CSV that says whose studies are which on a FHIR server.")

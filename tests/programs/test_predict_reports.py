@@ -238,6 +238,7 @@ def test_dicom_reports_of_pictures_are_refused_before_anything_is_predicted(
         ("patient\nPatient/1\n", MissingColumnError, "expected the columns study_id"),
         ("study_id,patient\n1,somebody\n", ConfigError, "row 2: The patient [^']*is no FHIR reference"),
         ("study_id,patient\n1,Patient/1\n1,Patient/2\n", ConfigError, "row 3: this study has other references"),
+        ("study_id,patient_id,patient\n1,,Patient/1\n", ConfigError, "row 2: its patient_id is empty"),
     ],
 )
 def test_wrong_references_are_refused(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
@@ -387,6 +388,28 @@ def test_references_of_nobody_are_told_of(model: Model, films: Path, tmp_path: P
     printed = capsys.readouterr().err
     assert "1 of 2 references are of studies that are not among the inputs" in printed
     assert "somebody" not in printed
+
+
+def test_a_study_id_of_two_patients_needs_the_patient_in_the_references(
+    model: Model, films: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "table.csv").write_text(
+        f"path,study_id,patient_id\n{films}/d.png,1,Ann\n{films}/c.dcm,1,Bob\n{films}/b.dcm,2,Bob\n"
+    )
+    found, references = resolve([str(tmp_path / "table.csv")]), tmp_path / "references.csv"
+    references.write_text("study_id,patient\n1,Patient/1\n2,Patient/2\n")
+    with pytest.raises(ConfigError, match="1 of 2 rows name a study_id that several studies") as caught:
+        write_reports(model, found, everything(found), parse_options(tmp_path / "out", "fhir", references=references))
+    assert "Ann" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    references.write_text("study_id,patient_id,patient\n1,Bob,Patient/1\n2,Ann,Patient/2\n")
+    write_reports(model, found, everything(found), parse_options(tmp_path / "out", "fhir", references=references))
+    told = [
+        json.loads((tmp_path / "out" / f"study_000{number}" / "study.fhir.json").read_text())["entry"][0]["resource"]
+        for number in (1, 2, 3)
+    ]
+    assert [one.get("subject") for one in told] == [None, {"reference": "Patient/1"}, None]
+    assert "1 of 2 references are of studies that are not among the inputs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ class ReportOptions:
     formats: tuple[str, ...] = ("json",)
     """Names in FORMATS; the JSON document is always written."""
     captures: str = "above"
-    """Secondary captures of the findings above their F1 operating point, or of all that have maps."""
-    references: Mapping[str, References] = field(default_factory=dict)
-    """Whose a study is on a FHIR server, by the study's id in the input."""
+    """Secondary captures of the findings above the model's first operating point, or of all that have maps."""
+    references: Mapping[tuple[str, str], References] = field(default_factory=dict)
+    """Whose a study is on a FHIR server, by the ids of study and patient in the input; "": whoever the patient is."""
 
     def __post_init__(self) -> None:
         for name in self.formats:
@@ -45,11 +45,16 @@ class ReportOptions:
             raise ConfigError('DICOM reports (sr, sc) need the extra: pip install "hilum[pacs]".')
 
 
-def read_references(path: Path) -> dict[str, References]:
+def read_references(path: Path) -> dict[tuple[str, str], References]:
     """Whose studies are on a FHIR server: a CSV with `study_id`, and `patient` or `imaging_study` or both.
 
+    A column `patient_id` says which patient's study is meant, as the inputs call them.
+
+    Returns:
+        by study id and patient id; "" where there is no such column.
+
     Raises:
-        ConfigError: it cannot be read, names a study twice, or holds what is no reference.
+        ConfigError: it cannot be read, names a study twice, holds what is no reference, or lacks a patient in a row.
         MissingColumnError: a column is missing.
     """
     try:
@@ -63,18 +68,20 @@ def read_references(path: Path) -> dict[str, References]:
             f"{path}: expected the columns study_id, and patient or imaging_study; found "
             f"{', '.join(columns) or 'no header'}."
         )
-    found: dict[str, References] = {}
+    found: dict[tuple[str, str], References] = {}
     for number, row in enumerate(rows, 2):
-        study = (row["study_id"] or "").strip()
+        study, whose = (row["study_id"] or "").strip(), (row.get("patient_id") or "").strip()
+        if "patient_id" in columns and not whose:
+            raise ConfigError(f"{path}, row {number}: its patient_id is empty. Say it, or leave the column out.")
         try:
             one = References(
                 (row.get("patient") or "").strip() or None, (row.get("imaging_study") or "").strip() or None
             )
         except ConfigError as error:
             raise ConfigError(f"{path}, row {number}: {error}") from error
-        if found.get(study, one) != one:
+        if found.get((study, whose), one) != one:
             raise ConfigError(f"{path}, row {number}: this study has other references in an earlier row.")
-        found[study] = one
+        found[study, whose] = one
     return found
 
 

@@ -13,6 +13,7 @@ Past 300 lines: the way from a list of files to each file of a study.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class _Study(NamedTuple):
     name: str
     """Of its folder."""
     study_id: str
+    patient_id: str
     positions: list[int]
     """Of its images among those of the input."""
     files: str
@@ -135,12 +137,13 @@ def prepare_reports(
         all studies of the input.
 
     Raises:
-        ConfigError: a folder that holds reports of other inputs, options or another model, or DICOM formats without one
-            DICOM file.
+        ConfigError: a folder that holds reports of other inputs, options or another model, DICOM formats without one
+            DICOM file, or references that may be of several studies.
     """
     if set(options.formats) & set(DICOM_FORMATS):
         _need_dicom(found)
     studies = _studies(found)
+    _refuse_ambiguous(options, studies)
     write_index(options.folder, ((one.name, one.study_id, len(one.positions), one.files) for one in studies))
     write_options(options, str(model.composition.study), score_flagged or found.store is not None, correct_inverted)
     first = next((study for study in studies if (options.folder / study.name / DOCUMENT_NAME).exists()), None)
@@ -180,11 +183,12 @@ def _studies(found: Inputs) -> list[_Study]:
     for position, uid in enumerate(uids.tolist()):
         positions.setdefault(uid, []).append(position)
     digits = max(4, len(str(len(positions))))
-    ids, files = identity["study_id"].tolist(), found.places
+    ids, patients, files = identity["study_id"].tolist(), identity["patient_id"].tolist(), found.places
     return [
         _Study(
             f"study_{number:0{digits}d}",
             ids[places[0]],
+            patients[places[0]],
             places,
             fingerprint([files[place] for place in places], found.store)[:16],
         )
@@ -192,8 +196,24 @@ def _studies(found: Inputs) -> list[_Study]:
     ]
 
 
+def _keys(study: _Study) -> list[tuple[str, str]]:
+    """By which references may name a study: with its patient, or without any."""
+    return [(study.study_id, study.patient_id), (study.study_id, "")]
+
+
+def _refuse_ambiguous(options: ReportOptions, studies: Sequence[_Study]) -> None:
+    """References by id of the study alone, where several patients have one of that id, would be of the wrong one."""
+    meant = Counter(key for study in studies for key in _keys(study) if key in options.references)
+    several = sum(count > 1 for count in meant.values())
+    if several:
+        raise ConfigError(
+            f"--references: {several} of {len(options.references)} rows name a study_id that several studies of the "
+            "inputs have, of several patients. Add a column patient_id that says whose is meant."
+        )
+
+
 def _warn_of_strangers(options: ReportOptions, studies: Sequence[_Study]) -> None:
-    strangers = set(options.references) - {study.study_id for study in studies}
+    strangers = set(options.references) - {key for study in studies for key in _keys(study)}
     if strangers:
         warn(f"{len(strangers)} of {len(options.references)} references are of studies that are not among the inputs")
 
@@ -266,7 +286,7 @@ def _write_study(
         name: None if views_of is None else of_study(views_of, result.contributions[name])
         for name, views_of in result.attention.items()
     }
-    references = options.references.get(study.study_id, NOBODY)
+    references = next((options.references[key] for key in _keys(study) if key in options.references), NOBODY)
     pixels: list[np.ndarray] = []
     if set(formats) & set(PICTURE_FORMATS):
         pixels = [
