@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from hilum.core.errors import ConfigError, StoreError, UnknownNameError
-from hilum.core.files import read_json, write_text
+from hilum.core.errors import ConfigError, UnknownNameError
+from hilum.core.files import write_text
 from hilum.core.tracking import Bar, progress
+from hilum.data.build_folder import PlannedShard, check_folder, claim_folder, finished, marker, to_write
 from hilum.data.checksums import Published, published_checksums
-from hilum.data.decoding import Decoders, Settings, Task, decoders, fingerprint
+from hilum.data.decoding import Decoders, Settings, Task, decoders
 from hilum.data.finish import REFUSED, STORED, Finished, finish_store
 from hilum.data.greys import LEVELS, Greys, is_even, total
 from hilum.data.intensity import PREPROCESS_ID, equaliser
@@ -37,18 +38,6 @@ BYTES_PER_PIXEL = {"jpeg95": 0.35, "png": 0.6, "raw": 1.0, IN_PLACE: 1.0}
 place, a shard covers as many images as a raw one, and is tiny."""
 ASPECT = 1.2
 """Expected longer side over shorter side."""
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    """One shard before it is written."""
-
-    name: str
-    dataset: str
-    licence: str
-    tasks: tuple[Task, ...]
-    digest: str
-    """Over the settings and every task's identity and relative path: the same digest means the same bytes."""
 
 
 @dataclass(frozen=True)
@@ -123,21 +112,22 @@ def build_store(
     folders = source_roots(manifest, roots or {})
     published = published_checksums(folders) if checksums else {}
     plan = _plan(manifest, folders, settings, shard_bytes, published)
-    _check_folder(out, settings, {planned.dataset for planned in plan})
+    datasets = {planned.dataset for planned in plan}
+    check_folder(out, settings, datasets)
     mine = [number for number in range(len(plan)) if number % shard[1] == shard[0]]
-    waiting = [number for number in mine if not _is_done(out, plan[number])]
+    waiting = to_write(out, plan, mine, settings, workers)
     if waiting:
-        (out / "store.json").unlink(missing_ok=True)
+        claim_folder(out, settings, datasets)
         images = sum(len(plan[number].tasks) for number in waiting)
         with progress("build", images, "images") as bar, decoders(settings, workers, images) as decode:
             refused = 0
             for number in waiting:
                 refused += _write_shard(out, plan[number], decode, bar)
                 bar.note(f"{refused} refused" if refused else "")
-    everything = [_done(out, planned) for planned in plan]
+    everything = [finished(out, planned) for planned in plan]
     seen = [done for done in (everything[number] for number in mine) if done is not None]
-    finished = all(done is not None for done in everything)
-    if finished:
+    whole = all(done is not None for done in everything)
+    if whole:
         seen = [done for done in everything if done is not None]
         shards = [
             Shard(planned.name, planned.dataset, planned.licence, part.images, part.bytes, part.sha256)
@@ -153,8 +143,8 @@ def build_store(
         shards_kept=len(mine) - len(waiting),
         bytes=sum(done.bytes for done in seen),
         seconds=time.monotonic() - started,
-        finished=finished,
-        greys=_greys(plan, seen) if finished else {},
+        finished=whole,
+        greys=_greys(plan, seen) if whole else {},
         intensity=settings.preprocess_id,
         checksums=listed((task for planned in plan for task in planned.tasks), folders, published),
     )
@@ -216,62 +206,12 @@ def _licences(manifest: Manifest) -> list[str]:
     return manifest.frame["licence_tag"].fill_null("").to_list()
 
 
-def _check_folder(out: Path, settings: Settings, datasets: set[str]) -> None:
-    """A store of other settings, or of other data alone, is never overwritten."""
-    if out.exists() and not out.is_dir():
-        raise StoreError(f"{out} is a file; expected a folder for the store.")
-    if not (out / "store.json").exists():
-        return
-    header = read_json(out / "store.json", StoreError)
-    if not isinstance(header, dict):
-        raise StoreError(f"{out / 'store.json'} is not a JSON object; it is no store of ours. Choose another --out.")
-    found = {
-        "size": header.get("size"),
-        "encoding": header.get("encoding"),
-        "preprocess_id": header.get("preprocess_id"),
-    }
-    wanted = {"size": settings.size, "encoding": settings.encoding, "preprocess_id": settings.preprocess_id}
-    if found != wanted:
-        raise StoreError(f"{out} holds a store made with {found}; asked for {wanted}. Choose another --out.")
-    before = {shard["dataset"] for shard in header.get("shards", ())}
-    if before and datasets.isdisjoint(before):
-        raise StoreError(
-            f"{out} holds a store of {', '.join(sorted(before))}, none of which is in this manifest "
-            f"({', '.join(sorted(datasets))}): its shards would be removed. Choose another --out."
-        )
-
-
-def _marker(out: Path, planned: PlannedShard) -> Path:
-    return out / "shards" / f"{Path(planned.name).stem}.done"
-
-
-def _done(out: Path, planned: PlannedShard) -> Finished | None:
-    """What the marker of a finished shard says; None where the shard is not finished, or is another plan's."""
-    marker, file = _marker(out, planned), out / "shards" / planned.name
-    if not marker.exists():
-        return None
-    done = Finished.of(read_json(marker, StoreError))
-    if done.digest != planned.digest or not file.is_file() or file.stat().st_size != done.bytes:
-        return None
-    return done
-
-
-def _is_done(out: Path, planned: PlannedShard) -> bool:
-    """Finished, and no refused file has changed since."""
-    done = _done(out, planned)
-    if done is None:
-        return False
-    tasks = {task.uid: task for task in planned.tasks}
-    refused = done.refused.select("image_uid", "found").iter_rows()
-    return all(fingerprint(tasks[uid]) == found for uid, found in refused)
-
-
 def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -> int:
     """Write one shard in the plan's order, then its marker; returns how many images were refused."""
     stored: dict[str, list[Any]] = {name: [] for name in STORED if name != "store_shard"}
     refused: dict[str, list[Any]] = {name: [] for name in REFUSED}
     greys, even = np.zeros(LEVELS, np.int64), 0
-    _marker(out, planned).unlink(missing_ok=True)
+    marker(out, planned).unlink(missing_ok=True)
     with new_shard(out / "shards" / planned.name) as writer:
         for outcome in decode.in_order(planned.tasks):
             if outcome.reason:
@@ -294,5 +234,5 @@ def _write_shard(out: Path, planned: PlannedShard, decode: Decoders, bar: Bar) -
         "refused": refused,
         "greys": {"histogram": greys.tolist(), "even": even},
     }
-    write_text(_marker(out, planned), json.dumps(done, separators=(",", ":")))
+    write_text(marker(out, planned), json.dumps(done, separators=(",", ":")))
     return len(refused["image_uid"])

@@ -25,7 +25,7 @@ from hilum.core.errors import ImageError, StoreError
 from hilum.data.checksums import check_content
 from hilum.data.greys import grey_histogram
 from hilum.data.hashing import perceptual_hash, pixel_sha256, thumbnail
-from hilum.data.images import DecodedImage, read_file, read_image
+from hilum.data.images import NO_MEMORY, DecodedImage, read_file, read_image
 from hilum.data.intensity import PREPROCESS_ID
 from hilum.data.raw import RawFormat
 from hilum.data.shards import IN_PLACE, encode
@@ -35,6 +35,11 @@ CHUNK_PIXELS = 2**22
 """Stored pixels handed over at a time."""
 IMAGES_PER_WORKER = 64
 """Starting a process costs as much as decoding about so many small images."""
+
+
+ENVIRONMENT = ("missing_decoder", "unreadable", "decoder_crashed")
+"""Reasons that may be the machine's and not the file's: of a decoder that is not installed, of rights, of a network
+file system, of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,11 @@ class Outcome:
     message: str = ""
     found: list[int] | None = None
     """Size and modification time of a refused file, so that a repaired one is tried again."""
+
+
+def environment_fault(reason: str, message: str) -> bool:
+    """Whether a refusal may be the machine's fault: then the same file can be read another time."""
+    return reason in ENVIRONMENT or (reason == "too_large" and message.endswith(NO_MEMORY))
 
 
 def fingerprint(task: Task) -> list[int] | None:
@@ -196,9 +206,16 @@ class Decoders:
                 outcomes = future.result()
             except BrokenProcessPool:
                 self.close()
-                outcomes = self._isolated(chunk)
+                outcomes = self.isolated(chunk)
                 pending = deque((other, self._again(other, result)) for other, result in pending)
             yield from outcomes
+
+    def again(self, refused: Sequence[tuple[Task, str]]) -> Iterator[Outcome]:
+        """Outcomes of tasks that were refused before, with the reason; what has ended a process may end another."""
+        crashed = [task for task, reason in refused if reason == "decoder_crashed"]
+        yield from self.in_order([task for task, reason in refused if reason != "decoder_crashed"])
+        if crashed:
+            yield from self.isolated(crashed)
 
     def _submit(self, chunk: Sequence[Task]) -> "Future[list[Outcome]]":
         if self.pool is None:
@@ -221,7 +238,7 @@ class Decoders:
         """The result, where it came before the processes ended; otherwise another attempt."""
         return result if result.done() and result.exception() is None else self._submit(chunk)
 
-    def _isolated(self, tasks: Sequence[Task]) -> list[Outcome]:
+    def isolated(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Decode in a process of its own; where that ends too, by halves, down to the file that ends it."""
         try:
             with _pool(1) as pool:
@@ -229,7 +246,7 @@ class Decoders:
         except BrokenProcessPool:
             if len(tasks) > 1:
                 middle = len(tasks) // 2
-                return [*self._isolated(tasks[:middle]), *self._isolated(tasks[middle:])]
+                return [*self.isolated(tasks[:middle]), *self.isolated(tasks[middle:])]
         task = tasks[0]
         message = f"{task.uid}: the decoder stopped abnormally on this file."
         return [Outcome(task.uid, reason="decoder_crashed", message=message, found=fingerprint(task))]

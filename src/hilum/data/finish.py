@@ -52,6 +52,8 @@ REFUSED: dict[str, Any] = {
     "found": pl.List(pl.Int64),
 }
 """And of each refused one; `found` is the size and modification time of the file."""
+UNFINISHED = "build.json"
+"""What the shards of an unfinished store are made with; removed when it is finished."""
 FILES = ("quarantine.csv", "manifest.parquet", "index.npz", "store.json")
 """What the last step writes, in this order."""
 
@@ -108,6 +110,7 @@ def finish_store(
         write_text(out / "quarantine.csv", _quarantine_list(manifest.frame, refused))
         write_manifest(_manifest_copy(manifest, stored, refused, settings), out / "manifest.parquet")
         _write_index(out, manifest, stored, shards, settings, refused.height, roots)
+        (out / UNFINISHED).unlink(missing_ok=True)
         _remove_stale(out, shards)
 
 
@@ -136,7 +139,7 @@ def _remove_stale(out: Path, shards: Sequence[Shard]) -> None:
         if unplanned or (unfinished and path.name[1:].removesuffix(".partial") not in current):
             path.unlink(missing_ok=True)
     for path in out.glob(".*.tmp"):
-        if any(path.name.startswith(f".{name}.") for name in FILES):
+        if any(path.name.startswith(f".{name}.") for name in (*FILES, UNFINISHED)):
             path.unlink(missing_ok=True)
 
 

@@ -45,6 +45,8 @@ from hilum.data.intensity import PREPROCESS_ID, equaliser, histogram, luma, over
 from hilum.data.raw import RawFormat
 
 MAX_FILE_BYTES = 2**30
+NO_MEMORY = "not enough memory to decode it."
+"""How the refusal ends of an image that this machine has too little memory for at the moment."""
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, zlib.error)
 _WARNINGS = threading.Lock()
 
@@ -116,7 +118,7 @@ def read_image(
     except ImageError as error:
         raise type(error)(error.reason, f"{name}: {error}") from error.__cause__
     except MemoryError as error:
-        raise UnsupportedImageError("too_large", f"{name}: not enough memory to decode it.") from error
+        raise UnsupportedImageError("too_large", f"{name}: {NO_MEMORY}") from error
 
 
 def read_dicom_header(source: Path | bytes) -> dict[str, str]:

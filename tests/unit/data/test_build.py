@@ -363,6 +363,52 @@ def test_a_repaired_file_is_tried_again(tmp_path):
     assert contents(tmp_path / "store") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("missing_decoder", "JPEG 2000 needs a decoder: pip install it."),
+        ("unreadable", "cannot be read: Input/output error."),
+        ("too_large", "not enough memory to decode it."),
+        ("decoder_crashed", "the decoder stopped abnormally on this file."),
+    ],
+)
+def test_what_the_machine_was_to_blame_for_is_tried_again(tmp_path, monkeypatch, reason, message):
+    manifest_path = pool(tmp_path / "raw")
+    build_store(manifest_path, tmp_path / "straight", encoding="raw", workers=1, **SMALL)
+    decode, failing = decoding.decode_one, [read_manifest(manifest_path).frame["image_uid"][5]]
+    calls: list[str] = []
+
+    def failing_decode(task: Task, chosen: Settings) -> decoding.Outcome:
+        calls.append(task.uid)
+        if task.uid in failing:
+            return decoding.Outcome(task.uid, reason=reason, message=message, found=decoding.fingerprint(task))
+        return decode(task, chosen)
+
+    monkeypatch.setattr(decoding, "decode_one", failing_decode)
+    monkeypatch.setattr(Decoders, "isolated", lambda self, tasks: decoding._decode_chunk(tasks, self.settings))
+
+    def build() -> BuildSummary:
+        return build_store(manifest_path, tmp_path / "store", encoding="raw", workers=1, **SMALL)
+
+    assert build().quarantined == {reason: 1}
+    before = contents(tmp_path / "store")
+    calls.clear()
+    again = build()  # still so: that file is decoded, and nothing is written
+    assert (again.shards_kept, calls) == (again.shards, failing)
+    assert contents(tmp_path / "store") == before
+    failing.clear()
+    assert build().stored == 24
+    assert contents(tmp_path / "store") == contents(tmp_path / "straight")
+
+
+def test_a_file_that_is_itself_too_large_is_not_tried_again(tmp_path, monkeypatch):
+    manifest_path = pool(tmp_path / "raw")
+    monkeypatch.setattr("hilum.data.images.MAX_FILE_BYTES", 10)
+    build_store(manifest_path, tmp_path / "store", encoding="raw", workers=1, **SMALL)
+    monkeypatch.setattr(decoding, "decode_one", None)  # any call would fail
+    assert build_store(manifest_path, tmp_path / "store", encoding="raw", workers=1, **SMALL).stored == 0
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([*BROKEN, ""]), min_size=1, max_size=10), st.integers(1, 4000))
 def test_inputs_are_stored_or_quarantined_exactly(tmp_path_factory, fates, shard_bytes):
@@ -394,6 +440,31 @@ def test_a_store_of_other_settings_is_not_overwritten(tmp_path):
         with pytest.raises(StoreError, match="--out"):
             build_store(manifest_path, tmp_path / "store", workers=1, **change)
     assert len(Store.open(tmp_path / "store")) == 4
+
+
+@pytest.mark.parametrize("change", [{"size": 40}, {"encoding": "raw"}, {"intensity": "chexpert-1"}])
+def test_an_unfinished_store_of_other_settings_is_not_overwritten(tmp_path, change):
+    manifest_path = pool(tmp_path / "raw", 8)
+    first = {"size": 32, "encoding": "png", "workers": 1, "shard_bytes": 2048}
+    straight = build_store(manifest_path, tmp_path / "straight", **first)
+    assert straight.shards > 2
+    build_store(manifest_path, tmp_path / "store", shard=(0, 2), **first)
+    before = contents(tmp_path / "store")
+    with pytest.raises(StoreError, match=r"unfinished store .*--out"):
+        build_store(manifest_path, tmp_path / "store", **{**first, **change})
+    assert contents(tmp_path / "store") == before
+    build_store(manifest_path, tmp_path / "store", **first)
+    assert contents(tmp_path / "store") == contents(tmp_path / "straight")
+
+
+def test_an_unfinished_store_of_other_data_is_not_replaced(tmp_path):
+    first, other = pool(tmp_path / "one", 8, datasets=("a",)), pool(tmp_path / "two", 8, datasets=("b",))
+    settings_of_both = {"size": 32, "encoding": "png", "workers": 1, "shard_bytes": 2048}
+    build_store(first, tmp_path / "store", shard=(0, 2), **settings_of_both)
+    with pytest.raises(StoreError, match="none of which is in this manifest"):
+        build_store(other, tmp_path / "store", **settings_of_both)
+    (tmp_path / "store" / "build.json").unlink()  # what an older version left unfinished has none
+    assert build_store(first, tmp_path / "store", **settings_of_both).stored == 8
 
 
 def test_roots(tmp_path):
