@@ -35,8 +35,10 @@ def structured_report(document: Mapping[str, Any], sources: Sequence[DicomSource
     """A Comprehensive SR: Imaging Measurement Report (TID 1500), preliminary, unverified.
 
     Device observer (the model), image library (every image), and for each finding that was scored a group (TID 1501) of
-    its probability, the interval from validation, its operating points as measurements without unit, whether it is
-    above each as qualitative evaluations, and the images that it was read from.
+    its probability (or, under a name of ours, its uncalibrated score), the interval from validation, its operating
+    points as measurements without unit, whether it is above each as qualitative evaluations, a comment where its
+    calibration is in doubt, and the images that it was read from. What is said of the study (flags) is text under
+    "Qualitative Evaluations".
 
     Args:
         document: as `study_document` makes it.
@@ -68,6 +70,8 @@ def structured_report(document: Mapping[str, Any], sources: Sequence[DicomSource
                                   for one in scored],
         )  # fmt: skip
         report[0].ContentSequence.insert(len(report[0].ContentSequence) - 1, _library(hd, sources))
+        if document["flags"]:
+            report[0].ContentSequence.append(_remarks(hd, document["flags"]))
         evidence = [_evidence(source) for source in sources]
         with _of_known_classes(evidence):
             dataset = sr.ComprehensiveSR(
@@ -153,7 +157,9 @@ def _group(
     sr, name = hd.sr, finding["name"]
     known = SNOMED.get(name)
     concept = sr.CodedConcept(known.value, "SCT", known.meaning) if known else _own(hd, *local_code(name))
-    measured = [(codes.DCM.Probability, finding["probability"])]
+    calibrated = document["model"]["calibrated"]
+    score = codes.DCM.Probability if calibrated else _own(hd, "uncalibrated", "Uncalibrated score, no probability")
+    measured = [(score, finding["probability"])]
     if finding["interval"]:
         low, high = finding["interval"]
         measured += [(_own(hd, "interval-low", "Share of positives on validation, lower end of 95 % interval"), low),
@@ -161,7 +167,7 @@ def _group(
                      ]  # fmt: skip
     for point, value in (finding["thresholds"] or {}).items():
         measured.append((_own(hd, _point_code("cut", point), f"Operating point {point}"), value))
-    return sr.MeasurementsAndQualitativeEvaluations(
+    group = sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(uid=tracking, identifier=name),
         finding_type=concept,
         algorithm_id=sr.AlgorithmIdentification(
@@ -182,6 +188,26 @@ def _group(
             for source in used
         ],
     )
+    if finding["calibration_flag"]:
+        group[0].ContentSequence.append(_comment(hd, finding["calibration_flag"]))
+    return group
+
+
+def _remarks(hd: Any, flags: Sequence[Mapping[str, str]]) -> Any:
+    """What is said of the whole study: rows 12 ff. of TID 1500."""
+    value_types = hd.sr.value_types
+    remarks = value_types.ContainerContentItem(
+        hd.sr.CodedConcept("C0034375", "UMLS", "Qualitative Evaluations"),
+        relationship_type=hd.sr.RelationshipTypeValues.CONTAINS,
+    )
+    remarks.ContentSequence = value_types.ContentSequence([_comment(hd, flag["message"]) for flag in flags])
+    return remarks
+
+
+def _comment(hd: Any, text: str) -> Any:
+    from pydicom.sr.codedict import codes
+
+    return hd.sr.value_types.TextContentItem(codes.DCM.Comment, text, hd.sr.RelationshipTypeValues.CONTAINS)
 
 
 def _point_code(kind: str, point: str) -> str:

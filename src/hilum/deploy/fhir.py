@@ -78,7 +78,7 @@ def fhir_bundle(document: Mapping[str, Any], references: References = NOBODY, re
     device = name("device")
     shared = _about(references, release)
     observations = [
-        (name(f"finding {number}"), _observation(finding, device, shared["observation"]))
+        (name(f"finding {number}"), _observation(finding, document, device, shared["observation"]))
         for number, finding in enumerate(document["findings"])
     ]
     report = {
@@ -89,7 +89,7 @@ def fhir_bundle(document: Mapping[str, Any], references: References = NOBODY, re
         "code": _coded("http://loinc.org", "18748-4", "Diagnostic imaging study"),
         **shared["report"],
         "result": [{"reference": url, "display": one["code"]["text"]} for url, one in observations],
-        "conclusion": document["notice"],
+        "conclusion": "\n\n".join([document["notice"], *(flag["message"] for flag in document["flags"])]),
     }  # fmt: skip
     entries = [(name("report"), report), *observations, (device, _device(document["model"], release))]
     return {
@@ -120,7 +120,9 @@ def _study_reference(text: str) -> dict[str, Any]:
     return {"reference": text}
 
 
-def _observation(finding: Mapping[str, Any], device: str, shared: Mapping[str, Any]) -> dict[str, Any]:
+def _observation(
+    finding: Mapping[str, Any], document: Mapping[str, Any], device: str, shared: Mapping[str, Any]
+) -> dict[str, Any]:
     own = local_code(finding["name"])
     coding = [{"system": SCHEME_URI, "code": own.value, "display": own.meaning}]
     if known := SNOMED.get(finding["name"]):
@@ -134,12 +136,15 @@ def _observation(finding: Mapping[str, Any], device: str, shared: Mapping[str, A
         "device": {"reference": device},
     }
     if finding["probability"] is not None:
-        observation["valueQuantity"] = _number(finding["probability"], "probability")
+        unit = "probability" if document["model"]["calibrated"] else "uncalibrated score, no probability"
+        observation["valueQuantity"] = _number(finding["probability"], unit)
     else:
         reason = ("not-performed", "Not Performed") if finding["trained"] else ("unsupported", "Unsupported")
         observation["dataAbsentReason"] = _coded(ABSENT, *reason)
-    if finding["calibration_flag"]:
-        observation["note"] = [{"text": finding["calibration_flag"]}]
+    # an observation is also read without its report, so it repeats what is said of the study
+    notes = [finding["calibration_flag"], *(flag["message"] for flag in document["flags"])]
+    if any(notes):
+        observation["note"] = [{"text": note} for note in notes if note]
     if parts := _parts(finding):
         observation["component"] = parts
     return observation

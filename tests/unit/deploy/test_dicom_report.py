@@ -171,6 +171,27 @@ def items_of(dataset: Any, name: Any) -> list[Any]:
     return found
 
 
+def test_a_report_says_that_its_scores_are_not_calibrated_and_what_else_is_doubtful(
+    document, sources, tmp_path: Path
+) -> None:
+    document["model"]["calibrated"] = False
+    document["flags"] = [{"code": "images_left_out", "message": "Image 2 took no part."},
+                         {"code": "uncalibrated", "message": "These scores are not calibrated."}]  # fmt: skip
+    document["findings"][1]["calibration_flag"] = "few positives: 3 µ"
+    dataset = reread(dicom_report.structured_report(document, sources, WHEN), tmp_path)
+    assert not items_of(dataset, codes.DCM.Probability)
+    groups = hd.sr.ComprehensiveSR.from_dataset(dataset).content.get_image_measurement_groups()
+    for group, one in zip(groups, document["findings"], strict=False):
+        [score] = [part for part in group.get_measurements() if part.name.value == "uncalibrated"]
+        assert (score.name.scheme_designator, score.value) == ("99HILUM", one["probability"])
+        assert score.name.meaning == "Uncalibrated score, no probability"
+        comments = [item.TextValue for item in items_of(group[0], codes.DCM.Comment)]
+        assert comments == ([one["calibration_flag"]] if one["calibration_flag"] else [])
+    [remarks] = [item for item in dataset.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue == "C0034375"]
+    assert [item.TextValue for item in remarks.ContentSequence] == [flag["message"] for flag in document["flags"]]
+    assert {item.RelationshipType for item in (remarks, *remarks.ContentSequence)} == {"CONTAINS"}
+
+
 def test_the_tree_names_the_device_and_describes_the_images(document, sources, tmp_path: Path) -> None:
     dataset = reread(dicom_report.structured_report(document, sources, WHEN), tmp_path)
     assert items_of(dataset, codes.DCM.ObserverType)[0].ConceptCodeSequence[0].CodeValue == "121007"

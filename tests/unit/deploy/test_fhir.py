@@ -88,13 +88,28 @@ def test_the_observations_say_what_the_document_says(document) -> None:
     assert [parts["interval"]["valueRange"][end]["value"] for end in ("low", "high")] == [0.2, 0.45]
     assert {key: parts[f"threshold-{key}"]["valueQuantity"]["value"] for key in CUTS} == CUTS
     assert [parts[f"above-{key}"]["valueBoolean"] for key in CUTS] == [True, True, False]
-    assert first["note"] == [{"text": "uncalibrated: few positives"}]
+    assert first["note"] == [{"text": "uncalibrated: few positives"}, {"text": "Image 2 took no part <in> it."}]
+    assert third["note"] == [{"text": "Image 2 took no part <in> it."}]
     assert {one["system"] for one in first["code"]["coding"]} == {finding_codes.SCHEME_URI, finding_codes.SNOMED_URI}
     assert [one["system"] for one in second["code"]["coding"]] == [finding_codes.SCHEME_URI]
     for absent, reason in ((third, "not-performed"), (last, "unsupported")):
         assert "valueQuantity" not in absent
         assert absent["dataAbsentReason"]["coding"][0]["code"] == reason
     assert "component" not in last
+
+
+@pytest.mark.parametrize("release", ["R5", "R4B"])
+def test_scores_that_are_not_calibrated_are_not_called_probabilities(document, release: str) -> None:
+    document["model"]["calibrated"] = False
+    document["flags"].append({"code": "uncalibrated", "message": "These scores are not calibrated."})
+    bundle = fhir_bundle(document, release=release)
+    READERS[release].model_validate_json(json.dumps(bundle, allow_nan=False))
+    [report] = resources(bundle, "DiagnosticReport")
+    assert "Image 2 took no part <in> it.\n\nThese scores are not calibrated." in report["conclusion"]
+    for one in resources(bundle, "Observation"):
+        assert {"text": "These scores are not calibrated."} in one["note"]
+        if "valueQuantity" in one:
+            assert one["valueQuantity"]["unit"] == "uncalibrated score, no probability"
 
 
 def test_the_narrative_is_xml_and_holds_text_as_text(document) -> None:
