@@ -411,7 +411,7 @@ def test_the_next_stage_takes_teacher_into_teacher_and_resamples_positions(strai
             assert torch.equal(value, expected), (part, name)
         assert network.backbone.pos_embed.shape == (1, 37, 16)
         assert torch.equal(network.backbone.pos_embed[:, 0], earlier[f"{part}.backbone.pos_embed"][:, 0])
-    assert np.array_equal(inherited.uids, exposure.read_seen(straight).uids)
+    assert np.array_equal(inherited.seen.uids, exposure.read_seen(straight).uids)
 
 
 def test_a_stage_at_another_resolution_runs_and_remembers_what_was_seen(
@@ -466,7 +466,7 @@ def test_weights_alone_start_both_networks_with_new_heads(straight: Path, data: 
     student, teacher = dinov2.make_networks(config.vit(), config.heads, seed=5)
     fresh = {name: value.clone() for name, value in student.state_dict().items()}
     inherited = start_from(alone / "teacher.safetensors", student, teacher, Store.open(data).preprocess_id)
-    assert len(inherited.uids) == len(exposure.read_seen(straight).uids)
+    assert len(inherited.seen.uids) == len(exposure.read_seen(straight).uids)
     earlier = final(straight).tensors
     for network in (student, teacher):
         for name, value in network.state_dict().items():

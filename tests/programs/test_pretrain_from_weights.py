@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import load_backbone
+from hilum.commands import audit, import_weights
+from hilum.commands.fit_inputs import open_backbone
 from hilum.commands.pretrain import run
 from hilum.core.checkpoint import load_newest
-from hilum.core.errors import ConfigError
+from hilum.core.errors import CheckpointError, ConfigError
 from hilum.core.seeding import forked
-from hilum.data.store import write_arrays
+from hilum.data.store import Store, write_arrays
 from hilum.pretraining.config import PretrainConfig
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.dinov2 import HeadConfig
@@ -122,3 +124,50 @@ def test_without_weights_there_is_no_network(data: Path, weights: Path, tmp_path
         run(CONFIG, data, tmp_path / "run")
     with pytest.raises(ConfigError, match="the weights decide depth, registers"):
         run(dataclasses.replace(CONFIG, depth=3, registers=1), data, tmp_path / "run", init=weights)
+
+
+@pytest.fixture(scope="module")
+def imported(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported") / "bb"
+    import_weights.run(str(weights), folder)
+    return folder
+
+
+ONE = dataclasses.replace(CONFIG, steps=1, probe=ProbeConfig())
+
+
+def test_what_nobody_recorded_stays_unrecorded(
+    imported: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Continued pretraining writes a record of its own images; it must not pass for that of all."""
+    store = Store.open(data)
+    assert open_backbone(imported, 32, store, 0).not_recorded == "nothing lists which images bb was pretrained on"
+    with pytest.raises(CheckpointError, match="nothing tells what its weights have seen"):
+        audit.exposure_of(str(imported))
+    first = run(ONE, data, tmp_path / "first", init=imported)
+    second = run(ONE, data, tmp_path / "second", init=first)  # a stage inherits it
+    assert "which images bb was trained on" in " ".join(capsys.readouterr().err.split())
+    run(ONE, data, second)  # and a resumed one keeps it
+    for folder in (first, second):
+        assert json.loads((folder / "config.json").read_text())["not_recorded"] == "bb"
+        assert open_backbone(folder, 32, store, 0).not_recorded.endswith("bb was pretrained on")
+        assert audit.exposure_of(str(folder))
+        assert "comes from bb" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_recorded_is_not_called_unrecorded(data: Path, tmp_path: Path, imported: Path) -> None:
+    store = Store.open(data)
+    assert open_backbone("random:demo8", 32, store, 0).not_recorded == ""
+    config = dataclasses.replace(ONE, architecture="demo8", embed_dim=16, depth=1, num_heads=2)
+    straight = run(config, data, tmp_path / "straight")
+    stage = run(ONE, data, tmp_path / "stage", init=straight)
+    for folder in (straight, stage):
+        assert "not_recorded" not in json.loads((folder / "config.json").read_text())
+        assert open_backbone(folder, 32, store, 0).not_recorded == ""
+
+
+def test_a_run_without_its_record_starts_nothing(data: Path, tmp_path: Path, weights: Path) -> None:
+    first = run(ONE, data, tmp_path / "first", init=weights)
+    (first / "seen.npz").unlink()
+    with pytest.raises(CheckpointError, match="has checkpoints and no seen"):
+        run(ONE, data, tmp_path / "second", init=first)

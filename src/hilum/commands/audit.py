@@ -91,9 +91,11 @@ def exposure_of(weights: str) -> Exposed:
     Raises:
         UnknownNameError: neither.
         CheckpointError: a folder without a record, or a damaged one.
+
+    Warns where a part of what the weights have met is not recorded.
     """
     from hilum.deploy.model_files import CONFIG_NAME, EXPOSURE_NAME, read_exposure  # torch, only where it is asked for
-    from hilum.pretraining.exposure import SEEN_NAME, read_seen
+    from hilum.pretraining.exposure import SEEN_NAME, not_recorded, read_seen
 
     path = Path(weights)
     if not path.exists():
@@ -108,12 +110,19 @@ def exposure_of(weights: str) -> Exposed:
         if public:  # imported: no list of images, only what is known of where it was trained
             warn(f"{folder}: {content['exposure']['not_recorded']}")
             return partial(exposed_to_known_weights, weights=public)
+        if said := content["exposure"].get("not_recorded"):
+            warn(f"{folder}: {said}; only what is recorded can be compared.")
         used = np.concatenate([met.train, met.val, met.pictures])
         return partial(_of_model, weights=folder.name, pretraining=met.pretraining, used=used)
     if not (folder / SEEN_NAME).is_file():
         raise CheckpointError(
             f"{folder} has neither {SEEN_NAME} nor {EXPOSURE_NAME}, so nothing tells what its weights have seen. Copy "
             "that file from where they were trained; for public weights give their name."
+        )
+    if missing := not_recorded(folder):
+        warn(
+            f"{folder} comes from {missing}, and nothing lists which images that was trained on; only what is recorded "
+            "can be compared."
         )
     seen = read_seen(folder)
     return partial(seen_by_weights, weights=folder.name, seen=np.concatenate([seen.uids, seen.pictures]))

@@ -20,7 +20,7 @@ from hilum.data.labels import frequency_groups
 from hilum.data.store import Store
 from hilum.data.studies import StudyIndex
 from hilum.deploy.model_files import Finding
-from hilum.pretraining.exposure import SEEN_NAME, Seen, leak_of, read_seen
+from hilum.pretraining.exposure import Seen, leak_of, not_recorded, read_seen
 
 RANDOM = "random:"
 
@@ -233,6 +233,8 @@ class OpenBackbone:
     """What it was pretrained on, as far as recorded."""
     leak: str
     """A leak by design that its pretraining accepted, in words."""
+    not_recorded: str
+    """That it is not recorded what it, or weights that it comes from, have seen, in words; "" where it is."""
     provenance: dict[str, Any]
     """For `config.json`."""
 
@@ -259,7 +261,7 @@ def open_backbone(backbone: Path | str, resolution: int | None, store: Store, se
         with forked(seed, "random backbone", size):
             model = VisionTransformer(replace(SIZES[size], image_size=resolution or SIZES[size].image_size))
         nothing = Seen(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
-        return OpenBackbone(model, store.preprocess_id, nothing, "", {"kind": "random", "size": size})
+        return OpenBackbone(model, store.preprocess_id, nothing, "", "", {"kind": "random", "size": size})
     path = resolve_weights(name)
     described = read_backbone_config(path)
     if described["preprocess_id"] != store.preprocess_id:
@@ -269,13 +271,14 @@ def open_backbone(backbone: Path | str, resolution: int | None, store: Store, se
             "that the backbone needs."
         )
     folder = path if path.is_dir() else path.parent
+    missing = not_recorded(path, "" if Path(name).exists() else name)
     provenance = {
         "kind": described["format"],
         "name": Path(name).name,
-        "seen_recorded": (folder / SEEN_NAME).exists(),
+        "seen_recorded": not missing,
         "seen": described.get("seen"),
     }
     return OpenBackbone(
         load_backbone(path, image_size=resolution), described["preprocess_id"], read_seen(folder), leak_of(path),
-        provenance,
+        f"nothing lists which images {missing} was pretrained on" if missing else "", provenance,
     )  # fmt: skip

@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,9 +112,9 @@ def run(
 
         # Networks, optimizer, and the state they resume from.
         student, teacher = dinov2.make_networks(architecture, config.heads, config.seed)
-        inherited = exposure.Seen(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+        origin = exposure.Origin()
         if init is not None and saved is None:
-            inherited = start_from(init, student, teacher, store.preprocess_id)
+            origin = start_from(init, student, teacher, store.preprocess_id)
         if config.compile == "on" or (config.compile == "auto" and engine.device.type == "cuda"):
             student.backbone.compile_blocks()
             teacher.backbone.compile_blocks()
@@ -125,12 +124,13 @@ def run(
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
         centres = dinov2.make_centres(config.heads.prototypes, engine.device)
         seen = torch.zeros(len(store), dtype=torch.bool)
-        state = TrainingState(student, teacher, optimizer, centres, seen, inherited)
-        facts = setup.facts(config, architecture, store, source, engine, init)
+        state = TrainingState(student, teacher, optimizer, centres, seen, origin.seen)
+        facts = setup.facts(config, architecture, store, source, engine, init, origin)
         start = 0
         if saved is not None:
             setup.check_same_run(saved, facts, init)
-            facts |= {"init": saved.values["init"], "accepted_leak": saved.values.get("accepted_leak", "")}
+            facts |= {"init": saved.values["init"]}  # older checkpoints lack the next two
+            facts |= {name: saved.values.get(name, "") for name in ("accepted_leak", "not_recorded")}
             state.restore(saved)
             start = saved.step
         output = _Output(out, store, architecture, config, facts)
@@ -143,7 +143,7 @@ def run(
         if main:
             if saved is None:  # everything fits: from here on the folder holds this run
                 write_yaml(out / setup.CONFIG_NAME, config)
-            setup.announce(config, architecture, student, pool, engine, start, init, facts["accepted_leak"])
+            setup.announce(config, architecture, student, pool, engine, start, init, facts)
 
         schedules = config.schedules()
         batches = loader.batches(start * config.accumulate, config.steps * config.accumulate)
@@ -300,6 +300,8 @@ class _Output:
             "accepted_leak": self.facts["accepted_leak"],
             "hardware": self.facts["hardware"],
         }
+        if self.facts["not_recorded"]:
+            extra["not_recorded"] = self.facts["not_recorded"]
         save_backbone(teacher_backbone(tensors, self.architecture), self.out, self.store.preprocess_id, extra)
 
 

@@ -115,8 +115,9 @@ def make_source(
 
 
 def facts(
-    config: PretrainConfig, vit: ViTConfig, store: Store, source: PretrainSource, engine: Engine, init: Path | None
-) -> dict[str, Any]:
+    config: PretrainConfig, vit: ViTConfig, store: Store, source: PretrainSource, engine: Engine, init: Path | None,
+    origin: exposure.Origin,
+) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint says beside its tensors."""
     return {
         "config": to_dict(config),
@@ -130,7 +131,8 @@ def facts(
         "threads": torch.get_num_threads(),
         "hardware": f"{engine.world_size} x {_device(engine)}",
         "init": _named(init),
-        "accepted_leak": exposure.join_leaks(store.accepted_leak, exposure.leak_of(init) if init else ""),
+        "accepted_leak": exposure.join_leaks(store.accepted_leak, origin.accepted_leak),
+        "not_recorded": origin.not_recorded,
     }
 
 
@@ -171,7 +173,7 @@ def check_same_run(saved: checkpoint.Checkpoint, now: dict[str, Any], init: Path
 
 def announce(
     config: PretrainConfig, vit: ViTConfig, student: torch.nn.Module, pool: exposure.Pool, engine: Engine,
-    start: int, init: Path | None, leak: str,
+    start: int, init: Path | None, facts: dict[str, Any],
 ) -> None:  # fmt: skip
     """Say what is about to run."""
     crops, images = config.crops, len(pool.indices)
@@ -185,8 +187,10 @@ def announce(
         if count
     ]
     say(f"Images: {images}" + (f" (left out: {', '.join(left_out)})" if left_out else ""))
-    if leak:
-        warn(f"leak accepted: {leak}")
+    if facts["accepted_leak"]:
+        warn(f"leak accepted: {facts['accepted_leak']}")
+    if facts["not_recorded"]:
+        warn(f"nothing lists which images {facts['not_recorded']} was trained on, and this stays with the run.")
     say(
         f"Views: {crops.global_crops} x {crops.global_size} px, {crops.local_crops} x {crops.local_size} px an image, "
         f"augmentation {crops.augmentation}" + (f", cut on {engine.device.type}" if config.crops_on == "device" else "")

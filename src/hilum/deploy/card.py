@@ -180,14 +180,15 @@ def _data(content: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> l
         prefix = f"Member {number}: " if members else ""
         if images:
             lines.append(
-                f"{prefix}Pretraining: {images['pretraining']} images. Head: {images['train']} training images"
+                f"{prefix}Pretraining: {_pretraining(exposure)}. Head: {images['train']} training images"
                 f"{_and_val(images['val'])}."
             )
         if sources := training.get("sources"):
             listed = ", ".join(f"{name} ({n['train']} train, {n['val']} val)" for name, n in sources.items())
             lines.append(f"{prefix}Labels of the head come from {listed}.")
-        if exposure.get("not_recorded"):
-            lines.append(f"{prefix}{exposure['not_recorded'].capitalize()}: {', '.join(exposure.get('datasets', ()))}.")
+        if told := exposure.get("not_recorded"):
+            known = f": {', '.join(exposure['datasets'])}" if exposure.get("datasets") else ""
+            lines.append(f"{prefix}{told[0].upper()}{told[1:]}{known}.")
         if one.get("accepted_leak"):
             lines.append(f"{prefix}Leak accepted: {one['accepted_leak']}.")
     lines.append(
@@ -342,6 +343,14 @@ def _measured(name: str, evidence: Sequence[Evidence] | None) -> str:
     if found["positives"] < MIN_POSITIVES:
         return f"{found['positives']} | - | -"
     return f"{found['positives']} | {_with_ends(found, 'AP')} | {_with_ends(found, 'AUC')}"
+
+
+def _pretraining(exposure: Mapping[str, Any]) -> str:
+    """Images of pretraining; where something is not recorded, none listed are not none seen."""
+    images = exposure["images"]["pretraining"]
+    if not exposure.get("not_recorded"):
+        return f"{images} images"
+    return f"{images} images are recorded, and more were seen" if images else "images not recorded"
 
 
 def _and_val(images: int) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -89,9 +89,28 @@ def seen_digest(uids: UInt64[np.ndarray, " n"]) -> str:
 
 def leak_of(weights: Path) -> str:
     """The leak by design that weights carry, in words, from the `config.json` beside them; "" for none."""
+    return str(_described_beside(weights).get("accepted_leak") or "")
+
+
+def not_recorded(weights: Path, name: str = "") -> str:
+    """Of which weights, these or those that they come from, nobody recorded the images; "" where all are recorded.
+
+    No record is not an empty record: whoever reads `seen.npz` asks this too.
+
+    Args:
+        weights: a file or a folder with weights.
+        name: what to call them; "": their folder's name, and a file's own.
+    """
     folder = weights if weights.is_dir() else weights.parent
-    described = folder / "config.json"
-    return str(read_json(described, CheckpointError).get("accepted_leak") or "") if described.is_file() else ""
+    if not (folder / SEEN_NAME).is_file():
+        return name or "/".join(weights.resolve().parts[-1 if weights.is_dir() else -2 :])
+    return str(_described_beside(weights).get("not_recorded") or "")
+
+
+def _described_beside(weights: Path) -> dict[str, Any]:
+    described = (weights if weights.is_dir() else weights.parent) / "config.json"
+    content = read_json(described, CheckpointError) if described.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def join_leaks(*leaks: str) -> str:
@@ -106,6 +125,17 @@ class Seen(NamedTuple):
     """Identities of the images."""
     pictures: UInt64[np.ndarray, " m"]
     """The same pictures by the name that they have in any dataset (`Store.pictures`)."""
+
+
+class Origin(NamedTuple):
+    """What a run takes over from the weights that it starts from, beside the weights."""
+
+    seen: Seen = Seen(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+    """What they have been trained on, as far as recorded."""
+    accepted_leak: str = ""
+    """A leak by design, in words."""
+    not_recorded: str = ""
+    """The weights, these or earlier ones, of which nothing lists what they have seen; "" for none."""
 
 
 def write_seen(folder: Path, seen: Seen) -> str:

@@ -28,7 +28,7 @@ from hilum.core.errors import CheckpointError, PreprocessingMismatchError
 from hilum.core.meta import without_weights
 from hilum.core.tracking import say, warn
 from hilum.pretraining.dinov2 import Centres, Network
-from hilum.pretraining.exposure import Seen, read_seen
+from hilum.pretraining.exposure import SEEN_NAME, Origin, Seen, leak_of, not_recorded, read_seen
 
 CHECKPOINTS = "checkpoints"
 _POSITIONS = "backbone.pos_embed"
@@ -119,24 +119,30 @@ def architecture_of(init: Path) -> ViTConfig:
     return from_dict(ViTConfig, read_backbone_config(init)["architecture"], str(init))
 
 
-def start_from(init: Path, student: Network, teacher: Network, preprocess_id: str) -> Seen:
-    """Give both networks the weights of an earlier run, or of a backbone file; returns what those have seen.
+def start_from(init: Path, student: Network, teacher: Network, preprocess_id: str) -> Origin:
+    """Give both networks the weights of an earlier run, or of a backbone file; returns what those have met.
 
     From a run with checkpoints: backbones and heads of its student and its teacher. From weights alone: the same
     backbone for both, heads as they are.
 
     Raises:
-        CheckpointError: nothing there, damaged, or of another architecture.
+        CheckpointError: nothing there, damaged, of another architecture, or a run without its record of images.
         PreprocessingMismatchError: trained with another normalisation.
     """
+    name, local = str(init), init.exists()
     init = resolve_weights(init)
     checkpoint = load_newest(init / CHECKPOINTS) if init.is_dir() else None
     if checkpoint is None:
         _start_from_weights(init, student, teacher, preprocess_id)
+    elif not (init / SEEN_NAME).is_file():  # every run writes it before its first checkpoint
+        raise CheckpointError(
+            f"{init} has checkpoints and no {SEEN_NAME}, so nothing tells which images it was trained on. Copy the "
+            "file from where the run was made; or give that run's command again, which writes it."
+        )
     else:
         _start_from_run(checkpoint, student, teacher, preprocess_id)
-    folder = init if init.is_dir() else init.parent
-    return read_seen(folder)
+    seen = read_seen(init if init.is_dir() else init.parent)
+    return Origin(seen, leak_of(init), not_recorded(init, "" if local else name))
 
 
 def _start_from_run(checkpoint: Checkpoint, student: Network, teacher: Network, preprocess_id: str) -> None:

@@ -122,6 +122,15 @@ def test_an_imported_model_without_training_or_calibration_has_a_card(fitted: Pa
     card = model_card(content, [])
     assert "Not calibrated: imported weights." in card
     assert "Imported: it may have seen: mimic, chexpert." in card
+    content["exposure"] = {
+        "not_recorded": "nothing lists what Bb saw",
+        "images": {"pretraining": 0, "train": 9, "val": 0},
+    }
+    card = model_card(content, [])
+    assert "Pretraining: images not recorded. Head: 9 training images" in card
+    assert "Nothing lists what Bb saw." in card
+    content["exposure"]["images"]["pretraining"] = 5
+    assert "Pretraining: 5 images are recorded, and more were seen." in model_card(content, [])
     claim, tripod = answers(content)
     assert "25" not in claim
     assert tripod["15"] == "Scores that order images; no thresholds"
