@@ -126,6 +126,12 @@ def test_labels_by_hand(make):
     assert frame["label_trust"].to_list() == ["text_mined"] * 6 + [None] * 2
 
 
+def test_no_policy_for_blanks_makes_a_class_that_nobody_was_asked_about_negative(make, tmp_path):
+    for given in (table(), lists()):
+        options = SourceOptions("cxrlt2026", make(train=given, **TEST).root, policy=LabelPolicy(blank="zero"))
+        assert cxrlt2026.read(options).frame["label.Scoliosis"].to_list() == [-1] * 8
+
+
 def test_hints_of_the_weak_tier(make):
     options = SourceOptions("cxrlt2026", make().root, policy=LabelPolicy(tier="weak"))
     frame = cxrlt2026.read(options).frame
@@ -145,14 +151,8 @@ def test_empty_lists_and_padchests_own_words(make):
     text = lists(given).replace('"[]"', '"[]"', 1)
     text = text[: text.rindex('"[]"')] + "\n"  # the last cell is empty altogether
     frame = cxrlt2026.read(SourceOptions("cxrlt2026", make(text).root, policy=LabelPolicy(blank="zero"))).frame
-    assert frame["label.Fibrosis"].to_list() == [
-        -1,
-        1,
-        0,
-        0,
-        0,
-        -1,
-    ]  # of no list nothing is known, whatever blanks mean
+    # Of no list nothing is known, nor of a word that no list has, whatever blanks mean: fibrosis has several words.
+    assert frame["label.Fibrosis"].to_list() == [-1, 1, -1, -1, -1, -1]
     assert frame["label.Pneumoperitoneum"].to_list() == [-1, 1, 0, 0, 0, -1]
     assert frame["label.Scoliosis"].to_list() == [-1, 0, 1, 0, 0, -1]
 

@@ -77,6 +77,16 @@ def test_rows(make):
     assert (rows.origin, frame["licence_tag"][0]) == ("openi", "cc-by-nc-nd-4.0")
 
 
+@pytest.mark.parametrize("policy", [LabelPolicy(blank="zero"), LabelPolicy(blank="zero", imply_negatives=True)])
+def test_a_report_that_nobody_gave_a_term_stays_unknown(make, policy):
+    options = make({"1": report(1, ()), "2": report(2, ["normal"], ["2_IM-0652-1001"])},
+                   ["CXR1_1_IM-0001-3001", "CXR2_2_IM-0652-1001"])  # fmt: skip
+    frame = openi.read(SourceOptions("openi", options.root, policy=policy)).frame
+    values = frame.select([name for name in frame.columns if name.startswith("label.")]).rows()
+    assert set(values[0]) == {-1}
+    assert 0 in values[1]
+
+
 @pytest.mark.parametrize(
     ("terms", "expected"),
     [

@@ -11,6 +11,7 @@ Source: arXiv:2602.22092, arXiv:2604.15555.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,7 @@ def _each_once(frame: pl.DataFrame, root: Path) -> pl.DataFrame:
 
 def _labels(table: Table, policy: LabelPolicy) -> tuple[pl.DataFrame, Mapping[str, int]]:
     """Label columns, and the cells as they are, of the training images by name."""
+    policy = replace(policy, blank="mask")  # what nobody was asked about is no blank cell
     names = _names(table).str.extract(r"([^/]*)$", 1).alias("image_id")
     column = next((name for name in LISTS if name in table.columns), None)
     if column is None:

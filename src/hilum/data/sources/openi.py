@@ -12,7 +12,7 @@ Source: Demner-Fushman et al., Journal of the American Medical Informatics Assoc
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from xml.parsers import expat
 
@@ -174,7 +174,11 @@ def _rows(
     if len(set(one_each)) < len(one_each):
         raise ManifestError(f"{folder}: {len(one_each) - len(set(one_each))} reports repeat the 'uId' of another.")
     of_image = pl.Series("MeSH", [tokens[name] for name in frame["file"]], dtype=pl.List(pl.String))
-    columns, conflicts = finding_columns(token_values(of_image, LABELS, folder), LABELS, options.policy)
+    columns, conflicts = finding_columns(
+        token_values(of_image, LABELS, folder), LABELS,
+        replace(options.policy, blank="mask"),  # a report without terms is no blank cell
+        annotated=of_image.is_not_null().to_numpy(),
+    )  # fmt: skip
     frame = frame.with_columns(
         study_id=pl.lit("0"), quality=flags(suboptimal=pl.lit(of_image.list.contains(UNSATISFACTORY).fill_null(False)))
     )
