@@ -192,6 +192,18 @@ def test_the_command_writes_reports_beside_its_table(model: Model, films: Path, 
         assert listed == pytest.approx(expected, abs=1e-6)  # one image at a time, not in a batch
 
 
+def test_reports_by_another_study_rule_than_the_operating_points_are_refused(
+    model: Model, films: Path, tmp_path: Path
+) -> None:
+    asked = parse_options(tmp_path / "reports", "html")
+    with pytest.raises(ConfigError, match=r"--reports: the operating points of this model hold for 'mean'"):
+        predict.run(
+            model.folder, [str(films)], tmp_path / "t.json", raw=True, study="frontal_weighted", device="cpu",
+            reports=asked,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_store_gives_documents_and_pages_and_no_dicom(model: Model, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     found = resolve([f"{store.path}:test"])

@@ -73,7 +73,7 @@ def run(
         out: `.parquet`, `.csv` or `.json`.
         raw: without calibration, as `hilum combine` wants it.
         study: one row per study, by this study rule; "own": by the rule that the model's calibrators were fitted for,
-            and any other needs `raw`; None: one row per image.
+            and any other needs `raw`, no `reports`, and no ensemble by ranks; None: one row per image.
         batch_size: images at a time.
         device: auto, cpu or cuda.
         shard: "i/n", job i of n, counted from 0; a study is never divided.
@@ -101,7 +101,7 @@ def run(
         precision = "bf16"  # what it is on their devices, and not on the CPU of this process
     loaded = load(model, device if devices == 1 else "cpu", engine, precision)
     if rule is not None and rule != loaded.composition.study:
-        loaded.composition = _other_rule(loaded, rule, raw)
+        loaded.composition = _other_rule(loaded, rule, raw, reports is not None)
     found = resolve(inputs, study_column)
     work, mine, part = _work(
         found, loaded, model, engine, precision, batch_size, score_flagged, correct_inverted, shard, devices
@@ -153,12 +153,27 @@ def _check(out: Path, study: str | None, batch_size: int, budget: float) -> Stud
     return None if study in (None, OWN) else StudyRule.parse(str(study))
 
 
-def _other_rule(model: Model, rule: StudyRule, raw: bool) -> Composition:
-    """The model's composition with another study rule, for raw predictions alone: calibrators belong to their rule."""
+def _other_rule(model: Model, rule: StudyRule, raw: bool, reports: bool) -> Composition:
+    """The model's composition with another study rule, for tables of raw predictions alone.
+
+    What was fitted on validation belongs to the model's own rule: calibrators, the operating points that reports show,
+    and the ranks of an ensemble.
+    """
     if not raw:
         raise ConfigError(
             f"This model's calibrators for studies were fitted for {str(model.composition.study)!r} and would not hold "
             f"for {str(rule)!r}. Say --study own, or --raw; or make a model of it: hilum combine MODEL --study {rule}."
+        )
+    if reports:
+        raise ConfigError(
+            f"--reports: the operating points of this model hold for {str(model.composition.study)!r}, and reports by "
+            f"{str(rule)!r} would show them all the same. Say --study own, or leave --reports out."
+        )
+    if model.composition.ensemble == "rank_mean" and len(model.networks) > 1:
+        raise ConfigError(
+            f"This ensemble puts ranks together, and knows where its members' scores stand for "
+            f"{str(model.composition.study)!r} alone. Say --study own; or combine its members for the other rule: "
+            f"hilum combine MODEL MODEL --ensemble rank_mean --study {rule} --out ENSEMBLE."
         )
     return dataclasses.replace(model.composition, study=rule, ranks={})
 

@@ -289,6 +289,17 @@ def test_ranks_that_are_not_those_of_the_ensemble_are_refused(trio: Path, tmp_pa
         load(tmp_path / "out")
 
 
+def test_ranks_are_of_one_study_rule_and_another_is_refused_before_anything_is_read(
+    trio: Path, tmp_path: Path, monkeypatch
+) -> None:
+    combine_models(members(trio), tmp_path / "out", Composition(ensemble="rank_mean"))
+    monkeypatch.setattr(predict, "_read", lambda *_: pytest.fail("something was read"))
+    with pytest.raises(ConfigError, match=r"scores stand for 'mean' alone. Say --study own; or combine its members"):
+        predict.run(
+            tmp_path / "out", [f"{trio}/store:test"], tmp_path / "t.csv", raw=True, study=str(FRONTAL), device="cpu"
+        )
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"study": "median"}, {"study": "learned"}, {"ensemble": "median"}, {"member_weights": [1.0, -1.0, 1.0]},
