@@ -98,7 +98,8 @@ def identity_of(said: Mapping[str, Any], key: str, defaults: tuple[str, str, str
     split = SPLIT_NAMES.get(split.strip().lower(), split)
     uid = said.get("uid", "") if ours else image_uid(dataset, key)
     image_id = said.get("image_id") or (uid if ours else key)
-    patient, study = said.get("patient_id") or image_id, said.get("study_id") or image_id
+    stated = [said.get(name, "") for name in ("patient_id", "study_id")]
+    patient, study = ((name if ours else name.strip()) or image_id for name in stated)
     prefix = "" if ours and said.get("patient_id") else f"{dataset}/"
     picture = said.get("picture", uid) if ours else uid
     named = _UID.fullmatch(uid) and _UID.fullmatch(picture)

@@ -65,6 +65,15 @@ def test_table(make):
     )
 
 
+def test_spaces_around_an_id_make_nobody_another_patient(make):
+    table = "path,patient_id,study_id\na.png,0007,s1\nb.png, 0007,s1 \nc.png,0007 , s1\n"
+    frame = folder.read(make(table, "a.png", "b.png", "c.png")).frame
+    assert frame["patient_id"].to_list() == ["0007"] * 3
+    assert frame["study_id"].to_list() == ["s1"] * 3
+    with pytest.raises(ManifestError, match="row 2: 'patient_id' is empty"):
+        folder.read(make("path,patient_id\na.png,  \n", "a.png"))
+
+
 @pytest.mark.parametrize(
     ("blank", "uncertain", "edema", "odd"),
     [

@@ -21,6 +21,7 @@ from hilum.data.licences import check_export, licences
 from hilum.data.shards import IN_PLACE
 from hilum.data.store import Store, write_arrays
 from hilum.data.webdataset import ExportOptions, listed
+from hilum.data.webdataset_json import identity_of
 from hilum.data.webdataset_reading import read_tars, tars_of
 
 FINDINGS = ("Edema", "Round(ed) Atelectasis", "Our Own Finding")
@@ -356,6 +357,13 @@ def test_a_patient_in_two_splits_is_a_leak(tmp_path):
     files = [(f"{n}.{kind}", content) for n in (0, 1) for kind, content in (("png", png(film(n))), ("json", said[n]))]
     with pytest.raises(LeakageError):
         bring(tmp_path / "store", tar(tmp_path / "in" / "x.tar", files))
+
+
+def test_spaces_around_an_id_make_nobody_another_patient():
+    said = [{"patient_id": "7", "study_id": "s"}, {"patient_id": " 7", "study_id": "s "}, {"patient_id": " "}]
+    known = [identity_of(one, "key", ("other", "train", "")) for one in said]
+    assert [one["patient_id"] for one in known] == ["other/7", "other/7", "other/key"]
+    assert [one["study_id"] for one in known] == ["other/s", "other/s", "other/key"]
 
 
 def test_what_is_no_input(tmp_path):

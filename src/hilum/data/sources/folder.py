@@ -129,7 +129,7 @@ def _is_dicom(path: Path) -> bool:
 
 def _table(path: Path, options: SourceOptions) -> tuple[pl.DataFrame, tuple[str, ...], str]:
     table = read_csv(path, ("path",))
-    frame = table.frame
+    frame = table.frame.with_columns(pl.col("^(patient|study)_id$").str.strip_chars())
     check_filled(frame["path"], path, EmptyStudyError, " Each row is one image; remove studies that have none.")
     paths = relative_paths(frame["path"], path)
     unique(paths.alias("path"), path)
