@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,37 @@ def test_a_run_without_its_record_starts_nothing(data: Path, tmp_path: Path, wei
     (first / "seen.npz").unlink()
     with pytest.raises(CheckpointError, match="has checkpoints and no seen"):
         run(ONE, data, tmp_path / "second", init=first)
+
+
+def test_a_file_of_a_model_is_no_origin(data: Path, tmp_path: Path, weights: Path) -> None:
+    """Read as imported weights, it would lose what the model has met."""
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(weights, model / "model.safetensors")
+    described = {"format": "hilum-model-1", "training": {"backbone": {"name": "run"}}}
+    (model / "config.json").write_text(json.dumps(described))
+    config = dataclasses.replace(ONE, architecture="demo8", embed_dim=64, depth=2, num_heads=1, registers=0)
+    for settings in (ONE, config):
+        for path in (model / "model.safetensors", model):
+            with pytest.raises(CheckpointError, match=r"part of a Hilum model.*fitted on \(run\)"):
+                run(settings, data, tmp_path / "run", init=path)
+
+
+def test_an_accepted_leak_follows_weights_of_the_hub(
+    data: Path, tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(ONE, data, tmp_path / "first", init=weights)
+    content = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps(content | {"accepted_leak": "cut by image"}))
+    shutil.rmtree(first / "checkpoints")
+    monkeypatch.setattr("hilum.backbones.hub.find_spec", lambda name: object())
+    monkeypatch.setattr("hilum.backbones.hub._download", lambda repository, revision: first)
+    second = run(ONE, data, tmp_path / "second", init=Path("somebody/weights"))
+    described = json.loads((second / "config.json").read_text())
+    assert described["accepted_leak"] == "cut by image"
+    assert described["not_recorded"].endswith("/public.safetensors")
+    (first / "seen.npz").unlink()
+    third = run(ONE, data, tmp_path / "third", init=Path("somebody/weights"))
+    assert json.loads((third / "config.json").read_text())["not_recorded"] == "somebody/weights"
+    monkeypatch.undo()
+    run(ONE, data, second, init=Path("somebody/weights"))  # resumed, where the name leads nowhere

@@ -121,6 +121,7 @@ class Source:
         else:
             named_by_folder = path.is_dir() or file.name == WEIGHTS_NAME
             described = read_json(beside, CheckpointError) if beside.is_file() else {}
+            _refuse_model(described, file)
             ours = not isinstance(described, dict) or "format" in described or file.name == WEIGHTS_NAME
             if beside.is_file() and named_by_folder and ours:
                 content = _checked_content(described, beside)
@@ -209,6 +210,21 @@ def find_weights(path: Path) -> Path:
     raise CheckpointError(
         f"{path} holds no backbone: expected {WEIGHTS_NAME} (written by hilum pretrain) or model.safetensors in it."
         + found
+    )
+
+
+def _refuse_model(described: Any, file: Path) -> None:
+    """The tensors of a model's backbone look like other people's, but what they have met stands in the model."""
+    kind = str(described.get("format", "")) if isinstance(described, dict) else ""
+    if not kind.startswith(("hilum-model-", "hilum-ensemble-")):
+        return
+    trained = described.get("training")
+    backbone = trained.get("backbone") if isinstance(trained, dict) else None
+    name = backbone.get("name") if isinstance(backbone, dict) else None
+    raise CheckpointError(
+        f"{file} is part of a Hilum model, not a backbone: read alone, it would lose the record of what it has seen. "
+        f"Give the run or the weights that the model was fitted on{f' ({name})' if name else ''}; where a model is "
+        f"wanted, its folder {file.parent}."
     )
 
 
