@@ -259,3 +259,9 @@ def test_known_weights_by_name(tmp_path, films, capsys):
     nih = write_pool(tmp_path / "nih", films, dataset=["nih"] * PATIENTS)
     with pytest.raises(LeakageError, match="evaluation set known to the weights"):
         audit.run(nih, weights="RAD-DINO")
+    table = read_manifest(path)
+    (name,) = table.frame["dataset"].unique()
+    said = {**table.metadata, "sources": json.dumps({name: "cxrlt"})}
+    write_manifest(Manifest(table.frame, table.findings, said), path)
+    with pytest.raises(LeakageError, match="evaluation set known to the weights"):
+        audit.run(path, weights="CXR-LT-2023")

@@ -1,6 +1,7 @@
 """`hilum audit`: leaks, duplicates, conflicts, counts and positives by split. A leak is exit status 1."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hilum.core.tracking import next_step, say, warn
 from hilum.data.audit import AuditReport, audit
 from hilum.data.audit_pixels import Pixels
 from hilum.data.leaks import Problem, exposed_to_known_weights, known_exposures, seen_by_weights
-from hilum.data.schema import check_rows, read_manifest
+from hilum.data.schema import Manifest, check_rows, read_manifest
 from hilum.data.store import Store
 
 Exposed = Callable[[pl.DataFrame], list[Problem]]
@@ -49,7 +50,7 @@ def run(
         CheckpointError: a folder that does not record what its weights have seen.
     """
     table = read_manifest(manifest, check=False)
-    exposed = exposure_of(weights) if weights else None
+    exposed = exposure_of(weights, _sources(table)) if weights else None
     store = Store.open(manifest.parent) if (manifest.parent / "store.json").is_file() else None
     pixels = Pixels(table, parse_roots(roots), store, workers)
     report = audit(table, hash_files, pixels, hash_pixels, within, exposed)
@@ -82,11 +83,18 @@ def _compared(report: AuditReport) -> str:
     return "Ids, paths and hashes were compared, pixels were not: add --pixels, or audit the manifest of a store."
 
 
-def exposure_of(weights: str) -> Exposed:
+def _sources(table: Manifest) -> dict[str, str]:
+    """Dataset -> the source that it was read by; of a manifest of an older version nothing."""
+    said = json.loads(table.metadata.get("sources", "{}"))
+    return {str(name): str(kind) for name, kind in said.items()}
+
+
+def exposure_of(weights: str, sources: Mapping[str, str] | None = None) -> Exposed:
     """What tells, for a manifest's table, which of its evaluation images weights have met.
 
     Args:
         weights: a RUN or MODEL folder, a file in one, or the name of public weights.
+        sources: dataset -> the source that it was read by; what is known of public weights is by source.
 
     Raises:
         UnknownNameError: neither.
@@ -102,14 +110,14 @@ def exposure_of(weights: str) -> Exposed:
         known = {fact.weights for fact in known_exposures()}
         if weights.casefold() not in {name.casefold() for name in known}:
             raise UnknownNameError("weights", weights, known)
-        return partial(exposed_to_known_weights, weights=weights)
+        return partial(exposed_to_known_weights, weights=weights, sources=sources)
     folder = path if path.is_dir() else path.parent
     if (folder / EXPOSURE_NAME).is_file():
         content = read_json(folder / CONFIG_NAME, CheckpointError)
         met, public = read_exposure(folder, content), content["exposure"].get("weights")
         if public:  # imported: no list of images, only what is known of where it was trained
             warn(f"{folder}: {content['exposure']['not_recorded']}")
-            return partial(exposed_to_known_weights, weights=public)
+            return partial(exposed_to_known_weights, weights=public, sources=sources)
         if said := content["exposure"].get("not_recorded"):
             warn(f"{folder}: {said}; only what is recorded can be compared.")
         used = np.concatenate([met.train, met.val, met.pictures])

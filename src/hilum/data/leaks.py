@@ -6,7 +6,7 @@ numbers (a run's record) or as facts about public weights (facts/known_exposure.
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -37,6 +37,8 @@ ORIGINS: dict[str, tuple[str, tuple[str, ...]]] = {
     "origin image": ("origin_image", IDENTITIES["image"]),
 }
 """The same across datasets: the column that names it, and what tells rows of several datasets from those of one."""
+COPIES_OF = {"rsna": "nih", "siim": "nih"}
+"""Sources whose pictures are those of another release, also where no map says which is which."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,19 @@ def known_exposures() -> list[KnownExposure]:
     return [KnownExposure(**row) for row in csv.DictReader(text.splitlines())]
 
 
-def exposed_to_known_weights(frame: pl.DataFrame, weights: str) -> list[Problem]:
+def exposed_to_known_weights(
+    frame: pl.DataFrame, weights: str, sources: Mapping[str, str] | None = None
+) -> list[Problem]:
     """Evaluation images of datasets, or descending from datasets, that public weights are known to have seen.
 
-    Where the manifest does not say in which of the source's own lists an image is, it counts as exposed.
+    Where the manifest does not say in which of the source's own lists an image is, it counts as exposed. What is known
+    of a source itself goes before what is known of the one that it descends from.
+
+    Args:
+        frame: a manifest's table.
+        weights: their name in facts/known_exposure.csv, in any case.
+        sources: dataset -> the source it was read by; a folder, and a dataset of which nothing is said, is what its
+            name says.
 
     Raises:
         UnknownNameError: weights of which nothing is known. That is no proof that they have seen nothing.
@@ -179,14 +190,18 @@ def exposed_to_known_weights(frame: pl.DataFrame, weights: str) -> list[Problem]
     if not about:
         raise UnknownNameError("weights", weights, {fact.weights for fact in facts})
     evaluated = frame.filter(pl.col("split_project").is_in(EVALUATION))
-    origin = pl.col("origin_image").str.extract(r"^([^/]+)/") if "origin_image" in frame.columns else pl.lit("")
+    kinds = {name: kind for name, kind in (sources or {}).items() if kind != "folder"}
+    kind = pl.col("dataset").replace(kinds)
+    origin = pl.col("origin_image").str.extract(r"^([^/]+)/") if "origin_image" in frame.columns else pl.lit(None)
+    ancestor = pl.coalesce(origin, kind.replace_strict(COPIES_OF, default=None, return_dtype=pl.String))
+    known_itself = kind.is_in([fact.dataset for fact in about])
     listed = pl.col("split_official").fill_null("") if "split_official" in frame.columns else pl.lit("")
     found = []
     for fact in about:
-        own, inherited = pl.col("dataset") == fact.dataset, (origin == fact.dataset).fill_null(value=False)
+        own, inherited = kind == fact.dataset, (ancestor == fact.dataset).fill_null(value=False) & ~known_itself
         elsewhere = listed.is_in(["train", "val", "test"]) & (listed != fact.part)
         outside = elsewhere if fact.part in ("train", "val", "test") else pl.lit(value=False)
-        rows = evaluated.filter((own & ~outside) | (inherited & ~own))
+        rows = evaluated.filter((own & ~outside) | inherited)
         if rows.height:
             counts = rows.group_by("dataset", "split_project").len().sort("dataset", "split_project").iter_rows()
             shown = ", ".join(f"{count:,} of {dataset} in {split}" for dataset, split, count in counts)

@@ -346,6 +346,7 @@ def _metadata(parts: Sequence[_Part], frame: pl.DataFrame, options: ManifestOpti
             }
         ),
         "counts": json.dumps({row.pop("dataset"): row for row in counts.sort("dataset").to_dicts()}),
+        "sources": json.dumps({part.dataset: part.source for part in parts}, ensure_ascii=False),
         "roots": json.dumps({part.dataset: str(part.rows.root) for part in parts}, ensure_ascii=False),
         "source_sha256": json.dumps({part.dataset: dict(part.rows.tables) for part in parts}, ensure_ascii=False),
         "notes": json.dumps([f"{part.dataset}: {note}" for part in parts for note in part.rows.notes]),

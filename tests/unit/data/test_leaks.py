@@ -203,6 +203,31 @@ def test_known_weights_expose_descendants_and_nothing_else():
     assert exposed_to_known_weights(training, "RAD-DINO") == []
 
 
+@pytest.mark.parametrize("dataset", ["rsna", "siim"])
+@pytest.mark.parametrize("weights", ["RAD-DINO", "CheXFound-CXR1M", "slides-710k", "NIH-CXR-LT"])
+def test_copies_of_nih_are_exposed_with_it_also_without_a_map(dataset, weights):
+    (fault,) = exposed_to_known_weights(table(dataset=[dataset] * ROWS), weights)
+    assert (fault.count, "have seen nih" in fault.message) == (16, True)
+
+
+def test_mimic_is_exposed_to_what_saw_its_relabelling_and_cxr_lts_own_lists_go_before():
+    (fault,) = exposed_to_known_weights(table(dataset=["mimic"] * ROWS), "slides-710k")
+    assert fault.count == 16
+    mimic = {"origin_image": [f"mimic/{index}" for index in range(ROWS)]}
+    held_out = table(dataset=["cxrlt"] * ROWS, split_official=["train"] * 24 + ["test"] * 16, **mimic)
+    assert exposed_to_known_weights(held_out, "slides-710k") == []  # its pool left the official test set out
+
+
+def test_what_a_dataset_is_counts_and_not_what_it_is_called():
+    frame = table(dataset=["lt"] * ROWS)
+    assert exposed_to_known_weights(frame, "CXR-LT-2023") == []  # nothing says what it is
+    (fault,) = exposed_to_known_weights(frame, "CXR-LT-2023", {"lt": "cxrlt"})
+    assert fault.count == 16
+    named = table(dataset=["nih"] * ROWS)
+    assert exposed_to_known_weights(named, "RAD-DINO", {"nih": "vindr"}) == []
+    assert exposed_to_known_weights(named, "RAD-DINO", {"nih": "folder"}) != []  # a folder is what its name says
+
+
 def test_unknown_weights_are_refused_not_passed():
     with pytest.raises(UnknownNameError, match="RAD-DINO"):
         exposed_to_known_weights(table(), "RAD-DIN")

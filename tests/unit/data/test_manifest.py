@@ -117,6 +117,7 @@ def test_provenance(make):
     manifest, _ = build_manifest([spec], ManifestOptions(seed=5, policy=LabelPolicy(blank="zero")))
     metadata = manifest.metadata
     assert json.loads(metadata["roots"]) == {"a": str(spec.root)}
+    assert json.loads(metadata["sources"]) == {"a": "folder"}
     digest = hashlib.sha256((spec.root / "labels.csv").read_bytes()).hexdigest()
     assert json.loads(metadata["source_sha256"]) == {"a": {"labels.csv": digest}}
     assert json.loads(metadata["counts"]) == {"a": {"images": 20, "patients": 10, "studies": 20}}
