@@ -393,6 +393,23 @@ def test_a_value_that_is_not_finite_moves_no_weight(
     assert set(record["images"]) <= set(uids.tolist())
 
 
+def test_no_checkpoint_is_there_before_the_record_of_its_images(
+    straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stage starts from is the newest checkpoint and the loose record: the record must not be the older one."""
+
+    def killed(*arguments: Any) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(pretrain._Output, "export", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(dataclasses.replace(CONFIG, checkpoint_every=2), data, tmp_path / "run")
+    assert final(tmp_path / "run").step == 2
+    seen = exposure.uid_numbers(Store.open(data).uids)[final(tmp_path / "run").tensors["seen"].numpy()]
+    assert len(seen) >= 4
+    assert np.isin(seen, exposure.read_seen(tmp_path / "run").uids).all()
+
+
 def grown(size: int) -> PretrainConfig:
     return dataclasses.replace(CONFIG, steps=1, crops=CropConfig(global_size=size, local_size=16, local_crops=2))
 

@@ -281,22 +281,30 @@ class _Output:
         self.out, self.store, self.architecture, self.config, self.facts = out, store, architecture, config, facts
 
     def save(self, writer: checkpoint.CheckpointWriter, done: int, tensors: Mapping[str, Tensor]) -> None:
-        """A checkpoint, then everything that can be read without resuming; written while training goes on."""
+        """The record of images seen, a checkpoint, and the backbone; written while training goes on.
+
+        The record comes first: whatever is killed when, a stage that starts from the newest checkpoint finds every
+        image that this has seen.
+        """
         writer.save(
             self.out / CHECKPOINTS, done, tensors, self.facts, self.config.keep,
-            then=lambda copies: self.export(done, copies),
+            then=lambda copies: self.export(done, copies), first=self.record,
         )  # fmt: skip
+
+    def record(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write the record of images seen; what `config.json` says of it."""
+        numbers = exposure.Seen(exposure.uid_numbers(self.store.uids), exposure.uid_numbers(self.store.pictures))
+        seen = all_seen(tensors, numbers)
+        return {"images": len(seen.uids), "sha256": exposure.write_seen(self.out, seen)}
 
     def export(self, done: int, tensors: Mapping[str, Tensor]) -> None:
         """The record of images seen, and the teacher's backbone."""
-        numbers = exposure.Seen(exposure.uid_numbers(self.store.uids), exposure.uid_numbers(self.store.pictures))
-        seen = all_seen(tensors, numbers)
         extra = {
             "step": done,
             "steps": self.config.steps,
             "seed": self.config.seed,
             "init": self.facts["init"],
-            "seen": {"images": len(seen.uids), "sha256": exposure.write_seen(self.out, seen)},
+            "seen": self.record(tensors),
             "accepted_leak": self.facts["accepted_leak"],
             "hardware": self.facts["hardware"],
         }

@@ -54,7 +54,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Write one checkpoint and drop the oldest ones past `keep`.
+    """Write one checkpoint; drop the oldest ones past `keep`, and any of later steps, from which nothing went on.
 
     Args:
         folder: of the run's checkpoints; created when absent.
@@ -96,6 +96,7 @@ class CheckpointWriter:
         values: Mapping[str, Any],
         keep: int = 2,
         then: Callable[[Mapping[str, Tensor]], None] | None = None,
+        first: Callable[[Mapping[str, Tensor]], object] | None = None,
     ) -> None:
         """Copy the state now, write it behind the caller's back; what `save_checkpoint` guarantees holds here too.
 
@@ -107,6 +108,7 @@ class CheckpointWriter:
             keep: how many to keep, at least 2.
             then: called in the background once the checkpoint has its name, with the copies by name (on the CPU, to be
                 read only until it returns); its failure is reported like one of the write.
+            first: likewise, before anything of the checkpoint is written; if it fails, none is.
 
         Raises:
             HilumError: `keep`; or the write before this one failed (the message names its path), and this one is not
@@ -116,7 +118,7 @@ class CheckpointWriter:
         self.wait()
         copied, snapshot = json.loads(json.dumps(dict(values), allow_nan=False)), self._copied(tensors)
         self._thread = threading.Thread(
-            target=self._run, args=(folder, step, snapshot, copied, keep, then), name=f"checkpoint {step}"
+            target=self._run, args=(folder, step, snapshot, copied, keep, then, first), name=f"checkpoint {step}"
         )
         self._thread.start()
 
@@ -166,17 +168,19 @@ class CheckpointWriter:
 
     def _run(
         self, folder: Path, step: int, snapshot: dict[str, Tensor], values: dict[str, Any], keep: int,
-        then: Callable[[Mapping[str, Tensor]], None] | None,
+        then: Callable[[Mapping[str, Tensor]], None] | None, first: Callable[[Mapping[str, Tensor]], object] | None,
     ) -> None:  # fmt: skip
         final = folder / _folder_name(step)
         try:
+            if first is not None:
+                first(snapshot)
             if not _is_whole(final):
                 _write(folder, step, snapshot, values, keep)
             if then is not None:
                 then(snapshot)
         except OSError as error:
             self._failure = HilumError(
-                f"After writing the checkpoint {final}: {error}. The checkpoint itself is whole."
+                f"Beside the checkpoint {final}: {error}. Every checkpoint that is there is whole."
             )
         except BaseException as error:  # of a thread nobody watches: kept for the caller's next call
             self._failure = error
@@ -202,7 +206,7 @@ def _check_keep(keep: int) -> None:
 
 
 def _write(folder: Path, step: int, snapshot: Mapping[str, Tensor], values: Mapping[str, Any], keep: int) -> Path:
-    """Write contiguous CPU tensors, none sharing memory with another, as a checkpoint; then drop the oldest ones."""
+    """Write contiguous CPU tensors, none sharing memory with another, as a checkpoint; then drop those past `keep`."""
     final = folder / _folder_name(step)
     temporary = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"
     try:
@@ -225,12 +229,14 @@ def _write(folder: Path, step: int, snapshot: Mapping[str, Tensor], values: Mapp
     finally:
         for leftover in folder.glob(".step_*.tmp"):  # of this save, or of one that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-    # Whatever is there of later steps was not whole, or this run would have gone on from it: it must not push this out.
-    for old in [path for path in _checkpoints(folder) if path != final][keep - 1 :]:
+    # Whatever is there of later steps was not whole, or this run would have gone on from it: it counts for nothing.
+    there = _checkpoints(folder)
+    later = there[: there.index(final)]
+    for old in later + there[len(later) + keep :]:
         try:
             _remove(old)
         except OSError as error:  # an old file that stays must not stop a run
-            warn(f"could not remove the old checkpoint {old}: {error.strerror or error}")
+            warn(f"could not remove the checkpoint {old}: {error.strerror or error}")
     return final
 
 

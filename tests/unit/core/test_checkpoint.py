@@ -56,11 +56,22 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 
 @BOTH
 def test_keeps_the_last_few_and_refuses_to_keep_one(tmp_path: Path, save: Save) -> None:
-    for step in (1, 2, 30, 4):
+    for step in (1, 2, 3, 4):
         save(tmp_path, step, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004", "step_00000030"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
     with pytest.raises(HilumError, match="at least 2"):
         save(tmp_path, 5, keep=1)
+
+
+@BOTH
+def test_damaged_checkpoints_of_later_steps_push_out_no_whole_one(tmp_path: Path, save: Save) -> None:
+    """A run that went back to step 10 past two damaged ones still has two whole ones after its next save."""
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=3)
+    for step in (20, 30):
+        (tmp_path / f"step_{step:08d}" / "state.safetensors").write_bytes(b"")
+    save(tmp_path, 15, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000015"]
 
 
 def test_a_failed_removal_of_an_old_checkpoint_stops_nothing(
@@ -70,7 +81,7 @@ def test_a_failed_removal_of_an_old_checkpoint_stops_nothing(
         save(tmp_path, step, keep=2)
     monkeypatch.setattr(checkpoint, "_remove", lambda path: (_ for _ in ()).throw(OSError(13, "Permission denied")))
     save(tmp_path, 3, keep=2)
-    assert "could not remove the old checkpoint" in capsys.readouterr().err
+    assert "could not remove the checkpoint" in capsys.readouterr().err
     monkeypatch.undo()
     assert checkpoint.load_newest(tmp_path).step == 3
 
@@ -277,6 +288,26 @@ def test_what_follows_a_checkpoint_sees_its_copies_and_its_name(tmp_path: Path, 
         moving["student.weight"].zero_()
         gate.set()
     assert seen["digest"] == checkpoint.digest(tensors(4))
+
+
+def test_what_precedes_a_checkpoint_is_there_before_it_and_without_it_there_is_none(tmp_path: Path) -> None:
+    found = []
+
+    def first(copies: dict[str, Tensor]) -> None:
+        assert checkpoint.digest(copies) == checkpoint.digest(tensors(4))
+        found.append(sorted(path.name for path in tmp_path.iterdir()))
+
+    def full(copies: dict[str, Tensor]) -> None:
+        raise OSError(28, "No space left on device")
+
+    with checkpoint.CheckpointWriter() as writer:
+        writer.save(tmp_path, 4, tensors(4), {}, first=first)
+        writer.wait()
+        assert found == [[]]
+        writer.save(tmp_path, 5, tensors(5), {}, first=full)
+        with pytest.raises(HilumError, match="No space left"):
+            writer.wait()
+    assert checkpoint.load_newest(tmp_path).step == 4
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), HilumError("of the export")])
