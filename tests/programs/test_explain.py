@@ -17,8 +17,11 @@ from hilum.core.errors import ConfigError, EmptyStudyError, UnknownNameError
 from hilum.data.phantoms.writing import write_phantoms
 from hilum.data.regions import area_in_cells, read_regions, sizes_of
 from hilum.data.store import Store, write_arrays
+from hilum.deploy.admission import Admission, Gate
 from hilum.deploy.predictor import Model, load
+from hilum.deploy.store_maps import store_maps
 from hilum.evaluation.map_files import read_maps
+from hilum.evaluation.study_rules import StudyRule
 
 FINDINGS = ("Edema", "Mass")
 
@@ -206,6 +209,32 @@ def test_maps_of_a_split_are_those_of_the_predictor(folder: Path, tmp_path: Path
                     alone = result.attention[finding][place]
                     np.testing.assert_allclose(own, alone, rtol=2e-3, atol=1e-5)
     assert found.boxes[0].tolist() == [2 / 36, 0, 32 / 36, 1]
+
+
+def test_views_that_a_store_does_not_name_are_recognised_for_its_maps_too(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    named = Store.open(folder / "store")
+    rows = named.indices("test").tolist()
+    images = [named.read(row) for row in rows]
+    nameless = write_arrays(
+        tmp_path / "store", images, named.labels[rows], FINDINGS, splits=["test"] * len(rows),
+        studies=named.studies[rows].tolist(), patients=named.patients[rows].tolist(), views=["UNKNOWN"] * len(rows),
+    )  # fmt: skip
+    model = load(folder / "ensemble", "cpu")
+    model.composition = dataclasses.replace(model.composition, study=StudyRule("frontal_weighted", {"frontal": 0.9}))
+    expected = store_maps(model, named, rows, dict.fromkeys(rows, FINDINGS), 5).maps
+    every = dict.fromkeys(range(len(rows)), FINDINGS)
+    unknown = store_maps(model, nameless, every, every, 5).maps  # there is no screening in it
+    views = {image.tobytes(): str(named.views[row]) for row, image in zip(rows, images, strict=True)}
+
+    def recognised(gate: Gate, pixels: np.ndarray, view: str, source: str) -> Admission:
+        assert gate.score_flagged
+        return Admission(pixels, views[pixels.tobytes()], "classifier", ())
+
+    monkeypatch.setattr(Gate, "admit", recognised)
+    np.testing.assert_array_equal(store_maps(model, nameless, every, every, 5).maps, expected)
+    assert np.abs(unknown - expected).max() > 1e-4
 
 
 def test_maps_are_judged_by_masks_and_compared(folder: Path, tmp_path: Path, capsys) -> None:

@@ -1,6 +1,7 @@
 """Maps of a store's images for chosen findings: what `hilum explain STORE:split --maps` writes.
 
-Runs the loop over images that prediction runs, and keeps the maps that were asked for. Nothing is judged here.
+Runs the loop over images that prediction runs, and keeps the maps that were asked for. Nothing is judged here. Views
+that the store does not name are those that the view classifier names, as in prediction.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -9,9 +10,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from hilum.core.errors import ConfigError
-from hilum.core.types import POSITIVE
+from hilum.core.types import POSITIVE, view_kind
 from hilum.data.regions import seen_box
 from hilum.data.store import Indices, Store
+from hilum.deploy.admission import Gate
 from hilum.deploy.network import Network, Reading, raw_probabilities, store_identity
 from hilum.deploy.predictor import Model
 from hilum.deploy.study_images import Part, mean_of_maps
@@ -79,12 +81,22 @@ def store_maps(
     }
     identity = store_identity(store, chosen)
     studies = study_uids(*(identity[name] for name in ("dataset", "patient_id", "study_id", "image_uid")))
+    views = identity["view"].astype(object)
+    kinds = np.array([view_kind(view) for view in views], dtype=np.int64)
+    gate = Gate(model.screening, score_flagged=True)
     found: list[tuple[int, int, np.ndarray]] = []
+
+    def read(position: int) -> np.ndarray:
+        pixels = store.read(int(chosen[position]))
+        if views[position] in ("", "UNKNOWN"):
+            views[position] = gate.admit(pixels, views[position], "given").view
+            kinds[position] = view_kind(views[position])  # before the head of its batch asks for it
+        return pixels
 
     def observe(positions: Int64[np.ndarray, " B"], readings: list[Reading]) -> None:
         groups = [np.flatnonzero(studies[positions] == study) for study in dict.fromkeys(studies[positions].tolist())]
         for rows in groups if together else np.arange(len(positions))[:, None]:
-            weights = _weights(model, identity, positions[rows]) if together else np.ones(1)
+            weights = _weights(model, {**identity, "view": views}, positions[rows]) if together else np.ones(1)
             for row, maps in zip(rows, mean_of_maps(_parts(model, readings, rows), weights), strict=False):
                 position = int(positions[row])
                 names = wanted.get(int(chosen[position]), ())
@@ -95,7 +107,7 @@ def store_maps(
                 )
 
     raw_probabilities(
-        model.networks, chosen, store.read, batch_size, workers, done, studies, identity["view"], observe,
+        model.networks, np.arange(len(chosen)), read, batch_size, workers, done, studies, kinds, observe,
         attention=True,
     )  # fmt: skip
     if not found:
@@ -146,6 +158,6 @@ def _parts(model: Model, readings: list[Reading], rows: np.ndarray) -> list[Part
 
 def _weights(model: Model, identity: Mapping[str, np.ndarray], positions: np.ndarray) -> np.ndarray:
     """Of the images of one study, by the model's study rule."""
-    rows = {name: column[positions] for name, column in identity.items()}
+    rows = {name: column[positions].astype(str) for name, column in identity.items()}
     table = Predictions(**rows, findings=("any",), probabilities=np.zeros((len(positions), 1)))
     return view_weights(table, model.composition.study)
