@@ -91,6 +91,8 @@ def test_differences_have_causes():
     assert "223414" in rows["chexpert"].cause
     assert rows["nih"].cause == ""
     assert rows["padchest"].cause == "this source was not given"
+    (row,) = [one for one in differences(pools()["cxrlt2026-eligible"], {}) if one.source == "cxrlt2026"]
+    assert row.cause == "this source was not given"  # nobody of its evaluation images is held back then
 
 
 @pytest.fixture
@@ -148,6 +150,21 @@ def test_what_a_clean_pool_does_not_take_stays_out_of_pretraining(make):
     assert not outside["ssl_ok"].any()
     assert outside["ssl_reason"].unique().to_list() == ["not in slides-710k-clean"]
     assert frame.filter("ssl_ok")["split_official"].to_list() == ["train"] * 10
+
+
+@pytest.mark.parametrize("first", ["nih", "cxrlt2026"])
+def test_the_challenges_own_images_only_hold_back_their_people(make, first):
+    nih = images(40, 2, ["train"] * 30 + ["test"] * 10)
+    own = images(12, 1, ["train"] * 6 + ["val"] * 2 + ["test"] * 4, "c").with_columns(
+        origin_patient=pl.Series([None] * 8 + [f"nih/p{number}" for number in (3, 4, 5, 19)], dtype=pl.String)
+    )
+    given = {"nih": nih, "cxrlt2026": own}
+    frame = make("cxrlt2026-eligible", **{first: given.pop(first), **given}).frame
+    challenge = frame.filter(pl.col("dataset") == "cxrlt2026")
+    assert not challenge["ssl_ok"].any()
+    assert challenge.group_by("split_project").len().sort("split_project").rows() == [("", 6), ("test", 4), ("val", 2)]
+    open_people = set(frame.filter("ssl_ok")["patient_id"])
+    assert open_people == {f"nih/p{number}" for number in range(15)} - {"nih/p3", "nih/p4", "nih/p5"}
 
 
 def test_another_dataset_of_the_same_people_yields_to_evaluation(make):
