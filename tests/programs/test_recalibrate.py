@@ -19,14 +19,18 @@ from hilum import cli
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
 from hilum.commands import fit
+from hilum.commands.recalibrate_inputs import read_site
 from hilum.core.config import override
 from hilum.core.seeding import forked
 from hilum.data.store import Store
+from hilum.deploy.engines import EXPORT_FORMAT, EXPORT_NAME
 from hilum.deploy.ensemble_model import combine_models
+from hilum.deploy.inputs import resolve
 from hilum.deploy.study_page import study_page
 from hilum.deploy.study_report import ImageFacts, study_document
 from hilum.deploy.validation import read_bands
 from hilum.evaluation.predictions import read_predictions
+from hilum.evaluation.truth import read_truth
 
 STUDIES = 90
 
@@ -291,6 +295,39 @@ def test_labels_by_image_give_the_same_as_labels_by_study(site: Path, world: Pat
     assert recalibrate(world, tmp_path / "here", *words) == 0
     mine, theirs = numbers(tmp_path / "here"), numbers(site)
     assert mine["findings"]["Edema"] == theirs["findings"]["Edema"]
+
+
+def test_a_study_is_predicted_whole_where_only_some_of_its_images_are_labelled(world: Path, tmp_path: Path) -> None:
+    with (world / "labels.csv").open() as file:
+        rows = [{**row, "image_id": f"images/{row['study_id'][5:]}_0.png"} for row in csv.DictReader(file)]
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image_id", "patient_id", "Edema", "Hernia", "Mass"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    model, found = hilum.load(world / "model", device="cpu"), [str(world / "images.csv")]
+    whole, part = (
+        read_site(model, resolve(found), read_truth(folder / "labels.csv"), 32) for folder in (world, tmp_path)
+    )
+    for unit in ("image", "study"):
+        np.testing.assert_array_equal(part.tables[unit].probabilities, whole.tables[unit].probabilities)
+        assert part.tables[unit].patient_id.tolist() == whole.tables[unit].patient_id.tolist()
+    np.testing.assert_array_equal(part.labels["study"], whole.labels["study"])
+    first = np.char.endswith(part.tables["image"].image_id, "_0.png")
+    assert 0 < (~first).sum() < first.sum()
+    assert (part.labels["image"][~first] == -1).all()
+    np.testing.assert_array_equal(part.labels["image"][first], whole.labels["image"][first])
+    assert part.left_out == whole.left_out
+
+
+def test_an_export_is_refused_before_anything_is_read(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "export")
+    (tmp_path / "export" / EXPORT_NAME).write_text(json.dumps({"format": EXPORT_FORMAT, "networks": []}))
+    assert recalibrate(world, tmp_path / "here", model=str(tmp_path / "export")) == 1
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "is an EXPORT: recalibrate the MODEL that it was made from" in said
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize(

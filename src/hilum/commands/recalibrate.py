@@ -19,6 +19,7 @@ from hilum.core.files import sha256_file, write_json
 from hilum.core.tracking import next_step, say, warn
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy import model_files as files
+from hilum.deploy.engines import read_export
 from hilum.deploy.inputs import resolve
 from hilum.deploy.predictor import Model, load
 from hilum.deploy.site_model import NUMBERS_NAME, REPORT_NAME, write_site_model
@@ -78,7 +79,7 @@ def run(
         device: auto, cpu or cuda.
 
     Raises:
-        ConfigError: options that mean nothing, or `out` is taken.
+        ConfigError: options that mean nothing, `out` is taken, or an EXPORT in place of a MODEL.
         LeakageError: the model has met some of the images.
         StageError: its calibrators were fitted on some of them, or they are of a test split.
         PredictionError: labels that cannot be joined, or fewer than five patients.
@@ -95,6 +96,11 @@ def run(
             f"--bootstraps, --batch-size: expected 0 or more, and at least 1; found {bootstraps} and {batch_size}."
         )
     files.require_new(out)
+    if read_export(model) is not None:
+        raise ConfigError(
+            f"{model} is an EXPORT: recalibrate the MODEL that it was made from, and export the result. "
+            "hilum recalibrate MODEL STUDIES --labels LABELS --out HERE, then hilum export HERE --out EXPORT."
+        )
     content = files.read_config(model)
     loaded, truth = load(model, device), read_truth(labels)
     _check_findings(loaded, truth, finding)

@@ -43,7 +43,10 @@ class Site(NamedTuple):
 
 
 def read_site(model: Model, found: Inputs, truth: Truth, batch_size: int) -> Site:
-    """Predict every image that has a label, and put labels beside images and studies.
+    """Predict every study that has a label, or an image that has one, and put labels beside images and studies.
+
+    Studies are predicted whole, as `hilum predict` will: where labels are by image, those of a study that have none are
+    read too, and are unknown.
 
     Args:
         model: whose raw predictions are asked for.
@@ -52,7 +55,7 @@ def read_site(model: Model, found: Inputs, truth: Truth, batch_size: int) -> Sit
         batch_size: images at a time.
 
     Raises:
-        PredictionError: no image has a label, or ids that cannot be joined.
+        PredictionError: no image that could be read has a label, or ids that cannot be joined.
         StageError: labels of a test split.
         PreprocessingMismatchError: a store of another recipe.
         EmptyStudyError: no image could be read.
@@ -60,13 +63,15 @@ def read_site(model: Model, found: Inputs, truth: Truth, batch_size: int) -> Sit
     identity = store_identity(found.store, found.indices) if found.store else found.identity()
     indices = found.indices if found.store else np.arange(len(found.images))
     known = labelled(truth, _table(identity))
-    left_out = {"unlabelled images": int((~known).sum())}
+    studies = _studies(identity)
+    whole = np.isin(studies, studies[known])
+    left_out = {"unlabelled images": int((~whole).sum())}
     if not known.any():
         raise PredictionError(
             f"None of {len(known)} images has a row in {truth.source}. Labels are joined by image_uid, image_id or "
             "study_id; image_id is the SOP instance UID of DICOM, else the path within the folder that was named."
         )
-    chosen = np.flatnonzero(known)
+    chosen = np.flatnonzero(whole)
     identity = {name: column[chosen] for name, column in identity.items()}
     with progress("predict", len(chosen), "images") as bar:
         reading = _read(model, found, identity, indices[chosen], batch_size, bar.advance)
@@ -76,22 +81,26 @@ def read_site(model: Model, found: Inputs, truth: Truth, batch_size: int) -> Sit
     image = model.assemble(identity, reading, raw=True, unit="image", pictures=pictures)
     study = model.assemble(identity, reading, raw=True, unit="study", pictures=pictures)
     rows = {name: np.asarray(column)[reading.kept] for name, column in identity.items()}
-    joined = join(truth, _table(rows))
+    has = known[chosen][reading.kept]
+    if not has.any():
+        raise PredictionError(f"None of the images that have a row in {truth.source} could be read.")
+    joined = join(truth, _table({name: column[has] for name, column in rows.items()}))
     if "test" in joined.splits.tolist():
         raise StageError(f"{truth.source}: nothing is fitted on the test split. Leave it for judging the result.")
     codes = np.full((len(image), len(image.findings)), -1, np.int8)
     for column, name in enumerate(image.findings):
         if name in joined.findings:
-            codes[:, column] = joined.labels[:, joined.findings.index(name)]
-    of_image = study_uids(image.dataset, image.patient_id, image.study_id, image.image_uid)
-    whose = dict(zip(of_image.tolist(), joined.predictions.patient_id.tolist(), strict=True))
+            codes[has, column] = joined.labels[:, joined.findings.index(name)]
+    of_image = _studies(rows)
+    whose = dict(zip(of_image.tolist(), rows["patient_id"].tolist(), strict=True))
+    whose |= dict(zip(of_image[has].tolist(), joined.predictions.patient_id.tolist(), strict=True))
     members = [
         dataclasses.replace(image, findings=network.findings, probabilities=values, metadata={})
         for network, values in zip(model.networks, reading.probabilities, strict=True)
     ]
     return Site(
         {
-            "image": dataclasses.replace(image, patient_id=joined.predictions.patient_id),
+            "image": dataclasses.replace(image, patient_id=np.array([whose[uid] for uid in of_image.tolist()])),
             "study": dataclasses.replace(study, patient_id=np.array([whose[uid] for uid in study.image_uid.tolist()])),
         },
         {"image": codes, "study": labels_of_studies(codes, of_image, study.image_uid)},
@@ -110,6 +119,10 @@ def _read(
     read = found.reader(model.short_side, model.preprocess_id)
     gate = Gate(model.screening)
     return model.read_images(identity, indices, read, batch_size, READING_THREADS, done, gate)
+
+
+def _studies(identity: dict[str, np.ndarray]) -> np.ndarray:
+    return study_uids(*(identity[name] for name in ("dataset", "patient_id", "study_id", "image_uid")))
 
 
 def _table(identity: dict[str, Any]) -> Predictions:
