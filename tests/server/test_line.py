@@ -87,8 +87,12 @@ def test_the_same_upload_at_once_is_done_once(held_up, make_film) -> None:
         return await asyncio.gather(*both)
 
     one, two = asyncio.run(twice())
-    assert one.body == two.body
     assert len(calls) == 1
+    documents = [one.json, two.json]
+    names = [f"/api/studies/{document['study'].pop('id')}" for document in documents]
+    assert documents[0] == documents[1]
+    assert server.ask("DELETE", names[0]).status == 204
+    assert [server.ask("GET", name).status for name in names] == [404, 200]  # who forgets one leaves the other
 
 
 def test_a_client_that_goes_away_leaves_the_line(held_up, make_film) -> None:

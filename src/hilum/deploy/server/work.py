@@ -31,6 +31,8 @@ class Job:
     """Clients that want it; at none it is dropped before its next step."""
     milliseconds: dict[str, int] = field(default_factory=dict)
     task: "asyncio.Task[Study] | None" = None
+    taken: bool = False
+    """A client has the study under its name; any other gets it under one of its own."""
 
 
 class Line:
@@ -70,7 +72,7 @@ class Line:
         """Take a place in the line, and wait for the study; cancelled, it gives its place up.
 
         Returns:
-            the study, and the milliseconds that its steps took.
+            the study, under a name that nobody else has, and the milliseconds that its steps took.
 
         Raises:
             RefusedError: 503 no place; 413, 422 an image cannot be used; 500 the model gives no numbers.
@@ -86,7 +88,9 @@ class Line:
         assert job.task is not None, "every job in the line has one"
         job.waiting += 1
         try:
-            return await asyncio.shield(job.task), job.milliseconds
+            study = await asyncio.shield(job.task)
+            study, job.taken = study.renamed() if job.taken else study, True
+            return study, job.milliseconds
         finally:
             job.waiting -= 1
             if job.waiting == 0 and not job.task.done():
