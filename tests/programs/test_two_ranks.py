@@ -30,7 +30,14 @@ from hilum.backbones.vit import ViTConfig
 from hilum.commands import pretrain
 from hilum.core.checkpoint import CheckpointWriter, flatten_optimizer, load_newest, load_strictly, restore_optimizer
 from hilum.core.config import write_yaml
-from hilum.core.distributed import Engine, launch, max_over_ranks, mean_over_ranks, sum_over_ranks
+from hilum.core.distributed import (
+    Engine,
+    launch,
+    max_over_ranks,
+    mean_over_ranks,
+    rows_of_all_ranks,
+    sum_over_ranks,
+)
 from hilum.core.errors import ConfigError, HilumError
 from hilum.core.sharding import is_divided, whole, whole_tensors
 from hilum.data.store import write_arrays
@@ -162,6 +169,7 @@ def programs(folder: Path, strategy: str) -> None:
         if engine.rank == 0:
             save_file(tensors, folder / "resumed.safetensors")
         assert_a_flag_skips_a_step(engine)
+        assert_rows_meet(engine)
 
 
 def gradients_of(engine: Engine) -> dict[str, Tensor]:
@@ -182,6 +190,15 @@ def average(folder: Path, strategy: str) -> None:
         found = gradients_of(engine)
         if engine.rank == 0:
             save_file(found, folder / "gradients.safetensors")
+
+
+def assert_rows_meet(engine: Engine) -> None:
+    """One image on each of two processes: the rank of all is not 1."""
+    mine = torch.tensor([[1.0, 0.0], [2.0, 0.0]]) + engine.rank * torch.tensor([0.0, 3.0])
+    together = rows_of_all_ranks(mine, 1024)
+    assert together.tolist() == [[1.0, 0.0], [2.0, 0.0], [1.0, 3.0], [2.0, 3.0]]
+    assert rows_of_all_ranks(mine, 2).tolist() == [[1.0, 0.0], [1.0, 3.0]]
+    assert losses.effective_rank(mine) < 1.01 < losses.effective_rank(together)
 
 
 def assert_a_flag_skips_a_step(engine: Engine) -> None:

@@ -300,6 +300,23 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return sum_over_ranks(values) / world_size()
 
 
+def rows_of_all_ranks(rows: Tensor, most: int) -> Tensor:
+    """Every rank's rows, of equally many each, below one another in the order of ranks; no gradient.
+
+    In a single process: the rows themselves, all of them.
+
+    Args:
+        rows: any shape with rows first.
+        most: rows in all, about: of several ranks, each gives its first ones.
+    """
+    if not is_distributed():
+        return rows
+    mine = rows[: max(most // world_size(), 1)].contiguous()
+    gathered = [torch.empty_like(mine) for _ in range(world_size())]
+    torch.distributed.all_gather(gathered, mine)
+    return torch.cat(gathered)
+
+
 def _reduce(values: Tensor, operation: Any) -> Tensor:
     if is_distributed():
         torch.distributed.all_reduce(values, operation)

@@ -28,6 +28,8 @@ FLAT_STEPS = 100
 for the first tens of steps, whatever the length of the run."""
 SMALLEST_RANK = 1.5
 SMALLEST_DEVIATION = 0.05
+SMALLEST_ROWS = 8
+"""[CLS] of a micro-batch from which a collapse is judged: the rank of the two crops of one image is always 1."""
 SMALLEST_DISTANCE = 0.01
 SMALLEST_USE = 0.02
 """Prototypes in use, as a share of those that the rows of a batch could use."""
@@ -80,7 +82,7 @@ def alarms(history: Sequence[Line], config: PretrainConfig) -> list[Alarm]:
         heads = {"cls": "dino_head", "patch": "ibot_head"}
         kinds = [kind for kind in heads if _counts(config, kind)]
         found = [
-            _collapse(trained), _neighbours(trained), *(_prototypes(trained, config, kind) for kind in kinds),
+            _collapse(trained, config), _neighbours(trained), *(_prototypes(trained, config, kind) for kind in kinds),
             *(_empty_targets(long, kind) for kind in kinds), _flat_losses(long, config, kinds),
             *(_gradient(trained, part) for part in ("backbone", *(heads[kind] for kind in kinds))), _spike(lines),
             _still_teacher(trained, step, config), *found,
@@ -114,7 +116,9 @@ def _counts(config: PretrainConfig, kind: str) -> bool:
     return config.losses.ibot > 0 and config.mask_probability > 0
 
 
-def _collapse(lines: Sequence[Line]) -> Alarm | None:
+def _collapse(lines: Sequence[Line], config: PretrainConfig) -> Alarm | None:
+    if config.crops.global_crops * config.batch_size // config.accumulate < SMALLEST_ROWS:
+        return None
     rank, deviation = _recent(lines, "teacher_effective_rank"), _recent(lines, "teacher_feature_deviation")
     flat = bool(len(rank)) and rank.max() < SMALLEST_RANK
     small = bool(len(deviation)) and deviation.max() < SMALLEST_DEVIATION

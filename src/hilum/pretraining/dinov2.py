@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from hilum.backbones.vit import VisionTransformer, ViTConfig
+from hilum.core.distributed import rows_of_all_ranks
 from hilum.core.errors import ConfigError
 from hilum.core.seeding import forked
 from hilum.core.sharding import local_parameters, whole
@@ -44,6 +45,9 @@ PARTS = ("backbone", "dino_head", "ibot_head")
 GLOBAL_VIEWS = 2
 _LARGE = 2**20
 """Teacher logits of [CLS] from which no matrix is built (with their masked patches some 100 MB a matrix)."""
+
+_ROWS = 1024
+"""Rows of [CLS] of several processes that health is judged by: more would not say more, and cost a step's time."""
 
 
 @dataclass(frozen=True)
@@ -340,8 +344,12 @@ def clip_gradients(student: Network, limit: float) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def health(output: TeacherOutput, targets: Targets) -> dict[str, Tensor]:
-    """Signs of collapse or of targets that say nothing, cheap enough for every logged step."""
-    features = output.global_cls.float()  # GB D
+    """Signs of collapse or of targets that say nothing, cheap enough for every logged step. All ranks call it.
+
+    Rank and deviation are of the [CLS] of all ranks, up to some `_ROWS`: one image on each says nothing of a collapse.
+    Usage is of all ranks, entropies are this rank's.
+    """
+    features = rows_of_all_ranks(output.global_cls.float(), _ROWS)  # rows D
     unit = nn.functional.normalize(features, dim=-1)
     cls_usage, cls_entropy = _usage_and_entropy(targets.cls, None)
     patch_usage, patch_entropy = _usage_and_entropy(targets.patches, output.valid)

@@ -158,6 +158,14 @@ def test_many_prototypes_and_few_rows_are_no_collapse() -> None:
     assert names(changed(lines, 10, cls_prototype_usage=five), config) == ["cls_prototypes_collapse"]
 
 
+def test_the_rank_of_one_image_is_no_collapse() -> None:
+    """Two crops of one image span one direction, whatever the teacher says."""
+    planted = changed(healthy(), 10, teacher_effective_rank=1.0)
+    few = dataclasses.replace(CONFIG, batch_size=4, accumulate=4)
+    assert names(planted, few) == []
+    assert names(planted, dataclasses.replace(CONFIG, batch_size=4)) == ["cls_collapse"]
+
+
 def test_a_momentum_that_ends_at_one_is_no_fault() -> None:
     assert names(changed(healthy(), 10, momentum=1.0)) == []
 
