@@ -13,6 +13,7 @@ import pytest
 from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
 from fit_stores import DECODER, make_store
+from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
@@ -26,7 +27,7 @@ from hilum.core.errors import ConfigError, MissingColumnError, UnknownNameError
 from hilum.core.seeding import forked
 from hilum.deploy.inputs import Inputs, resolve
 from hilum.deploy.predictor import Model, load
-from hilum.deploy.study_report import study_schema
+from hilum.deploy.study_report import ImageFacts, study_schema
 from hilum.evaluation.predictions import read_predictions
 
 CANARY = "Canary"
@@ -391,6 +392,17 @@ def test_other_pictures_of_a_store_are_other_studies(model: Model, tmp_path: Pat
     found.store._columns = {**found.store._columns, "checksum": found.store.checksums + 1}
     with pytest.raises(ConfigError, match="lists other studies"):
         write_reports(model, found, np.array([0]), out)
+
+
+def test_rows_and_columns_are_those_of_the_upright_image(model: Model, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter: it is displayed 44 high and 30 wide
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 44), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=turned)
+    write_reports(model, resolve([str(tmp_path / "turned.jpg")]), np.array([0]), ReportOptions(tmp_path / "out"))
+    document = json.loads((tmp_path / "out" / "study_0001" / "study.json").read_text())
+    assert [(one["rows"], one["columns"]) for one in document["study"]["images"]] == [(44, 30)]
+    assert ImageFacts.of(1001, 1000, (500, 500)) == ImageFacts(1001, 1000)  # shrunk to a square
 
 
 def test_references_of_nobody_are_told_of(model: Model, films: Path, tmp_path: Path, capsys) -> None:

@@ -254,7 +254,7 @@ def _views(model: Model, found: Inputs, study: _Study, left_out: LeftOut) -> lis
         except ImageError as error:
             left_out.add(study.name, f"image {number}", error)
             continue
-        facts = ImageFacts(decoded.rows, decoded.cols)
+        facts = ImageFacts.of(decoded.rows, decoded.cols, decoded.pixels.shape)
         views.append(_View(number, decoded.pixels, facts, decoded.quality, image.view, image.view_source, image.path))
     return views
 

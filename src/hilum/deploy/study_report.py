@@ -35,6 +35,18 @@ class ImageFacts:
     columns: int
     """Width."""
 
+    @classmethod
+    def of(cls, rows: int, columns: int, shown: tuple[int, int]) -> "ImageFacts":
+        """Of an image that its file calls so high and wide.
+
+        Args:
+            rows: as the file says.
+            columns: as the file says.
+            shown: height and width as it is displayed, of any size: a photograph may lie on its side in its file.
+        """
+        on_its_side = (rows - columns) * (shown[0] - shown[1]) < 0
+        return cls(columns, rows) if on_its_side else cls(rows, columns)
+
 
 def study_document(
     result: StudyResult, model: Model, *, study_id: str, images: Sequence[ImageFacts], unread: int = 0

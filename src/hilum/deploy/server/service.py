@@ -121,7 +121,12 @@ class Service:
         from hilum.deploy.overlays import of_study
 
         name = new_name()
-        document = study_document(result, self.model, study_id=name, images=[_facts(one) for one in pictures])
+        document = study_document(
+            result,
+            self.model,
+            study_id=name,
+            images=[ImageFacts.of(one.rows, one.columns, one.display.shape) for one in pictures],
+        )
         _add_flags(document, pictures)
         json.dumps(document, allow_nan=False)  # before anybody is answered
         return Study(
@@ -184,12 +189,6 @@ def png(pixels: UInt8[np.ndarray, "H W"]) -> bytes:
 def no_such() -> RefusedError:
     """404."""
     return standard(404)
-
-
-def _facts(picture: Picture) -> ImageFacts:
-    height, width = picture.display.shape
-    upright = (picture.rows > picture.columns) == (height > width)
-    return ImageFacts(*((picture.rows, picture.columns) if upright else (picture.columns, picture.rows)))
 
 
 def _with_what_files_say(result: StudyResult, pictures: list[Picture], given: Sequence[str]) -> StudyResult:
