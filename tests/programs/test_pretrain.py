@@ -1,6 +1,7 @@
 """`hilum pretrain` end to end on a few small images: files, resumption, preemption, refusals, stages."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from hilum.backbones.pos_embed import resize_positions
 from hilum.backbones.weights import load_backbone, read_backbone_config
 from hilum.commands import pretrain, pretrain_setup
 from hilum.commands.pretrain import PretrainConfig, run
+from hilum.commands.pretrain_watch import Watch
 from hilum.core.checkpoint import Checkpoint, digest, load_newest
 from hilum.core.config import override, read_yaml
 from hilum.core.distributed import launch
@@ -391,6 +393,23 @@ def test_a_value_that_is_not_finite_moves_no_weight(
     uids = Store.open(data).uids
     assert len(record["images"]) == 4
     assert set(record["images"]) <= set(uids.tolist())
+
+
+def test_a_teacher_that_is_not_finite_is_named_where_answers_come_late(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a step is measured before anybody has asked whether it was finite."""
+    real = dinov2.teacher_forward
+
+    def forward(*arguments: Any) -> dinov2.TeacherOutput:
+        found = real(*arguments)
+        broken = found.cls._replace(features=found.cls.features * float("nan"))
+        return found._replace(cls=broken, global_cls=found.global_cls * float("nan"))
+
+    monkeypatch.setattr(dinov2, "teacher_forward", forward)
+    monkeypatch.setattr(pretrain, "Watch", functools.partial(Watch, lag=2))
+    with pytest.raises(NonFiniteLossError, match=r"Step 1: .*no weight was moved"):
+        run(dataclasses.replace(CONFIG, losses=LossConfig(centering="centre")), data, tmp_path / "run")
 
 
 def test_no_checkpoint_is_there_before_the_record_of_its_images(

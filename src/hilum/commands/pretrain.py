@@ -198,8 +198,8 @@ def run(
             saving = done % config.checkpoint_every == 0 or last or stopping
             probing = probe is not None and probe.is_due(done, config.steps)
             if done % config.log_every == 0 or done == start + 1 or last or stopping or probing:
+                watch.settle()  # before measuring: what is not finite has no singular values
                 line = _measure(found, norms, values, taught, targets, content)
-                watch.settle()
                 line |= clock.speed(done)
                 made = (done - start) * config.batch_size // engine.world_size
                 line["damaged_share"] = round(sum(loader.replaced.values()) / made, 6)
