@@ -8,7 +8,7 @@ since every option of every program is declared here.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -80,8 +80,12 @@ def manifest(
     split: Annotated[
         Literal["auto", "official", "project"], typer.Option(help="official: the source's own; project: by patient.")
     ] = "auto",
-    val_fraction: Annotated[float, typer.Option(help="Share of images for validation, by whole patients.")] = 0.1,
-    test_fraction: Annotated[float, typer.Option(help="Share of images for testing, by whole patients.")] = 0.2,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Share of images for validation, by whole patients (default 0.1).")
+    ] = None,
+    test_fraction: Annotated[
+        float | None, typer.Option(help="Share of images for testing, by whole patients (default 0.2).")
+    ] = None,
     seed: Seed = 0,
     allow_missing: Annotated[
         bool, typer.Option(help="Drop listed images that are not there, and say how many.")
@@ -90,7 +94,7 @@ def manifest(
         Literal["mask", "zero", "one"], typer.Option(help="What a source's own uncertain becomes.")
     ] = "mask",
     blank: Annotated[Literal["mask", "zero"], typer.Option(help="What an empty label cell becomes.")] = "mask",
-    table: Annotated[list[str] | None, typer.Option(help="SOURCE=CSV in place of the folder's labels.csv.")] = None,
+    table: Annotated[list[str] | None, typer.Option(help="SOURCE=CSV in place of its table (labels.csv).")] = None,
     weak_labels: Annotated[bool, typer.Option("--weak-labels", help="Also believe hints (docs/datasets.md).")] = False,
     imply_negatives: Annotated[
         bool, typer.Option("--imply-negatives", help="Normal images are negative for all that their source names.")
@@ -195,23 +199,34 @@ def convert(
     accept_licence: Annotated[
         bool, typer.Option("--accept-licence", help="From a store: also where the licence lets nobody pass copies on.")
     ] = False,
-    size: Annotated[int, typer.Option(help="From tars: pixels of the shorter side.")] = 512,
-    encoding: Annotated[str, typer.Option(help="From tars: jpeg95, png or raw.")] = "jpeg95",
-    dataset: Annotated[str, typer.Option(help="From tars: the dataset of those that name none.")] = "webdataset",
-    licence: Annotated[str, typer.Option(help="From tars: the licence tag of those that name none.")] = "",
+    size: Annotated[int | None, typer.Option(help="From tars: pixels of the shorter side (default 512).")] = None,
+    encoding: Annotated[str | None, typer.Option(help="From tars: jpeg95 (default), png or raw.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="From tars: the dataset of those that name none (default webdataset).")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="From tars: the licence tag of those that name none.")] = None,
     workers: Workers = None,
     budget: Annotated[
-        float, typer.Option(help="From tars: share of refused ones above which this is an error.")
-    ] = 0.01,
+        float | None, typer.Option(help="From tars: share of refused ones above which this is an error (default 0.01).")
+    ] = None,
 ) -> None:
     """Write a store as WebDataset tars, or read WebDataset tars into a store: what INPUTS are decides."""
     from hilum.commands import convert as program
 
+    for_stores: dict[str, Any] = {
+        "size": size,
+        "encoding": encoding,
+        "dataset": dataset,
+        "licence": licence,
+        "budget": budget,
+    }
     if program.is_store(inputs):
+        program.refuse({f"--{name}": value for name, value in for_stores.items()}, "a store that becomes tars")
         program.to_tars(inputs[0], out, program.ExportOptions(split, with_ids, accept_licence))
         return
-    options = program.ImportOptions(size, encoding, dataset, licence, split or "", workers, budget)
-    program.to_store(inputs, out, options)
+    program.refuse({"--with-ids": with_ids, "--accept-licence": accept_licence}, "tars that become a store")
+    given = {name: value for name, value in for_stores.items() if value is not None}
+    program.to_store(inputs, out, program.ImportOptions(split=split or "", workers=workers, **given))
 
 
 @app.command(epilog=example("hilum import-weights microsoft/rad-dino --out rad-dino --patch-size 16"))

@@ -97,19 +97,24 @@ def test_verify_lists_what_is_damaged(tmp_path, capsys):
 def test_a_store_goes_out_as_tars_and_comes_back_on_the_command_line(tmp_path, capsys, monkeypatch):
     build.run(pool(tmp_path / "raw"), tmp_path / "store", 32, workers=1)
 
-    def hilum(*words: str | Path) -> str:
+    def hilum(*words: str | Path, code: int = 0) -> str:
         monkeypatch.setattr("sys.argv", ["hilum", *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             cli.main()
-        assert caught.value.code == 0
-        return capsys.readouterr().out
+        assert caught.value.code == code
+        return "".join(capsys.readouterr())
 
+    for extra in (["--size", "64"], ["--encoding", "png"], ["--dataset", "d"], ["--licence", "x"], ["--budget", "0"]):
+        assert extra[0] in hilum("convert", tmp_path / "store", "--out", tmp_path / "tars", *extra, code=1)
     out = hilum("convert", tmp_path / "store", "--out", tmp_path / "tars", "--split", "val", "--accept-licence")
     assert "4 images in 1 tars" in out
     assert f"Next: hilum verify {tmp_path / 'tars'}" in out
     assert "4 images in 1 tars, 0 faults." in hilum("verify", tmp_path / "tars")
-    out = hilum("convert", tmp_path / "tars" / "folder-000000.tar", "--out", tmp_path / "back", "--workers", "1")
+    for extra in ("--with-ids", "--accept-licence"):
+        assert extra in hilum("convert", tmp_path / "tars", "--out", tmp_path / "back", extra, code=1)
+    (tmp_path / "tars" / "shards").mkdir()  # no store yet
+    out = hilum("convert", tmp_path / "tars", "--out", tmp_path / "back", "--workers", "1")
     assert "4 samples in 1 tars: 4 to read, 0 copies of another left out." in out
     back, store = Store.open(tmp_path / "back"), Store.open(tmp_path / "store")
     chosen = store.indices("val")

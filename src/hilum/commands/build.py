@@ -127,12 +127,14 @@ def parse_roots(assignments: Sequence[str]) -> Mapping[str, Path]:
     """Folders by root key, from KEY=FOLDER.
 
     Raises:
-        ConfigError: another form.
+        ConfigError: another form, or a key twice.
     """
-    roots = {}
+    roots: dict[str, Path] = {}
     for text in assignments:
         key, separator, folder = text.partition("=")
         if not separator or not key or not folder:
             raise ConfigError(f"--root: expected KEY=FOLDER, found {text!r}.")
+        if key in roots:
+            raise ConfigError(f"--root: {key} is given twice ({roots[key]} and {folder}). Keep one.")
         roots[key] = Path(folder)
     return roots

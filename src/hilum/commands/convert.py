@@ -1,6 +1,6 @@
 """hilum convert: a store to WebDataset tars, and WebDataset tars to a store. What INPUT is decides which."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,22 @@ class ImportOptions:
 
 def is_store(inputs: Sequence[Path]) -> bool:
     """Whether the input is one folder with the files of a store, finished or not."""
-    return len(inputs) == 1 and any((inputs[0] / name).exists() for name in ("store.json", "index.npz", "shards"))
+    if len(inputs) != 1:
+        return False
+    named = any((inputs[0] / name).exists() for name in ("store.json", "index.npz"))
+    return named or any(path.suffix in (".bin", ".done") for path in (inputs[0] / "shards").glob("*"))
+
+
+def refuse(given: Mapping[str, object], direction: str) -> None:
+    """Raise ConfigError for options that are for the other direction.
+
+    Args:
+        given: option -> its value; None and False where it was not given.
+        direction: what is being done, in words.
+    """
+    useless = [option for option, value in given.items() if value is not None and value is not False]
+    if useless:
+        raise ConfigError(f"{' and '.join(useless)}: not for {direction}. Leave it out.")
 
 
 def to_tars(store: Path, out: Path, options: ExportOptions) -> None:

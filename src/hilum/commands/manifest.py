@@ -23,8 +23,8 @@ def run(
     images: Sequence[str] = (),
     findings: str = "auto",
     split: Literal["auto", "official", "project"] = "auto",
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.2,
+    val_fraction: float | None = None,
+    test_fraction: float | None = None,
     seed: int = 0,
     allow_missing: bool = False,
     uncertain: Literal["mask", "zero", "one"] = "mask",
@@ -44,13 +44,13 @@ def run(
         images: "DATASET=FOLDER" where images lie apart from their tables.
         findings: "auto", the name of a list ("cxrlt2024-task1", "nih"), or names separated by commas.
         split: "official", "project" (by patient, stratified), or "auto".
-        val_fraction: share for val.
-        test_fraction: share for test.
+        val_fraction: share for val; default 0.1.
+        test_fraction: share for test; default 0.2.
         seed: of the split.
         allow_missing: leave out listed images that are not there.
         uncertain: what a source's own uncertain becomes.
         blank: what an empty label cell becomes.
-        tables: "DATASET=CSV", a table in place of the folder's labels.csv.
+        tables: "DATASET=CSV", a table in place of the one that the source looks for (labels.csv of a folder).
         weak_labels: also believe the hints of the label tables.
         imply_negatives: normal images are negative for every finding that their source could have named.
         pool: name of a pool, in place of `split` and the fractions.

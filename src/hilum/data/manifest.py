@@ -62,7 +62,10 @@ SOURCES: dict[str, Callable[[SourceOptions], SourceRows]] = {
     "vindr": vindr.read,
 }
 
+TABLELESS = ("cxrlt", "jsrt", "montgomery", "openi", "rsna", "shenzhen", "vindr")
+"""Sources that read several tables, or none: another one cannot be given in their place."""
 SplitRule = Literal["auto", "official", "project"]
+VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,15 @@ class ManifestOptions:
     split: SplitRule = "auto"
     """official: the source's own. project: by patient, stratified. auto: official where a source says so
     (`SourceRows.official`: a challenge's or a release's own lists, a folder whose table has a column `split`)."""
-    val_fraction: float = 0.1
-    test_fraction: float = 0.2
+    val_fraction: float | None = None
+    """Share for val; None is `VAL_FRACTION`."""
+    test_fraction: float | None = None
+    """Share for test; None is `TEST_FRACTION`."""
     seed: int = 0
     allow_missing: bool = False
     """Leave out listed images that are not there, and count them."""
     pool: str = ""
-    """Name of a pool (`pools`): which images of each source enter pretraining, in place of `split`."""
+    """Name of a pool (`pools`): which images of each source enter pretraining. Decides the splits too."""
     accept_leak: bool = False
     """Take a pool that leaks by design."""
     policy: LabelPolicy = field(default_factory=LabelPolicy)
@@ -91,9 +96,27 @@ class ManifestOptions:
     """Dataset -> table to read in place of the one that its source looks for."""
 
     def __post_init__(self) -> None:
-        check_fractions(self.val_fraction, self.test_fraction)
+        check_fractions(*self.fractions)
         if self.split not in get_args(SplitRule):
             raise UnknownNameError("split", self.split, get_args(SplitRule))
+        given = {
+            "--split": self.split != "auto",
+            "--val-fraction": self.val_fraction is not None,
+            "--test-fraction": self.test_fraction is not None,
+        }
+        besides = [option for option in given if given[option]]
+        if self.pool and besides:
+            raise ConfigError(f"--pool {self.pool} decides the splits; leave out {' and '.join(besides)}.")
+        if self.accept_leak and not self.pool:
+            raise ConfigError("--accept-leak is for a --pool that leaks by design; without one there is nothing.")
+
+    @property
+    def fractions(self) -> tuple[float, float]:
+        """Shares for val and for test."""
+        return (
+            VAL_FRACTION if self.val_fraction is None else self.val_fraction,
+            TEST_FRACTION if self.test_fraction is None else self.test_fraction,
+        )
 
 
 @dataclass(frozen=True)
@@ -122,12 +145,18 @@ def parse_source(text: str) -> SourceSpec:
 
 
 def parse_folders(texts: Sequence[str], option: str) -> dict[str, Path]:
-    """Read `NAME=PATH` texts of an option into a dict."""
-    folders = {}
+    """Read `NAME=PATH` texts of an option into a dict.
+
+    Raises:
+        ConfigError: another form, or a name twice.
+    """
+    folders: dict[str, Path] = {}
     for text in texts:
         name, separator, path = text.partition("=")
         if not separator or not name or not path:
             raise ConfigError(f"{option}: expected DATASET=PATH, found {text!r}.")
+        if name in folders:
+            raise ConfigError(f"{option}: {name} is given twice ({folders[name]} and {path}). Keep one.")
         folders[name] = Path(path).expanduser()
     return folders
 
@@ -201,6 +230,12 @@ def _check_names(specs: Sequence[SourceSpec], options: ManifestOptions) -> None:
         for name in given:
             if name not in names:
                 raise UnknownNameError(f"dataset in {option}", name, names)
+    for spec in specs:
+        if spec.dataset in options.tables and spec.source in TABLELESS:
+            raise ConfigError(
+                f"--table {spec.dataset}={options.tables[spec.dataset]}: {spec.source} reads its release's tables, and "
+                "no other in their place. Leave it out; a table of your own goes with folder=ROOT."
+            )
 
 
 def _source_options(spec: SourceSpec, options: ManifestOptions) -> SourceOptions:
@@ -280,7 +315,7 @@ def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> t
     if part.rule.startswith("pool:"):
         split = split_by_part(part.rule.removeprefix("pool:"), dataset, frame, labels, options.seed)
     else:
-        split = assign(dataset, frame, labels, part.rule, options.val_fraction, options.test_fraction, options.seed)
+        split = assign(dataset, frame, labels, part.rule, *options.fractions, options.seed)
     frame = frame.with_columns(
         image_uid=pl.Series([image_uid(dataset, name) for name in frame["image_id"]], dtype=pl.String),
         dataset=pl.lit(dataset),
@@ -333,18 +368,14 @@ def _metadata(parts: Sequence[_Part], frame: pl.DataFrame, options: ManifestOpti
     counts = frame.group_by("dataset").agg(
         images=pl.len(), patients=pl.col("patient_id").n_unique(), studies=pl.struct(STUDY).n_unique()
     )
+    shares = dict(zip(("val_fraction", "test_fraction"), options.fractions, strict=True))
+    fractions = {} if options.pool else shares
     return {
         "tool_version": version("hilum"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": str(options.seed),
         "label_policy": str(options.policy),
-        "split": json.dumps(
-            {
-                "rules": {part.dataset: part.rule for part in parts},
-                "val_fraction": options.val_fraction,
-                "test_fraction": options.test_fraction,
-            }
-        ),
+        "split": json.dumps({"rules": {part.dataset: part.rule for part in parts}, **fractions}),
         "counts": json.dumps({row.pop("dataset"): row for row in counts.sort("dataset").to_dicts()}),
         "sources": json.dumps({part.dataset: part.source for part in parts}, ensure_ascii=False),
         "roots": json.dumps({part.dataset: str(part.rows.root) for part in parts}, ensure_ascii=False),

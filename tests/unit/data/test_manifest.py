@@ -7,7 +7,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from hilum.core.errors import ConfigError, LeakageError, UnknownNameError
+from hilum.commands.build import parse_roots
+from hilum.core.errors import ConfigError, HilumError, LeakageError, UnknownNameError
 from hilum.core.types import image_uid
 from hilum.data.label_maps import LabelPolicy
 from hilum.data.labels import CXRLT_2024_TASK1, FINDING_SETS, findings_hash, frequency_groups, ordered
@@ -168,6 +169,39 @@ def test_options_are_checked(make):
         build_manifest([spec], ManifestOptions(images={"b": spec.root}))
     with pytest.raises(ConfigError, match="No source"):
         build_manifest([], ManifestOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"pool": "slides-710k-clean", "split": "project"}, "--split"),
+        ({"pool": "slides-710k-clean", "val_fraction": 0.1}, "--val-fraction"),
+        ({"pool": "slides-710k-clean", "test_fraction": 0.0}, "--test-fraction"),
+        ({"accept_leak": True}, "--accept-leak"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_by_name(options, named):
+    with pytest.raises(ConfigError, match=named):
+        ManifestOptions(**options)
+
+
+def test_a_folder_given_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"--images: nih is given twice \(/a and /b\)"):
+        parse_folders(["nih=/a", "nih=/b"], "--images")
+    with pytest.raises(ConfigError, match="--root: nih is given twice"):
+        parse_roots(["nih=/a", "nih=/b"])
+
+
+TAKE_A_TABLE = ("brax", "chexpert", "cxrlt2026", "folder", "mimic", "nih", "padchest", "siim", "taix")
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES))
+def test_a_table_is_refused_by_sources_that_would_not_read_it(source, tmp_path):
+    (tmp_path / "other.csv").write_text("")
+    spec = parse_source(f"{source}={tmp_path}")
+    with pytest.raises(HilumError) as caught:
+        build_manifest([spec], ManifestOptions(tables={source: tmp_path / "other.csv"}))
+    assert ("--table" in str(caught.value) and isinstance(caught.value, ConfigError)) == (source not in TAKE_A_TABLE)
 
 
 def test_frequency_groups_have_the_documented_edges():

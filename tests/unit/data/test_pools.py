@@ -141,6 +141,7 @@ def test_a_clean_pool_has_no_patient_of_an_evaluation_list(make):
     assert open_people
     assert not open_people & set(judged["patient_id"])
     assert json.loads(manifest.metadata["pool_counts"])["chexpert"] == 80
+    assert set(json.loads(manifest.metadata["split"])) == {"rules"}  # the pool has no fractions
 
 
 def test_what_a_clean_pool_does_not_take_stays_out_of_pretraining(make):
