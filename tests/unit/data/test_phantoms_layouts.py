@@ -237,6 +237,27 @@ def test_own_folder_is_replaced_and_other_files_are_kept(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_only_what_the_earlier_runs_layout_left_is_removed(tmp_path):
+    out = tmp_path / "out"
+    write_phantoms(out, "nih", 2, 1, SIZE, 0, workers=1)
+    (out / "files").mkdir()  # CXR-LT's phantoms have a folder of this name; this one is somebody's
+    (out / "files" / "thesis.txt").write_text("precious")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "mine.png").write_text("precious")
+    for path in sorted((out / "masks").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (out / "masks").rmdir()
+    (out / "masks").symlink_to(tmp_path / "masks")
+    before = content(out)
+    with pytest.raises(ConfigError, match=r"files .*not of the earlier run"):
+        write_phantoms(out, "cxrlt", 2, 1, SIZE, 0, workers=1)
+    assert content(out) == before
+    write_phantoms(out, "nih", 2, 2, SIZE, 0, workers=1)
+    assert (out / "files" / "thesis.txt").read_text() == "precious"
+    assert (tmp_path / "masks" / "mine.png").read_text() == "precious"
+    assert not (out / "masks").is_symlink()
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [({"layout": "mimci"}, UnknownNameError), ({"patients": 0}, ConfigError), ({"size": 8}, ConfigError)],

@@ -38,7 +38,7 @@ BY_SUFFIX = {".jpg": "jpeg", ".png": "png"}
 """How an image is encoded whose layout does not say."""
 OWN = ("masks", "masks.csv", FILE)
 """What a run of any layout leaves in OUT besides phantom.json. A run over an earlier one of ours removes these and what
-layouts call their own, and nothing else."""
+that run's layout calls its own, and nothing else."""
 
 
 def write_phantoms(
@@ -73,11 +73,12 @@ def write_phantoms(
             f"patients={patients}, size={size}, minimum_patients={minimum_patients}, workers={workers}."
         )
     out = Path(out)
-    _refuse_foreign(out)
+    earlier = _earlier_run(out)
+    _refuse_others(out, layout, earlier)
     findings = LAYOUTS[layout].findings
     cohort = plan_cohort(patients, seed, minimum_patients, more=set(MORE) <= set(findings))
     jobs = LAYOUTS[layout].jobs(cohort, seed, size)
-    with _workplace(out) as folder:
+    with _workplace(out, earlier) as folder:
         masks = _render_all(folder, jobs, workers or min(os.cpu_count() or 1, 8))
         LAYOUTS[layout].tables(folder, jobs, masks)
         rows = [[m.image_id, m.finding, m.path, f"{m.area:.6f}"] for m in masks]
@@ -89,20 +90,37 @@ def write_phantoms(
     return summary
 
 
-def _refuse_foreign(out: Path) -> None:
+def _earlier_run(out: Path) -> tuple[str, ...]:
+    """Names that an earlier run of ours left in `out`.
+
+    Raises:
+        ConfigError: `out` holds something else.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    record = out / "phantom.json"
-    if out.is_dir() and record.exists() and read_json(record, ConfigError).get("format") == FORMAT:
-        return
+        return ()
+    path = out / "phantom.json"
+    record = read_json(path, ConfigError) if out.is_dir() and path.exists() else None
+    if isinstance(record, dict) and record.get("format") == FORMAT:
+        layout = LAYOUTS.get(str(record.get("layout")))
+        return (*OWN, *(layout.own if layout else ()))
     raise ConfigError(
         f"{out} is not empty and was not made by this command (it has no phantom.json). Nothing was written. "
         "Name a new folder, or empty this one yourself."
     )
 
 
+def _refuse_others(out: Path, layout: str, earlier: Sequence[str]) -> None:
+    """Raise ConfigError where this layout's names are taken by what no earlier run left."""
+    taken = [name for name in LAYOUTS[layout].own if name not in earlier and os.path.lexists(out / name)]
+    if taken:
+        raise ConfigError(
+            f"{out} holds {' and '.join(taken)} that are not of the earlier run there. Nothing was written. Move them, "
+            "or name a new folder."
+        )
+
+
 @contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
+def _workplace(out: Path, earlier: Sequence[str]) -> Iterator[Path]:
     """A folder beside `out`; on success its content takes the place of an earlier run in `out`."""
     folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -112,9 +130,9 @@ def _workplace(out: Path) -> Iterator[Path]:
             folder.rename(out)
             return
         (out / "phantom.json").unlink(missing_ok=True)
-        for name in {*OWN, *(name for layout in LAYOUTS.values() for name in layout.own)}:
+        for name in earlier:
             old = out / name
-            if old.is_dir():
+            if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             else:
                 old.unlink(missing_ok=True)
