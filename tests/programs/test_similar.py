@@ -1,5 +1,6 @@
 """`hilum embed`, `hilum index` and `hilum similar` as people run them: files, shards, interruptions, refusals."""
 
+import contextlib
 import csv
 import json
 import shutil
@@ -122,6 +123,21 @@ def test_files_that_cannot_be_read_are_listed_and_the_rest_goes_on(folder: Path,
     with pytest.raises(EmptyStudyError, match="None of 1 inputs"):
         embed.run(str(folder / "model"), [str(tmp_path / "films" / "broken.png")], tmp_path / "g.npz", device="cpu")
     assert not (tmp_path / "g.npz").exists()
+
+
+def test_jobs_list_every_input_that_was_refused_once(folder: Path, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "film.png"), np.full((40, 36), 9, np.uint8))
+    missing = [f"missing{number}.png" for number in range(6)]
+    (tmp_path / "t.csv").write_text("\n".join(["path", "film.png", *missing]) + "\n")
+    listed, embedded = [], 0
+    for job in range(3):
+        out, left_out = tmp_path / f"{job}.npz", tmp_path / f"{job}.npz.quarantine.csv"
+        with contextlib.suppress(EmptyStudyError):  # a job without an image
+            embed.run(str(folder / "model"), [str(tmp_path / "t.csv")], out, device="cpu", shard=f"{job}/3")
+            embedded += 1
+        listed += [row["path"] for row in table(left_out)] if left_out.exists() else []
+    assert sorted(listed) == [str(tmp_path / name) for name in missing]
+    assert embedded == 1
 
 
 def test_a_study_has_the_views_that_were_read(folder: Path, tmp_path: Path) -> None:

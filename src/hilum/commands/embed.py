@@ -79,7 +79,8 @@ def run(
     identity = store_identity(found.store, found.indices) if found.store else found.identity()
     studies = study_uids(*(identity[name] for name in ("dataset", "patient_id", "study_id", "image_uid")))
     part = np.flatnonzero([zlib.crc32(uid.encode()) % jobs == job for uid in studies.tolist()])
-    if not len(part) and shard:
+    found.refused = found.refused_of(job, jobs)
+    if len(part) + len(found.refused) == 0 and shard:
         raise EmptyStudyError(f"--shard {shard}: this job has nothing to do; there are about as many jobs as studies.")
     identity, studies = {name: column[part] for name, column in identity.items()}, studies[part]
     read = found.store.read if found.store else found.reader(encoder.short_side, encoder.preprocess_id)

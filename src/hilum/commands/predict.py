@@ -196,8 +196,7 @@ def _work(
         places = [found.images[place].path for place in part.tolist()]
         found = dataclasses.replace(
             found, images=[found.images[place] for place in part.tolist()],
-            refused=[one for one in found.refused if zlib.crc32(str(one.path).encode()) % jobs == job],
-            repeated=found.repeated if job == 0 else 0,
+            refused=found.refused_of(job, jobs), repeated=found.repeated if job == 0 else 0,
         )  # fmt: skip
     work = Work(
         model, engine, precision, None if found.store is None else found.store.path, places,

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,10 @@ class Inputs:
                 return None
 
         return read
+
+    def refused_of(self, job: int, jobs: int) -> list[Refused]:
+        """What was refused, as one of several jobs lists it: every one is listed by one job."""
+        return [one for one in self.refused if zlib.crc32(os.fsencode(one.path)) % jobs == job]
 
     @property
     def view_sources(self) -> np.ndarray:
