@@ -19,13 +19,13 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hilum.core.errors import ConfigError, StoreError
+from hilum.core.errors import ConfigError, HilumError, StoreError
 from hilum.core.seeding import stream
 from hilum.core.tracking import warn
 from hilum.data.samplers import EndlessSampler, Position
 from hilum.pretraining.crops import CropConfig, View, draw_views, make_crops
 from hilum.pretraining.device_crops import StackedViews, render, stack_views
-from hilum.pretraining.masking import block_masks, mask_weights
+from hilum.pretraining.masking import block_masks, check_masks, mask_weights
 from hilum.pretraining.workers import in_worker, watched
 
 REPLACEMENT_TRIES = 32
@@ -153,6 +153,10 @@ class PretrainSource(Dataset[PretrainBatch]):
                     f"CropConfig.{name}: {getattr(self.crops, name)} pixels is not a multiple of the patch size "
                     f"{self.patch_size}."
                 )
+        side = self.crops.global_size // self.patch_size  # here, since a worker would be the first to find out
+        check_masks(
+            self.sampler.batch_size, (side, side), self.mask_ratio, self.mask_probability, self.crops.global_crops
+        )
 
     def __getitem__(self, step: int) -> PretrainBatch:
         """Make the batch of a step, counted from 0.
@@ -269,7 +273,7 @@ class PretrainLoader:
             pin_memory=self.pinned, generator=torch.Generator(), **options,
         )  # fmt: skip
         for batch in watched(loader) if self.workers else loader:
-            if isinstance(batch, StoreError):
+            if isinstance(batch, HilumError):
                 raise batch
             for uid in batch.replaced:
                 self.replaced[uid] += 1
@@ -279,13 +283,13 @@ class PretrainLoader:
 
 
 @dataclass(frozen=True)
-class _Told(Dataset[PretrainBatch | StoreError]):
+class _Told(Dataset[PretrainBatch | HilumError]):
     """A source whose errors come back as values: torch would put a worker's traceback into their message."""
 
     source: PretrainSource
 
-    def __getitem__(self, step: int) -> PretrainBatch | StoreError:
+    def __getitem__(self, step: int) -> PretrainBatch | HilumError:
         try:
             return self.source[step]
-        except StoreError as error:
-            return error
+        except HilumError as error:  # one that is made from other arguments than its message does not pickle
+            return error if type(error).__init__ is HilumError.__init__ else HilumError(str(error))

@@ -43,18 +43,28 @@ def block_masks(
     Raises:
         ConfigError: shares outside [0, 1], or a grid too small to mask one patch.
     """
-    height, width = grid
-    crops, cells = global_crops * batch, height * width
+    check_masks(batch, grid, ratio, probability, global_crops)
+    crops, cells = global_crops * batch, grid[0] * grid[1]
     masked = int(crops * probability)
-    if not 0 <= ratio[0] <= ratio[1] <= 1 or not 0 <= probability <= 1:
-        raise ConfigError(f"Masks: expected shares in [0, 1], found ratio {ratio} and probability {probability}.")
-    if masked and int(cells * ratio[1]) < 1:
-        raise ConfigError(f"Masks: a grid of {height} x {width} patches is too small for a share of {ratio[1]}.")
     edges = np.linspace(*ratio, masked + 1)
     wanted = (cells * rng.uniform(edges[:-1], edges[1:])).astype(np.int64)
     masks = np.zeros((crops, cells), bool)
     masks[:masked] = fill_blocks(wanted, grid, rng).reshape(masked, cells)
     return masks[rng.permutation(crops)]
+
+
+def check_masks(
+    batch: int, grid: tuple[int, int], ratio: tuple[float, float], probability: float, global_crops: int
+) -> None:
+    """Refuse what `block_masks` cannot draw; arguments and errors are its own."""
+    height, width = grid
+    if not 0 <= ratio[0] <= ratio[1] <= 1 or not 0 <= probability <= 1:
+        raise ConfigError(f"Masks: expected shares in [0, 1], found ratio {ratio} and probability {probability}.")
+    if int(global_crops * batch * probability) and int(height * width * ratio[1]) < 1:
+        raise ConfigError(
+            f"mask_ratio: a grid of {height} x {width} patches is too small for a share of {ratio[1]}. Choose a larger "
+            "one, or mask_probability=0 to mask nothing."
+        )
 
 
 def fill_blocks(wanted: np.ndarray, grid: tuple[int, int], rng: np.random.Generator) -> Bool[np.ndarray, "n H W"]:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from hilum.core.errors import ConfigError, HilumError, StoreError
+from hilum.core.errors import ConfigError, HilumError, StoreError, UnknownNameError
 from hilum.core.seeding import stream
 from hilum.data.samplers import EndlessSampler, Window
 from hilum.data.store import Store, write_arrays
+from hilum.pretraining import loading
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.loading import REPLACEMENT_TRIES, PretrainBatch, PretrainLoader, PretrainSource, Uncut
 from hilum.pretraining.workers import _dead_soon
@@ -232,6 +233,19 @@ def test_a_store_that_cannot_be_read_at_all_is_an_error(store: Store) -> None:
     with pytest.raises(StoreError, match="is damaged"):
         list(PretrainLoader(source(Damaged(store, set(range(10))))).batches(0, 1))
     assert REPLACEMENT_TRIES > 10
+
+
+@pytest.mark.parametrize("error", [ConfigError("of a setting"), UnknownNameError("split", "of a setting", ["train"])])
+def test_any_error_of_ours_comes_out_of_a_worker_as_a_sentence(store: Store, error: HilumError) -> None:
+    class Refusing(Damaged):
+        def read(self, index: int) -> np.ndarray:
+            raise error
+
+    told = pickle.loads(pickle.dumps(loading._Told(source(Refusing(store, set())))[0]))  # as a worker sends it
+    assert isinstance(told, HilumError)
+    assert str(told) == str(error)
+    with pytest.raises(HilumError, match="of a setting"):
+        list(PretrainLoader(source(Refusing(store, set()))).batches(0, 1))
 
 
 def test_a_record_damaged_on_disk_is_replaced(store: Store, tmp_path: Path) -> None:
