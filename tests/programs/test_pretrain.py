@@ -264,6 +264,32 @@ def test_settings_that_change_nothing_may_change(straight: Path, data: Path) -> 
     assert digest(final(straight).tensors) == before
 
 
+def test_a_run_out_of_memory_goes_on_with_chunks(
+    straight: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The documented cure; the numbers are the same up to rounding."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run(CONFIG, data, tmp_path / "run")
+    chunked = dataclasses.replace(CONFIG, losses=LossConfig(prototype_loss="chunked", chunk=3))
+    for ours, theirs in zip(lines(run(chunked, data, tmp_path / "run")), lines(straight), strict=True):
+        assert ours["batch"] == theirs["batch"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert "losses.chunk 0 before, 3 now; the last bits will differ" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_finished_run_keeps_the_hardware_that_it_ran_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(CONFIG, steps=1)
+    out = run(config, data, tmp_path / "run")
+    before = json.loads((out / "config.json").read_text())
+    monkeypatch.setattr(pretrain_setup, "_device", lambda engine: "another machine")
+    run(config, data, out)
+    assert json.loads((out / "config.json").read_text()) == before
+
+
 def test_an_existing_run_is_refused_without_resume_and_while_in_use(straight: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match="already holds a run"):
         run(CONFIG, data, straight, resume=False)
@@ -292,6 +318,8 @@ def test_another_store_is_refused(straight: Path, tmp_path: Path) -> None:
         ({"architecture": "vitb17"}, "Did you mean"),
         ({"crops": CropConfig(global_size=36, local_size=16)}, "multiple of the patch size"),
         ({"num_heads": 3}, "do not divide into 3 heads"),
+        ({"mask_ratio": (0.0, 0.0)}, r"too small for a share of 0.0"),
+        ({"mask_ratio": (0.0, 0.05), "workers": 1}, r"mask_ratio.*4 x 4 patches"),
     ],
 )
 def test_settings_that_do_not_fit(data: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -133,6 +133,8 @@ def run(
             facts |= {name: saved.values.get(name, "") for name in ("accepted_leak", "not_recorded")}
             state.restore(saved)
             start = saved.step
+            if start >= config.steps:
+                facts |= {"hardware": saved.values.get("hardware", facts["hardware"])}  # nothing is trained here
         output = _Output(out, store, architecture, config, facts)
         if start >= config.steps:
             tensors = whole_tensors(state.tensors())

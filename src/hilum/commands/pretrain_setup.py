@@ -24,10 +24,11 @@ from hilum.pretraining.state import CHECKPOINTS, architecture_of
 CONFIG_NAME = "config.yaml"
 MAY_CHANGE = (
     "workers", "checkpoint_every", "keep", "log_every", "threads", "tensorboard", "strategy", "gradients", "compile",
-    "probe.every", "probe.batch_size", "probe.resamples",
+    "probe.every", "probe.batch_size", "probe.resamples", "losses.prototype_loss", "losses.chunk",
 )  # fmt: skip
 """Settings that a resumed run may have otherwise: no result depends on them, or in the last bits only (of bfloat16, for
-`gradients`)."""
+`gradients`). The last two are the cure of a run that is out of memory: they sum in another order, so that it does not end
+with the bits that it would have had."""
 
 
 def refuse_another_run(config: PretrainConfig, out: Path, resume: bool) -> None:
@@ -167,6 +168,11 @@ def check_same_run(saved: checkpoint.Checkpoint, now: dict[str, Any], init: Path
             f"processes: {saved.values['processes']} before, {now['processes']} now. The images and their order stay; "
             "masks and stochastic depth are drawn for each process, so the run is as good, but not the same bits."
         )
+    after = now["config"]["losses"]
+    before = after | saved.values.get("config", {}).get("losses", {})
+    if different := [name for name in ("prototype_loss", "chunk") if before[name] != after[name]]:
+        listed = ", ".join(f"losses.{name} {before[name]} before, {after[name]} now" for name in different)
+        say(f"{listed}; the last bits will differ.")
     if saved.values["threads"] != now["threads"]:
         say(f"Threads: {saved.values['threads']} before, {now['threads']} now; the last bits will differ.")
 
