@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from hilum.backbones.patch_kernels import resample_patches
 from hilum.backbones.pos_embed import resize_positions
 from hilum.backbones.weights import load_backbone, read_backbone_config
 from hilum.commands import pretrain, pretrain_setup
@@ -519,6 +520,26 @@ def test_a_stage_of_another_network_is_refused(straight: Path, data: Path, tmp_p
         start_from(straight, *networks, "other-1")
     with pytest.raises(CheckpointError, match="does not exist"):
         start_from(tmp_path / "absent", *networks, preprocess_id)
+
+
+def test_a_stage_with_other_patches_resamples_the_kernels(straight: Path, data: Path, tmp_path: Path) -> None:
+    """`architecture=init patch_size=16`, from a run as from weights."""
+    crops = CropConfig(global_size=64, local_size=32, local_crops=2)
+    config = dataclasses.replace(CONFIG, steps=1, crops=crops, patch_size=16)
+    student, teacher = dinov2.make_networks(config.vit(), config.heads, seed=5)
+    start_from(straight, student, teacher, Store.open(data).preprocess_id)
+    for network, part in ((student, "student"), (teacher, "teacher")):
+        kernel = final(straight).tensors[f"{part}.backbone.patch_embed.proj.weight"]
+        assert torch.equal(network.backbone.patch_embed.proj.weight, resample_patches(kernel, 16))
+    named = ("embed_dim", "depth", "num_heads", "registers", "layer_scale")
+    config = dataclasses.replace(config, architecture="init", **dict.fromkeys(named))
+    assert load_backbone(run(config, data, tmp_path / "run", init=straight)).config.patch_size == 16
+
+
+def test_what_positions_were_born_as_is_no_difference(straight: Path, data: Path) -> None:
+    vit = grown(48).vit()
+    born = dataclasses.replace(vit, positions="normal" if vit.positions == "sincos" else "sincos")
+    start_from(straight, *dinov2.make_networks(born, CONFIG.heads, seed=5), Store.open(data).preprocess_id)
 
 
 def test_weights_alone_start_both_networks_with_new_heads(straight: Path, data: Path, tmp_path: Path) -> None:

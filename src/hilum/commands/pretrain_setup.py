@@ -27,8 +27,8 @@ MAY_CHANGE = (
     "probe.every", "probe.batch_size", "probe.resamples", "losses.prototype_loss", "losses.chunk",
 )  # fmt: skip
 """Settings that a resumed run may have otherwise: no result depends on them, or in the last bits only (of bfloat16, for
-`gradients`). The last two are the cure of a run that is out of memory: they sum in another order, so that it does not end
-with the bits that it would have had."""
+`gradients`). The last two are the cure of a run that is out of memory: they sum in another order, so that it does not
+end with the bits that it would have had."""
 
 
 def refuse_another_run(config: PretrainConfig, out: Path, resume: bool) -> None:

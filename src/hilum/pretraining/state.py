@@ -1,7 +1,7 @@
 """Everything that a run of DINOv2 carries from step to step, as named tensors; and where a run starts from.
 
 A stage at another resolution starts from the last checkpoint of a run: student into student, teacher into teacher,
-heads into heads, positions resampled in both networks. Files are `core.checkpoint`'s and `backbones.weights`' business.
+heads into heads, positions (and patch kernels, for other patches) resampled in both networks. Files are `core.checkpoint`'s and `backbones.weights`' business.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hilum.backbones.patch_kernels import resample_patches
 from hilum.backbones.pos_embed import resize_positions
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import load_backbone, read_backbone_config, resolve_weights
@@ -31,7 +32,7 @@ from hilum.pretraining.dinov2 import Centres, Network
 from hilum.pretraining.exposure import SEEN_NAME, Origin, Seen, leak_of, not_recorded, read_seen
 
 CHECKPOINTS = "checkpoints"
-_POSITIONS = "backbone.pos_embed"
+_KERNEL, _POSITIONS = "backbone.patch_embed.proj.weight", "backbone.pos_embed"
 
 
 @dataclass
@@ -152,8 +153,12 @@ def _start_from_run(checkpoint: Checkpoint, student: Network, teacher: Network, 
     _check_preprocessing(values["preprocess_id"], preprocess_id, where)
     if checkpoint.step < values["steps"]:
         warn(f"{where} is step {checkpoint.step} of {values['steps']}: the earlier stage was not finished")
+    if values["architecture"]["patch_size"] != architecture.patch_size:
+        before = values["architecture"]["patch_size"]
+        say(f"{where} has patches of {before} pixels; its kernels are resampled to {architecture.patch_size}.")
     for network, part in ((student, "student"), (teacher, "teacher")):
         tensors = _part(checkpoint.tensors, part)
+        tensors[_KERNEL] = resample_patches(tensors[_KERNEL], architecture.patch_size)
         grid = (architecture.grid, architecture.grid)
         tensors[_POSITIONS] = resize_positions(
             tensors[_POSITIONS], grid, architecture.interpolate_offset, architecture.interpolate_antialias
@@ -176,7 +181,7 @@ def _start_from_weights(init: Path, student: Network, teacher: Network, preproce
 
 def _check_architecture(found: dict[str, object], expected: ViTConfig, where: str) -> None:
     """Shapes alone do not tell the number of heads or how positions are resampled. Not what only matters at birth."""
-    free = ("image_size", "layer_scale", "swiglu_multiple")
+    free = ("image_size", "patch_size", "layer_scale", "positions", "swiglu_multiple")  # the first two are resampled
     differences = [
         f"{name} {found.get(name)}, here {value}"
         for name, value in asdict(expected).items()
