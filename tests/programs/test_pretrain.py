@@ -504,6 +504,27 @@ def test_a_stage_that_goes_on_without_its_origin_remembers_it(
     assert json.loads((out / "config.json").read_text())["init"] == str(straight.resolve())
 
 
+def test_a_stage_that_was_moved_with_its_origin_goes_on_with_the_same_command(
+    straight: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    origin, weights = tmp_path / "origin", tmp_path / "weights"
+    shutil.copytree(straight, origin)
+    shutil.copytree(straight, weights, ignore=shutil.ignore_patterns("checkpoints"))
+    for init in (origin, weights):
+        out = run(grown(48), data, tmp_path / f"from_{init.name}", init=init)
+        moved = init.rename(tmp_path / f"moved_{init.name}")
+        run(grown(48), data, out, init=moved)
+        assert "does not exist" not in capsys.readouterr().err
+        run(grown(48), data, out, init=tmp_path / "gone")
+        assert "goes on without it" in " ".join(capsys.readouterr().err.split())
+        assert json.loads((out / "config.json").read_text())["init"] == str(init)
+        other = run(dataclasses.replace(grown(48), seed=1), data, tmp_path / f"not_{init.name}")
+        with pytest.raises(ConfigError, match="leave out --init"):
+            run(grown(48), data, out, init=other)
+    with pytest.raises(ConfigError, match="from no other weights"):
+        run(dataclasses.replace(grown(48), seed=1), data, other, init=straight)
+
+
 def test_a_stage_of_another_network_is_refused(straight: Path, data: Path, tmp_path: Path) -> None:
     preprocess_id = Store.open(data).preprocess_id
     for changes, found in (

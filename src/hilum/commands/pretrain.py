@@ -129,8 +129,8 @@ def run(
         start = 0
         if saved is not None:
             setup.check_same_run(saved, facts, init)
-            facts |= {"init": saved.values["init"]}  # older checkpoints lack the next two
-            facts |= {name: saved.values.get(name, "") for name in ("accepted_leak", "not_recorded")}
+            facts |= {"init": saved.values["init"]}  # older checkpoints lack the others
+            facts |= {name: saved.values.get(name, "") for name in ("accepted_leak", "not_recorded", "init_sha256")}
             state.restore(saved)
             start = saved.step
             if start >= config.steps:

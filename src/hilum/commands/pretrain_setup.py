@@ -19,7 +19,7 @@ from hilum.data.store import Store
 from hilum.pretraining import exposure
 from hilum.pretraining.config import FROM_INIT, PretrainConfig, SamplingConfig
 from hilum.pretraining.loading import PretrainSource
-from hilum.pretraining.state import CHECKPOINTS, architecture_of
+from hilum.pretraining.state import CHECKPOINTS, architecture_of, is_origin
 
 CONFIG_NAME = "config.yaml"
 MAY_CHANGE = (
@@ -134,6 +134,7 @@ def facts(
         "init": _named(init),
         "accepted_leak": exposure.join_leaks(store.accepted_leak, origin.accepted_leak),
         "not_recorded": origin.not_recorded,
+        "init_sha256": origin.sha256,
     }
 
 
@@ -162,7 +163,14 @@ def check_same_run(saved: checkpoint.Checkpoint, now: dict[str, Any], init: Path
                 "cannot go on as it was. Use the same, or start another run."
             )
     if init is not None and saved.values["init"] != now["init"]:
-        raise ConfigError(f"{saved.path} belongs to a run that started from {saved.values['init']}, not from {init}.")
+        begun = saved.values["init"]
+        if begun is None or (init.exists() and not is_origin(init, saved.values.get("init_sha256", ""))):
+            raise ConfigError(
+                f"{saved.path} belongs to a run that started from {begun or 'no other weights'}, not from {init}. To "
+                "go on with that run, leave out --init: it needs its origin no more."
+            )
+        if not init.exists():
+            warn(f"--init {init} does not exist; the run, which started from {begun}, goes on without it.")
     if saved.values["processes"] != now["processes"]:
         warn(
             f"processes: {saved.values['processes']} before, {now['processes']} now. The images and their order stay; "

@@ -136,6 +136,8 @@ class Origin(NamedTuple):
     """A leak by design, in words."""
     not_recorded: str = ""
     """The weights, these or earlier ones, of which nothing lists what they have seen; "" for none."""
+    sha256: str = ""
+    """Of a file that tells these weights from others, wherever they are moved (`state.is_origin`)."""
 
 
 def write_seen(folder: Path, seen: Seen) -> str:

@@ -1,10 +1,12 @@
 """Everything that a run of DINOv2 carries from step to step, as named tensors; and where a run starts from.
 
 A stage at another resolution starts from the last checkpoint of a run: student into student, teacher into teacher,
-heads into heads, positions (and patch kernels, for other patches) resampled in both networks. Files are `core.checkpoint`'s and `backbones.weights`' business.
+heads into heads, positions (and patch kernels, for other patches) resampled in both networks. Files are
+`core.checkpoint`'s and `backbones.weights`' business.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from torch.optim import Optimizer
 
 from hilum.backbones.patch_kernels import resample_patches
 from hilum.backbones.pos_embed import resize_positions
+from hilum.backbones.sources import find_weights
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import load_backbone, read_backbone_config, resolve_weights
 from hilum.core.checkpoint import (
+    INDEX_NAME,
     Checkpoint,
     flatten_optimizer,
     load_newest,
@@ -26,6 +30,7 @@ from hilum.core.checkpoint import (
 )
 from hilum.core.config import from_dict
 from hilum.core.errors import CheckpointError, PreprocessingMismatchError
+from hilum.core.files import sha256_file
 from hilum.core.meta import without_weights
 from hilum.core.tracking import say, warn
 from hilum.pretraining.dinov2 import Centres, Network
@@ -143,7 +148,21 @@ def start_from(init: Path, student: Network, teacher: Network, preprocess_id: st
     else:
         _start_from_run(checkpoint, student, teacher, preprocess_id)
     seen = read_seen(init if init.is_dir() else init.parent)
-    return Origin(seen, leak_of(init), not_recorded(init, "" if local else name))
+    content = sha256_file(find_weights(init) if checkpoint is None else checkpoint.path / INDEX_NAME)
+    return Origin(seen, leak_of(init), not_recorded(init, "" if local else name), content)
+
+
+def is_origin(weights: Path, sha256: str) -> bool:
+    """Whether weights are those that `start_from` gave the digest of: it has looked at one of these files.
+
+    Args:
+        weights: a run, or a folder or file with weights, which exists.
+        sha256: `Origin.sha256`.
+    """
+    files = list((weights / CHECKPOINTS).glob(f"*/{INDEX_NAME}"))
+    with suppress(CheckpointError):  # nothing there: not the origin
+        files = files or [find_weights(weights)]
+    return any(sha256_file(file) == sha256 for file in files)
 
 
 def _start_from_run(checkpoint: Checkpoint, student: Network, teacher: Network, preprocess_id: str) -> None:
