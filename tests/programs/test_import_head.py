@@ -307,7 +307,7 @@ def test_what_is_no_backbone_is_named_as_it_was_given(
     assert f"{world / 'cat.pth'} is not a vision transformer" in printed
     assert "hilum-import-" not in printed
     assert run("import-weights", world / "model", "--out", tmp_path / "model") == 1
-    assert f"error: {world / 'model' / 'config.json'}: expected" in "".join(capsys.readouterr())
+    assert f"error: {world / 'model' / 'model.safetensors'} is part of a Hilum model" in "".join(capsys.readouterr())
 
 
 def test_a_pickle_that_swells_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
