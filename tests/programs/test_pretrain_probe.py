@@ -178,6 +178,20 @@ def test_a_backbone_that_loses_the_finding_raises_the_guard_and_one_that_does_no
     alarm = probe_guard([first, same, worse, {"step": 11, "loss": 1.0}])
     assert alarm is not None
     assert "step 10" in alarm.what
+    assert "worse than before the first step" in alarm.what
+
+
+def test_a_probe_turned_on_late_is_compared_with_its_own_first(store, backbone, tmp_path: Path) -> None:
+    probe = a_probe(store, tmp_path)
+    assert "knn_change" not in probe.measure(backbone, one_of(), 40)
+    later = {"step": 45, **probe.measure(backbone, one_of(), 45)}
+    assert later["knn_change_since"] == 40
+    alarm = probe_guard([later | {"knn_change_high": -0.01}])
+    assert alarm is not None
+    assert "worse than after step 40" in alarm.what
+    old = probe_guard([{"step": 45, "knn_change": -1.0, "knn_change_low": -1.0, "knn_change_high": -0.5}])
+    assert old is not None
+    assert "worse than at the first probe" in old.what
 
 
 def test_a_run_that_begins_anew_forgets_what_was_there(store, backbone, tmp_path: Path) -> None:

@@ -97,12 +97,14 @@ class Probe:
         Args:
             backbone: the teacher's, on the engine's device; it is put back into the mode it came in.
             engine: precision, device and processes of the run.
-            step: steps done; what is measured after 0 is what later probes are compared with.
+            step: steps done; later probes are compared with what is measured after 0, or, where a probe was turned on
+                later, with the first one.
 
         Returns:
             On rank 0, for `metrics.jsonl`: knn_mAP, knn_mAUC, linear_mAP, linear_mAUC in [0, 1], probe_images (embedded
             queries) and probe_findings; after the first probe also knn_change, the difference of knn_mAP to it, with
-            its 95 % interval over resampled patients in knn_change_low and knn_change_high. On other ranks: nothing.
+            its 95 % interval over resampled patients in knn_change_low and knn_change_high, and in knn_change_since the
+            step of that first one. On other ranks: nothing.
         """
         features, usable = self._embed(backbone, engine)
         if engine.rank != 0:
@@ -168,26 +170,30 @@ class Probe:
         return np.array(kept, np.int64), torch.from_numpy(stacked)
 
     def _change(self, scores: np.ndarray, asked: np.ndarray, answered: np.ndarray, step: int) -> dict[str, float]:
-        """The difference of knn_mAP to the first probe; the first one is kept instead."""
+        """The difference of knn_mAP to the first probe, and that one's step; the first one itself is kept instead."""
         now = np.full(self.images.query_labels.shape, np.nan)
         now[np.ix_(asked, answered)] = scores
         path = self.out / START_NAME
         if step == 0 or not path.exists():
             with atomic_file(path) as file:
-                np.savez(file, scores=now.astype(np.float32), identity=np.array(self.identity))
+                np.savez(file, scores=now.astype(np.float32), identity=np.array(self.identity), step=np.array(step))
             return {}
-        first = self._first(path)
+        first, since = self._first(path)
         if first is None:
             return {}
-        return compare(first, now.astype(np.float32), self.images, self.config.resamples, self.seed)
+        change = compare(first, now.astype(np.float32), self.images, self.config.resamples, self.seed)
+        return change | ({"knn_change_since": float(since)} if change and since is not None else {})
 
-    def _first(self, path: Path) -> np.ndarray | None:
+    def _first(self, path: Path) -> tuple[np.ndarray | None, int | None]:
+        """Scores of the first probe, unless it asked something else, and its step, which older files do not say."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 scores, identity = arrays["scores"], str(arrays["identity"])
+                step = int(arrays["step"]) if "step" in arrays else None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{path} cannot be read: {error}. Delete it: the next probe starts anew.") from error
-        return scores if identity == self.identity and scores.shape == self.images.query_labels.shape else None
+        same = identity == self.identity and scores.shape == self.images.query_labels.shape
+        return scores if same else None, step
 
 
 def compare(

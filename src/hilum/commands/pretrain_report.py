@@ -179,11 +179,17 @@ def _change(history: Sequence[Mapping[str, Any]]) -> str:
         return ""
     low, high = signed(last["knn_change_low"]), signed(last["knn_change_high"])
     shown = "" if last["knn_change_low"] > 0 or last["knn_change_high"] < 0 else ", not shown"
-    return f"{signed(last['knn_change'])} since the start [{low}, {high}]{shown}"
+    start = last.get("knn_change_since")
+    since = f"step {start:.0f}" if start else "the start"
+    return f"{signed(last['knn_change'])} since {since} [{low}, {high}]{shown}"
 
 
 def _provenance(folder: Path, saved: Mapping[str, Any]) -> dict[str, str]:
-    facts = {name: str(saved[name]) for name in ("step", "seed", "preprocess_id", "accepted_leak") if saved.get(name)}
+    facts = {
+        name: str(saved[name])
+        for name in ("step", "seed", "preprocess_id", "accepted_leak", "not_recorded")
+        if saved.get(name)
+    }
     if "seen" in saved:
         facts["images seen, SHA-256"] = str(saved["seen"]["sha256"])
     if "architecture" in saved:

@@ -91,7 +91,7 @@ def alarms(history: Sequence[Line], config: PretrainConfig) -> list[Alarm]:
 
 
 def probe_guard(history: Sequence[Line]) -> Alarm | None:
-    """Whether the features carry findings worse than before the first step, by more than noise.
+    """Whether the features carry findings worse than at the first probe, by more than noise.
 
     Reads the newest probe in the history: the difference of knn_mAP to the first probe (`knn_change`), on the same
     queries, whose 95 % interval over resampled patients must lie below 0. State is in the lines alone.
@@ -101,12 +101,20 @@ def probe_guard(history: Sequence[Line]) -> Alarm | None:
         return None
     return Alarm(
         "features_worse_than_at_start",
-        f"After step {last['step']} the nearest neighbours tell findings worse than before the first step",
+        f"After step {last['step']} the nearest neighbours tell findings worse than {when_first_probed(last)}",
         f"knn_mAP {last.get('knn_mAP', math.nan):.3f}, change {last['knn_change']:+.3f}, 95 % interval "
         f"[{last['knn_change_low']:+.3f}, {last['knn_change_high']:+.3f}]",
         "from public weights: a lower `learning_rate`, `layer_decay` 0.9, a longer `warmup`, heads trained first with "
         "the backbone at rest; otherwise more images a step (`batch_size`), or stop at the best probe",
     )
+
+
+def when_first_probed(line: Line) -> str:
+    """When the probe was that a line's change is measured from, in words: a probe may be turned on late."""
+    since = line.get("knn_change_since")
+    if since is None:
+        return "at the first probe"
+    return f"after step {since:.0f}" if since else "before the first step"
 
 
 def _counts(config: PretrainConfig, kind: str) -> bool:
