@@ -20,6 +20,7 @@ from hilum.core.checkpoint import load_newest
 from hilum.core.errors import CheckpointError, ConfigError
 from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
+from hilum.deploy import model_files as files
 from hilum.pretraining.config import PretrainConfig
 from hilum.pretraining.crops import CropConfig
 from hilum.pretraining.dinov2 import HeadConfig
@@ -206,3 +207,13 @@ def test_an_accepted_leak_follows_weights_of_the_hub(
     assert json.loads((third / "config.json").read_text())["not_recorded"] == "somebody/weights"
     monkeypatch.undo()
     run(ONE, data, second, init=Path("somebody/weights"))  # resumed, where the name leads nowhere
+
+
+def test_the_audit_says_what_a_model_does_not_know_of_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "nothing lists which images bb was pretrained on"
+    exposure = {**files.write_exposure(tmp_path, files.Exposure()), "not_recorded": said}
+    (tmp_path / "config.json").write_text(json.dumps({"format": files.MODEL_FORMAT, "exposure": exposure}))
+    assert audit.exposure_of(str(tmp_path))
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -180,7 +180,7 @@ def _change(history: Sequence[Mapping[str, Any]]) -> str:
     low, high = signed(last["knn_change_low"]), signed(last["knn_change_high"])
     shown = "" if last["knn_change_low"] > 0 or last["knn_change_high"] < 0 else ", not shown"
     start = last.get("knn_change_since")
-    since = f"step {start:.0f}" if start else "the start"
+    since = f"step {start:.0f}" if start else "the first probe" if start is None else "the start"
     return f"{signed(last['knn_change'])} since {since} [{low}, {high}]{shown}"
 
 
