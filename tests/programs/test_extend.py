@@ -360,12 +360,14 @@ def test_what_a_site_was_calibrated_on_is_not_forgotten(folder: Path, tmp_path: 
     here = {"image": ["site/1", "site/2", "site/3"], "study": ["site/a", "site/b"]}
     for unit, items in here.items():
         content["calibration"][unit]["fitted_on"] = describe_items(items)
+    content["exposure"]["not_recorded"] = "nobody has listed what its backbone has seen"
     write_json(tmp_path / "site" / "config.json", content | {"recalibrated": {"studies": 2}})
     extend.run(tmp_path / "site", folder / "store", NEW[:1], tmp_path / "one", FAST, device="cpu")
     extend.run(tmp_path / "one", folder / "store", NEW[1:], tmp_path / "two", FAST, device="cpu")
     validation = files.read_validation_of(folder / "linear")[0].image_uid.tolist()
     for name in ("one", "two"):
         content = settings(tmp_path / name)
+        assert content["exposure"]["not_recorded"] == "nobody has listed what its backbone has seen"
         for unit, items in here.items():
             fitted_on = content["calibration"][unit]["fitted_on"]
             assert are_among(items, fitted_on)

@@ -344,3 +344,14 @@ def test_exposure_counts_every_use(folder: Path) -> None:
     assert metadata["exposure"] == {"pretraining": 10, "train": 40, "val": 16, "other_dataset": 0, "any": 56}
     assert metadata["exposed_images"] == 56
     assert load(folder / "linear", "cpu").predict_store(store, range(56, 64)).metadata["exposed_images"] == 0
+
+
+def test_a_backbone_without_a_record_is_not_one_that_has_seen_nothing(folder: Path, tmp_path: Path) -> None:
+    with forked(0, "test"):
+        backbone = VisionTransformer(ViTConfig(12, 3, 2, patch_size=8, image_size=16))
+    save_backbone(backbone, tmp_path / "bb", "hilum-grey-1")
+    fit.run(SMALL, folder / "store", tmp_path / "bb", tmp_path / "model")
+    assert settings(tmp_path / "model")["exposure"]["not_recorded"] == "nothing lists which images bb was pretrained on"
+    assert "Pretraining: images not recorded." in (tmp_path / "model" / "README.md").read_text()
+    assert load(tmp_path / "model", device="cpu").reservations.not_recorded
+    assert "not_recorded" not in settings(folder / "linear")["exposure"]

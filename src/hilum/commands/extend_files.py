@@ -77,7 +77,7 @@ def write_extended(
             out, base.backbone, ExtendedHead(before[0], [*before[1:], added], outputs), network.extensions
         ),
         "calibration": files.describe_calibrators(join_calibrators(base, calibrators, validation)),
-        "exposure": files.write_exposure(out, join_exposures(base.exposure, exposure)),
+        "exposure": said_of_exposure(base) | files.write_exposure(out, join_exposures(base.exposure, exposure)),
         "accepted_leak": join_leaks(str(base.content.get("accepted_leak") or ""), leak),
         "extended_from": files.digest_of(base.path),
     }
@@ -128,6 +128,12 @@ def _join(
         old, findings=old.findings + new.findings, maps=old.maps | new.maps, thresholds=old.thresholds | new.thresholds,
         raw_thresholds=old.raw_thresholds | new.raw_thresholds, fitted_on=items,
     )  # fmt: skip
+
+
+def said_of_exposure(base: Base) -> dict[str, Any]:
+    """What a model says of images that nobody has recorded; whatever is made from it says so too."""
+    said = base.content.get("exposure") or {}
+    return {name: said[name] for name in ("not_recorded", "weights", "datasets") if name in said}
 
 
 def calibrated_elsewhere(base: Base) -> list[str]:

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 
 import hilum
 from hilum.commands.extend import composition_of, feature_source, learning_set
-from hilum.commands.extend_files import join_exposures
+from hilum.commands.extend_files import join_exposures, said_of_exposure
 from hilum.commands.extend_gate import compare, joint_card, regression_lines
 from hilum.commands.extend_inputs import (
     Base,
@@ -194,7 +194,8 @@ def run(
             **provenance, "split": "val", "images": len(val), "uids_sha256": fingerprint(store.uids[val]),
             "store_fingerprint": store.fingerprint(val), "file": files.LOGITS_NAME,
         },
-        "exposure": files.write_exposure(out, join_exposures(base.exposure, exposure_of(examples, config.refit))),
+        "exposure": said_of_exposure(base)
+        | files.write_exposure(out, join_exposures(base.exposure, exposure_of(examples, config.refit))),
         **screen_inputs(out, examples, config),
         "accepted_leak": leak,
         "extended_from": files.digest_of(base.path),

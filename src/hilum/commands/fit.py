@@ -194,7 +194,8 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
             "store_fingerprint": store.fingerprint(val),
             "file": files.LOGITS_NAME,
         },
-        "exposure": files.write_exposure(out, exposure),
+        "exposure": files.write_exposure(out, exposure)
+        | ({"not_recorded": opened.not_recorded} if opened.not_recorded else {}),
         **screen_inputs(out, examples, config),
         "accepted_leak": leak,
         "training": {

@@ -28,11 +28,11 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "Findings by neighbours and a linear map",
-        "Mean average precision on labelled images of other patients. Dotted: before the first step.",
+        "Mean average precision on labelled images of other patients. Dotted: at the first probe.",
         (("knn_mAP", "nearest neighbours"), ("linear_mAP", "linear map")), "mAP", reference="start",
     ),
     Panel(
-        "The same, area under the ROC curve", "0.5 is guessing. Dotted: before the first step.",
+        "The same, area under the ROC curve", "0.5 is guessing. Dotted: at the first probe.",
         (("knn_mAUC", "nearest neighbours"), ("linear_mAUC", "linear map")), "mAUC", reference="start",
     ),
     Panel(
