@@ -205,7 +205,7 @@ def convert(
         str | None, typer.Option(help="From tars: the dataset of those that name none (default webdataset).")
     ] = None,
     licence: Annotated[str | None, typer.Option(help="From tars: the licence tag of those that name none.")] = None,
-    workers: Workers = None,
+    workers: Annotated[int | None, typer.Option(help="From tars: processes (default: all processors).")] = None,
     budget: Annotated[
         float | None, typer.Option(help="From tars: share of refused ones above which this is an error (default 0.01).")
     ] = None,
@@ -218,6 +218,7 @@ def convert(
         "encoding": encoding,
         "dataset": dataset,
         "licence": licence,
+        "workers": workers,
         "budget": budget,
     }
     if program.is_store(inputs):
@@ -226,7 +227,7 @@ def convert(
         return
     program.refuse({"--with-ids": with_ids, "--accept-licence": accept_licence}, "tars that become a store")
     given = {name: value for name, value in for_stores.items() if value is not None}
-    program.to_store(inputs, out, program.ImportOptions(split=split or "", workers=workers, **given))
+    program.to_store(inputs, out, program.ImportOptions(split=split or "", **given))
 
 
 @app.command(epilog=example("hilum import-weights microsoft/rad-dino --out rad-dino --patch-size 16"))

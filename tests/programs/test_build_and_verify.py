@@ -105,8 +105,9 @@ def test_a_store_goes_out_as_tars_and_comes_back_on_the_command_line(tmp_path, c
         assert caught.value.code == code
         return "".join(capsys.readouterr())
 
-    for extra in (["--size", "64"], ["--encoding", "png"], ["--dataset", "d"], ["--licence", "x"], ["--budget", "0"]):
-        assert extra[0] in hilum("convert", tmp_path / "store", "--out", tmp_path / "tars", *extra, code=1)
+    for extra in ("--size=64", "--encoding=png", "--dataset=d", "--licence=x", "--workers=2", "--budget=0"):
+        refusal = hilum("convert", tmp_path / "store", "--out", tmp_path / "tars", extra, code=1)
+        assert extra.partition("=")[0] in refusal
     out = hilum("convert", tmp_path / "store", "--out", tmp_path / "tars", "--split", "val", "--accept-licence")
     assert "4 images in 1 tars" in out
     assert f"Next: hilum verify {tmp_path / 'tars'}" in out
