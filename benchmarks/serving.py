@@ -2,12 +2,13 @@
 
     python benchmarks/serving.py                    32 clients, 1,000 requests, a tiny model that it makes itself
     python benchmarks/serving.py --model outputs/demo/linear --clients 8
+    python benchmarks/serving.py --minutes 60 --clients 2 --pause 1      a film a second and client, for an hour
     python benchmarks/serving.py --soak 100000      so many small requests by 10 clients, and no film
 
 A client that is refused with 503 waits as long as it is told (at most a second here) and sends its film again. Counted
 are the statuses of all answers, the seconds from the last sending of a film to its findings, and the memory of the
-server after 50 and after all films. Exit status 1 where a goal is missed: no 5xx but 503, 99 of 100 films within 2 s,
-memory within 5 %.
+server after 50 films (or a twentieth of the time) and after all. Exit status 1 where a goal is missed: no 5xx but 503,
+99 of 100 films within 2 s, memory within 5 %.
 """
 
 import argparse
@@ -22,6 +23,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +36,20 @@ from hilum.data.phantoms.render import render_study
 SECONDS, GROWTH, WARM = 2.0, 0.05, 50
 
 
-def films(count: int, side: int) -> list[bytes]:
-    """JPEG of synthetic chests; each its own, so that none is known again."""
+def films(side: int) -> Iterator[bytes]:
+    """JPEG of synthetic chests without end; each its own, so that none is known again."""
     rendered = [render_study(seed, 0, 0, ["PA"], {}, [(side, side)])[0].pixels for seed in range(8)]
-    made = []
-    for number in range(count):
-        pixels = np.roll(rendered[number % 8], number // 8, axis=1)
+    for number in count():
+        pixels = np.roll(rendered[number % 8], divmod(number // 8, side), axis=(0, 1))
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-        made.append(buffer.getvalue())
-    return made
+        yield buffer.getvalue()
+
+
+def until(deadline: float, made: Iterator[bytes]) -> Iterator[bytes]:
+    """Films as long as there is time."""
+    while time.perf_counter() < deadline:
+        yield next(made)
 
 
 def tiny_model(folder: Path) -> Path:
@@ -68,11 +75,10 @@ class Client:
     def __init__(self, port: int, statuses: Counter[int], seconds: list[float]) -> None:
         self.port, self.statuses, self.seconds = port, statuses, seconds
 
-    async def work(self, waiting: list[bytes]) -> None:
-        """Take films until there are none."""
+    async def work(self, waiting: Iterator[bytes], pause: float = 0.0) -> None:
+        """Take films until there are none, and rest for some seconds after each."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        while waiting:
-            film = waiting.pop()
+        for film in waiting:
             while True:
                 start = time.perf_counter()
                 try:
@@ -89,6 +95,7 @@ class Client:
                 if status != 503:
                     break
                 await asyncio.sleep(min(1.0, float(re.search(r"(?i)retry-after: (\d+)", headers)[1])))
+            await asyncio.sleep(pause)
         writer.close()
 
 
@@ -121,24 +128,34 @@ def memory(pid: int) -> int:
     return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
 
 
-async def load(port: int, pid: int, made: list[bytes], clients: int) -> dict[str, object]:
+async def load(
+    port: int, pid: int, first: Iterator[bytes], rest: Iterator[bytes], clients: int, pause: float = 0.0
+) -> dict[str, object]:
+    """What came of two lots of films; memory is compared between their ends, and the first is not timed."""
     statuses: Counter[int] = Counter()
     seconds: list[float] = []
-    first = made[:WARM]
-    await asyncio.gather(*(Client(port, statuses, seconds).work(first) for _ in range(clients)))
-    early, rest, start = memory(pid), made[WARM:], time.perf_counter()
+    await asyncio.gather(*(Client(port, statuses, seconds).work(first, pause) for _ in range(clients)))
+    early, before, start = memory(pid), len(seconds), time.perf_counter()
     seconds.clear()
-    await asyncio.gather(*(Client(port, statuses, seconds).work(rest) for _ in range(clients)))
+    await asyncio.gather(*(Client(port, statuses, seconds).work(rest, pause) for _ in range(clients)))
     took = time.perf_counter() - start
     ordered = np.sort(seconds)
     late = memory(pid)
     return {
-        "films": len(made), "clients": clients, "statuses": dict(sorted(statuses.items())),
-        "films_per_second": round(len(seconds) / took, 1), "p50_s": round(float(np.quantile(ordered, 0.5)), 3),
-        "p99_s": round(float(np.quantile(ordered, 0.99)), 3), "slowest_s": round(float(ordered[-1]), 3),
-        "memory_mb_after_50": round(early / 2**20), "memory_mb_after_all": round(late / 2**20),
-        "memory_growth": round(late / early - 1, 4), "load_of_machine": [round(one, 1) for one in os.getloadavg()],
+        "films": before + len(seconds), "clients": clients, "statuses": dict(sorted(statuses.items())),
+        "minutes": round(took / 60, 1), "films_per_second": round(len(seconds) / took, 1),
+        "p50_s": round(float(np.quantile(ordered, 0.5)), 3), "p99_s": round(float(np.quantile(ordered, 0.99)), 3),
+        "slowest_s": round(float(ordered[-1]), 3), "memory_mb_early": round(early / 2**20),
+        "memory_mb_late": round(late / 2**20), "memory_growth": round(late / early - 1, 4),
+        "load_of_machine": [round(one, 1) for one in os.getloadavg()],
     }  # fmt: skip
+
+
+async def trickle(port: int, pid: int, side: int, clients: int, minutes: float, pause: float) -> dict[str, object]:
+    """Films at a steady pace for some minutes."""
+    start, made = time.perf_counter(), films(side)
+    first, rest = (until(start + 60 * minutes * share, made) for share in (0.05, 1.0))
+    return await load(port, pid, first, rest, clients, pause)
 
 
 async def soak(port: int, pid: int, count: int, clients: int = 10) -> dict[str, object]:
@@ -174,6 +191,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--side", type=int, default=512, help="of the films, pixels")
     parser.add_argument("--queue", type=int, default=8, help="places in line of the server")
+    parser.add_argument("--minutes", type=float, default=0.0, help="go on for so long, in place of --requests")
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds that a client rests, with --minutes")
     parser.add_argument("--soak", type=int, default=0, help="small requests in place of films")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -190,8 +209,13 @@ def main() -> int:
             port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", said)[1])
             if asked.soak:
                 found = asyncio.run(soak(port, child.pid, asked.soak))
+            elif asked.minutes:
+                pace = (asked.clients, asked.minutes, asked.pause)
+                found = asyncio.run(trickle(port, child.pid, asked.side, *pace))
             else:
-                found = asyncio.run(load(port, child.pid, films(asked.requests, asked.side), asked.clients))
+                made = list(islice(films(asked.side), asked.requests))
+                lots = iter(made[:WARM]), iter(made[WARM:])
+                found = asyncio.run(load(port, child.pid, *lots, asked.clients))
         finally:
             child.terminate()
             child.wait(30)
