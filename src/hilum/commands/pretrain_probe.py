@@ -25,7 +25,7 @@ from hilum.core.files import atomic_file
 from hilum.core.tracking import say, warn
 from hilum.data.store import Store
 from hilum.data.transforms import evaluation_crop, normalise, preprocessing
-from hilum.evaluation.bootstrap import interval, mean_over_findings, resample_weights
+from hilum.evaluation.bootstrap import basic_interval, mean_over_findings, resample_weights
 from hilum.evaluation.definitions import average_precision, roc_auc
 from hilum.evaluation.weighted import WeightedFinding
 from hilum.pretraining.probing import ProbeConfig, ProbeImages, choose_images, linear_scores, neighbour_scores
@@ -209,7 +209,7 @@ def compare(
         seed: root of the resamples.
 
     Returns:
-        knn_change, and its 95 % interval (percentiles) knn_change_low, knn_change_high; empty where no finding is
+        knn_change, and its 95 % interval knn_change_low, knn_change_high; empty where no finding is
         defined on both sides.
     """
     both = ~(np.isnan(first) | np.isnan(now))
@@ -225,9 +225,9 @@ def compare(
         points.append(np.mean([average_precision(values[:, c], labels[:, c]) or 0.0 for c in columns]))
         findings = [WeightedFinding(values[:, c], labels[:, c], images.query_patients, count, None) for c in columns]
         samples.append(np.stack([finding.measure(weights, ("AP",))["AP"] for finding in findings], axis=1))
-    ends = interval(mean_over_findings(samples[1]) - mean_over_findings(samples[0]))
-    change = {"knn_change": float(points[1] - points[0])}
-    return change | ({"knn_change_low": ends[0], "knn_change_high": ends[1]} if ends else {})
+    change = float(points[1] - points[0])
+    ends = basic_interval(mean_over_findings(samples[1]) - mean_over_findings(samples[0]), change)
+    return {"knn_change": change} | ({"knn_change_low": ends[0], "knn_change_high": ends[1]} if ends else {})
 
 
 def _means(name: str, scores: Float[np.ndarray, "Q C"], labels: np.ndarray) -> dict[str, float]:

@@ -3,14 +3,15 @@ seeds, and paired differences with the same.
 
 The interval of a number: in each resample, patients are drawn with replacement, the same draw for every row and every
 seed; S - 1 of the S seeds are drawn with replacement, the same draw for both rows of a difference; the macro mean of
-each drawn seed is taken over the drawn patients, and these are averaged. Percentiles of that are the interval. Drawing
-S - 1 of S makes the variance that seeds give to the mean the unbiased s^2 / S (McCarthy and Snowden 1985, the
-bootstrap with replacement of n - 1 units); drawing S would give (S - 1) / S of it. With one seed the interval covers
-patients only. Imports no torch; the table is in `ablation_table.py`, the page in `ablation_report.py`.
+each drawn seed is taken over the drawn patients, and these are averaged. From these resamples comes the interval of a
+level or of a difference (`bootstrap.interval`, `bootstrap.basic_interval`). Drawing S - 1 of S makes the variance that
+seeds give to the mean the unbiased s^2 / S (McCarthy and Snowden 1985, the bootstrap with replacement of n - 1 units);
+drawing S would give (S - 1) / S of it. With one seed the interval covers patients only. Imports no torch; the table is
+in `ablation_table.py`, the page in `ablation_report.py`.
 """
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,19 @@ from jaxtyping import Float, Int
 from hilum.core.errors import PredictionError
 from hilum.core.files import atomic_file
 from hilum.core.seeding import stream
-from hilum.evaluation.bootstrap import BLOCK, clusters_of, interval, mean_over_findings, resample_weights
+from hilum.evaluation.bootstrap import (
+    BLOCK,
+    basic_interval,
+    clusters_of,
+    interval,
+    mean_over_findings,
+    resample_weights,
+)
 from hilum.evaluation.definitions import METRICS, macro_name
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.weighted import WeightedFinding
 
+Ends = Callable[[Float[np.ndarray, " R"], float | None], list[float] | None]
 MEASURED: tuple[str, ...] = ("AP", "AUC", "F1@0.5", "F1@tuned", "ECE")
 """Keys of `METRICS` that an ablation reports."""
 
@@ -153,7 +162,7 @@ def _summary(results: Mapping[int, SeedResult], findings: Sequence[str], root: i
     summary: dict[str, Any] = {"findings": len(findings)}
     for metric in MEASURED:
         points, samples = _macro(results, findings, metric)
-        summary[macro_name(metric)] = _with_interval(points, samples, list(results), root)
+        summary[macro_name(metric)] = _with_interval(points, samples, list(results), root, interval)
     return summary
 
 
@@ -190,7 +199,7 @@ def compare(
         entry: dict[str, Any] = {"findings": len(findings)}
         for metric in MEASURED:
             (points, samples), (other_points, other_samples) = (_macro(side, findings, metric) for side in both)
-            row = _with_interval(points - other_points, samples - other_samples, seeds, root)
+            row = _with_interval(points - other_points, samples - other_samples, seeds, root, basic_interval)
             low, high = row["low"], row["high"]
             entry[macro_name(metric)] = row | {"shown": low is not None and high is not None and (low > 0 or high < 0)}
         differences[name] = entry
@@ -221,13 +230,12 @@ def _macro(
 
 
 def _with_interval(
-    points: Float[np.ndarray, " S"], samples: Float[np.ndarray, "R S"], seeds: Sequence[int], root: int
+    points: Float[np.ndarray, " S"], samples: Float[np.ndarray, "R S"], seeds: Sequence[int], root: int, ends_of: Ends
 ) -> dict[str, Any]:
     draws = draw_seeds(len(seeds), len(samples), root)
     resampled = np.take_along_axis(samples, draws, axis=1).mean(axis=1)
-    ends = interval(resampled)
-    low, high = ends or (None, None)
     value = float(points.mean())
+    low, high = ends_of(resampled, value) or (None, None)
     return {
         "value": None if np.isnan(value) else value,
         "low": low,

@@ -22,6 +22,8 @@ from hilum.evaluation.weighted import FAST, WeightedFinding
 BLOCK = 100
 """Resamples per matrix product: bounds the memory, changes no number."""
 INTERVAL = (0.025, 0.975)
+INTERVALS = "95 %; levels: percentiles less the mean bias of the resamples; differences: basic"
+"""Which, in words."""
 
 
 def patient_clusters(dataset: np.ndarray, patient_id: np.ndarray, study: np.ndarray) -> Int[np.ndarray, " N"]:
@@ -58,13 +60,45 @@ def replicates(findings: Sequence[WeightedFinding], bootstraps: int, seed: int) 
     return results
 
 
-def interval(values: Float[np.ndarray, " R"]) -> list[float] | None:
-    """Percentile 95 % interval over the resamples where the metric is defined; None with fewer than two of them."""
+def interval(
+    values: Float[np.ndarray, " R"], point: float | None, within: tuple[float, float] = (0.0, 1.0)
+) -> list[float] | None:
+    """95 % interval of a level: percentiles of the resamples, moved down by what these lie above `point` in the mean.
+
+    A patient who is drawn twice ties with himself, and average precision counts ties in favour, so that resamples lie
+    above what they are resamples of, most where the images of a study share one score (docs/reference/metrics.md).
+
+    Args:
+        values: of the resamples; NaN where the metric is undefined.
+        point: of all patients.
+        within: the range of the metric.
+
+    Returns:
+        [low, high]; None without a point or with fewer than two resamples where the metric is defined.
+    """
     defined = values[~np.isnan(values)]
-    if len(defined) < 2:
+    if point is None or np.isnan(point) or len(defined) < 2:
         return None
-    low, high = np.quantile(defined, INTERVAL)
-    return [float(low), float(high)]
+    ends = np.quantile(defined, INTERVAL) - (defined.mean() - point)
+    return np.clip(ends, *within).tolist()
+
+
+def basic_interval(values: Float[np.ndarray, " R"], point: float | None) -> list[float] | None:
+    """95 % interval of a difference: twice `point` less the percentiles, upper and lower (Davison, Hinkley 1997, 5.2).
+
+    Where there is no difference the percentiles, moved or not, leave zero out too often when one side has more ties.
+
+    Args:
+        values: of the resamples; NaN where undefined.
+        point: of all patients.
+
+    Returns:
+        As `interval`.
+    """
+    defined = values[~np.isnan(values)]
+    if point is None or np.isnan(point) or len(defined) < 2:
+        return None
+    return (2 * point - np.quantile(defined, INTERVAL)[::-1]).tolist()
 
 
 def mean_over_findings(values: Float[np.ndarray, "R C"]) -> Float[np.ndarray, " R"]:
@@ -80,14 +114,14 @@ def difference_interval(
 ) -> dict[str, Any]:
     """Macro difference a - b with its paired interval and p-value; `shown` is False where the interval includes zero.
 
-    `p` is two-sided, of the difference over its bootstrap standard error, taken as normal: unlike a share of resamples
-    it is not stopped at 1 / resamples, which a Holm correction over many findings needs.
+    `p` is two-sided, of the difference less the mean bias of its resamples over their standard error, taken as normal:
+    unlike a share of resamples it is not stopped at 1 / resamples, which a Holm correction over many findings needs.
     """
     if a.shape != b.shape:
         raise PredictionError(f"Paired differences need the same resamples and findings: {a.shape} against {b.shape}.")
     both = ~(np.isnan(a) | np.isnan(b))
     samples = mean_over_findings(np.where(both, a, np.nan)) - mean_over_findings(np.where(both, b, np.nan))
-    ends = interval(samples)
+    ends = basic_interval(samples, point)
     low, high = ends or (None, None)
     shown = bool(ends and (ends[0] > 0 or ends[1] < 0))
     return {"difference": point, "low": low, "high": high, "shown": shown, "p": _p_value(samples, point)}
@@ -101,7 +135,7 @@ def _p_value(samples: Float[np.ndarray, " R"], point: float | None) -> float | N
     error = float(defined.std(ddof=1))
     if error == 0.0:
         return 1.0 if point == 0.0 else None
-    return math.erfc(abs(point) / error / math.sqrt(2))
+    return math.erfc(abs(2 * point - float(defined.mean())) / error / math.sqrt(2))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -4,6 +4,7 @@ Every function leaves out items whose label is neither 0 nor 1, and returns None
 over findings are in `metrics.py`, intervals in `bootstrap.py`; docs/how-to/add-a-metric.md says how to add one.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -246,6 +247,14 @@ POINT_METRICS: dict[str, Measure] = {
     "ECE_equal_mass": lambda p, y, _: equal_mass_ece(p, y),
 }
 """The same, of those that are given without an interval."""
+
+_RANGES = {"AP_normalised": (-math.inf, 1.0), "LogLoss": (0.0, math.inf)}
+
+
+def range_of(metric: str) -> tuple[float, float]:
+    """Least and largest value that a metric can have."""
+    return _RANGES.get(metric, (0.0, 1.0))
+
 
 MACRO_NAMES = {"ECE": "mECE_standard"}
 

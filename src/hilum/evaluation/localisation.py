@@ -285,7 +285,10 @@ def _summary(
     if not keep.any():
         return {**dict.fromkeys(MEASURES), "ci95": {}, "above_chance": {}, "above_others": {}, "counted": 0}
     values = {name: float(point[keep, column].mean()) for column, name in enumerate(MEASURES)}
-    ends = {name: interval(mean_over_findings(samples[:, keep, column])) for column, name in enumerate(MEASURES)}
+    ends = {
+        name: interval(mean_over_findings(samples[:, keep, column]), values[name])
+        for column, name in enumerate(MEASURES)
+    }
 
     def above(which: Mapping[str, str]) -> dict[str, Any]:
         result = {}

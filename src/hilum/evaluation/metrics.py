@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hilum.core.errors import PredictionError
-from hilum.evaluation.bootstrap import clusters_of, interval, mean_over_findings, replicates
+from hilum.evaluation.bootstrap import INTERVALS, clusters_of, interval, mean_over_findings, replicates
 from hilum.evaluation.definitions import (
     METRICS,
     POINT_METRICS,
@@ -25,6 +25,7 @@ from hilum.evaluation.definitions import (
     f1_at,
     macro_name,
     normalised_average_precision,
+    range_of,
     roc_auc,
 )
 from hilum.evaluation.predictions import Predictions
@@ -95,7 +96,9 @@ def evaluate(
     for column, name in enumerate(counted) if bootstraps else ():
         values = {metric: samples[metric][:, column] for metric in METRICS}
         defined = {metric: v for metric, v in values.items() if findings[name][metric] is not None}
-        findings[name]["ci95"] = {metric: interval(v) for metric, v in defined.items()}
+        findings[name]["ci95"] = {
+            metric: interval(v, findings[name][metric], range_of(metric)) for metric, v in defined.items()
+        }
         findings[name]["skipped_resamples"] = {
             m: int(np.isnan(v).sum()) for m, v in defined.items() if np.isnan(v).any()
         }
@@ -122,7 +125,7 @@ def evaluate(
         "findings": findings,
         "excluded": excluded,
         "min_positives": min_positives,
-        "bootstrap": {"resamples": bootstraps, "seed": seed, "cluster": "patient", "interval": "percentile 95 %"},
+        "bootstrap": {"resamples": bootstraps, "seed": seed, "cluster": "patient", "interval": INTERVALS},
     }
 
 
@@ -173,5 +176,6 @@ def _means(
         counts[title] = len(defined)
         if defined and len(samples.get(metric, ())):
             columns = [order.index(name) for name in defined]
-            intervals[title] = interval(mean_over_findings(samples[metric][:, columns]))
+            resampled = mean_over_findings(samples[metric][:, columns])
+            intervals[title] = interval(resampled, result[title], range_of(metric))
     return {**result, "ci95": intervals, "counted": counts, "findings": list(names)}

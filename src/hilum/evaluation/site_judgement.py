@@ -16,7 +16,7 @@ from scipy.special import chdtri
 
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.intervals import wilson_interval
-from hilum.evaluation.bootstrap import BLOCK, clusters_of, interval, replicates, resample_weights
+from hilum.evaluation.bootstrap import BLOCK, basic_interval, clusters_of, interval, replicates, resample_weights
 from hilum.evaluation.calibration import Calibrator
 from hilum.evaluation.definitions import METRICS
 from hilum.evaluation.map_choice import OWN_FROM
@@ -194,7 +194,7 @@ def _numbers(place: int, sides: Sequence[_Side]) -> dict[str, Any]:
     changes = {}
     for metric in JUDGED:
         difference = points_after[metric][place] - points[metric][place]
-        ends = interval(samples_after[metric][:, place] - samples[metric][:, place])
+        ends = basic_interval(samples_after[metric][:, place] - samples[metric][:, place], float(difference))
         changes[metric] = {
             "before": float(points[metric][place]), "after": float(points_after[metric][place]),
             "difference": float(difference), "low": ends[0] if ends else None, "high": ends[1] if ends else None,
@@ -207,10 +207,12 @@ def _numbers(place: int, sides: Sequence[_Side]) -> dict[str, Any]:
     }
 
 
-def _with_interval(value: float, samples: np.ndarray) -> dict[str, float | None] | None:
+def _with_interval(
+    value: float, samples: np.ndarray, within: tuple[float, float] = (0.0, 1.0)
+) -> dict[str, float | None] | None:
     if np.isnan(value):
         return None
-    ends = interval(samples)
+    ends = interval(samples, value, within)
     return {"value": float(value), "low": ends[0] if ends else None, "high": ends[1] if ends else None}
 
 
@@ -232,7 +234,7 @@ def _mean_gaps(
         values = sums.sum(axis=0) / totals.sum(axis=0)
     samples = np.concatenate(parts) if parts else np.zeros((0, labels.shape[1]))
     return [
-        _with_interval(values[c], samples[:, c]) or {"value": None, "low": None, "high": None}
+        _with_interval(values[c], samples[:, c], (-1.0, 1.0)) or {"value": None, "low": None, "high": None}
         for c in range(len(values))
     ]
 

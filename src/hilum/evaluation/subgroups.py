@@ -17,7 +17,7 @@ from hilum.core.errors import ConfigError
 from hilum.core.types import VIEW_KINDS, view_kind
 from hilum.data.labels import NORMAL_NAMES
 from hilum.evaluation.bootstrap import clusters_of, difference_interval, interval, mean_over_findings, replicates
-from hilum.evaluation.definitions import METRICS, macro_name
+from hilum.evaluation.definitions import METRICS, macro_name, range_of
 from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.weighted import WeightedFinding
 
@@ -247,7 +247,7 @@ def _compared(findings: Sequence[str], side: _Side, rest: _Side | None) -> dict[
             values[title] = None
             continue
         values[title] = float(side.points[metric][columns].mean())
-        ends = interval(mean_over_findings(side.samples[metric][:, columns]))
+        ends = interval(mean_over_findings(side.samples[metric][:, columns]), values[title], range_of(metric))
         if ends:
             intervals[title] = ends
         if rest:

@@ -7,6 +7,7 @@ from hilum.core.errors import PredictionError
 from hilum.core.seeding import stream
 from hilum.evaluation import definitions
 from hilum.evaluation.bootstrap import (
+    basic_interval,
     difference_interval,
     holm,
     interval,
@@ -17,7 +18,7 @@ from hilum.evaluation.bootstrap import (
     replicates,
     resample_weights,
 )
-from hilum.evaluation.metrics import METRICS, average_precision, evaluate
+from hilum.evaluation.metrics import METRICS, average_precision, evaluate, roc_auc
 from hilum.evaluation.weighted import FAST, WeightedFinding
 
 
@@ -101,11 +102,46 @@ def test_resamples_without_positives_are_skipped_and_counted(made_up):
 
 
 def test_no_interval_from_nothing():
-    assert interval(np.full(10, np.nan)) is None
-    assert interval(np.array([0.3])) is None
-    assert interval(np.array([0.0, 1.0])) == pytest.approx([0.025, 0.975])
+    for rule in (interval, basic_interval):
+        assert rule(np.full(10, np.nan), 0.3) is None
+        assert rule(np.array([0.3]), 0.3) is None
+        assert rule(np.array([0.3, 0.4]), None) is None
+        assert rule(np.array([0.3, 0.4]), np.nan) is None
+        assert rule(np.array([0.0, 1.0]), 0.5) == pytest.approx([0.025, 0.975])
     np.testing.assert_array_equal(mean_over_findings(np.array([[0.2, np.nan], [np.nan, np.nan]])), [0.2, np.nan])
     assert replicates([], 5, 0)["AP"].shape == (5, 0)
+
+
+def test_the_bias_of_resamples_is_taken_from_an_interval():
+    values = np.array([0.5, np.nan, 0.6, 0.7, 0.8, 0.9])  # 0.7 in the mean
+    low, high = np.quantile(values[[0, 2, 3, 4, 5]], [0.025, 0.975])
+    assert interval(values, 0.6) == pytest.approx([low - 0.1, high - 0.1])
+    assert interval(values, 0.1) == pytest.approx([0.0, high - 0.6])
+    assert interval(values, 0.1, (-1.0, 1.0)) == pytest.approx([low - 0.6, high - 0.6])
+    assert basic_interval(values, 0.6) == pytest.approx([1.2 - high, 1.2 - low])
+
+
+def test_the_study_mean_of_noise_is_not_shown_to_beat_single_images():
+    """Half the patients have two images with one label; their mean ties them, and average precision likes ties."""
+    shown = by_percentiles = 0
+    for trial in range(30):
+        rng = stream(trial, "ties")
+        patient = np.repeat(np.arange(120), rng.choice([1, 2, 3], 120))
+        single, study = [], []
+        for _ in range(4):
+            y = (rng.random(120) < 0.1).astype(np.int8)[patient]
+            scores = rng.random(len(patient))
+            mean = (np.bincount(patient, scores) / np.bincount(patient))[patient]
+            for made, p in ((single, scores), (study, mean)):
+                made.append(WeightedFinding(p, y, patient, 120, None))
+        drawn = np.concatenate([np.ones((120, 1)), resample_weights(120, 0, 150, trial)], axis=1)
+        means, singles = (np.stack([f.measure(drawn, ["AP"])["AP"] for f in made], axis=1) for made in (study, single))
+        differences = (means - singles).mean(axis=1)
+        row = difference_interval(means[1:], singles[1:], float(differences[0]))
+        shown += row["shown"]
+        by_percentiles += bool(np.quantile(differences[1:], 0.025) > 0)
+    assert shown <= 3
+    assert by_percentiles >= 8  # what this is a test against
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -115,7 +151,8 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         y = (rng.random(400) < 0.3).astype(np.int8)
         p = 1 / (1 + np.exp(-(rng.normal(size=400) + y)))
         finding = WeightedFinding(p, y, np.arange(400), 400, None)
-        low, high = interval(finding.measure(resample_weights(400, 0, 200, trial), ["AUC"])["AUC"])
+        samples = finding.measure(resample_weights(400, 0, 200, trial), ["AUC"])["AUC"]
+        low, high = interval(samples, roc_auc(p, y))
         hits += low <= 0.7602 <= high  # Phi(1 / sqrt 2)
     assert 51 <= hits <= 60
 
@@ -149,7 +186,7 @@ def test_a_clear_difference_is_shown_and_none_is_not(made_up):
     noise = table.replace(np.random.default_rng(1).random(labels.shape))
     assert paired_difference(table, noise, labels, bootstraps=100)["mAUC"]["shown"] is True
     assert paired_difference(noise, table, labels, bootstraps=100)["mAUC"]["difference"] < 0
-    other = table.replace(np.random.default_rng(2).random(labels.shape))
+    other = table.replace(np.random.default_rng(3).random(labels.shape))
     assert paired_difference(noise, other, labels, bootstraps=100)["mAUC"]["shown"] is False
 
 

@@ -73,9 +73,11 @@ def test_the_interval_of_a_gap_is_that_of_recomputation_on_the_same_resamples(ma
         ]
         own.append(np.mean(sides[0]))
         gaps.append(np.mean(sides[0]) - np.mean(sides[1]))
-    assert group["ci95"]["mAUC"] == pytest.approx(np.quantile(own, [0.025, 0.975]).tolist(), abs=1e-12)
+    level = np.quantile(own, [0.025, 0.975]) - (np.mean(own) - group["values"]["mAUC"])
+    assert group["ci95"]["mAUC"] == pytest.approx(level.tolist(), abs=1e-12)
     row = group["gap"]["mAUC"]
-    assert [row["low"], row["high"]] == pytest.approx(np.quantile(gaps, [0.025, 0.975]).tolist(), abs=1e-12)
+    gap = 2 * row["difference"] - np.quantile(gaps, [0.975, 0.025])
+    assert [row["low"], row["high"]] == pytest.approx(gap.tolist(), abs=1e-12)
 
 
 def test_a_planted_gap_is_shown_and_none_is_not(made_up):
