@@ -25,6 +25,7 @@ from hilum.deploy.dicom_writing import (
     uid,
 )  # fmt: skip
 from hilum.deploy.overlays import Scale, overlay, scale_of
+from hilum.deploy.study_remarks import remarks
 from hilum.evaluation.markup import share
 
 SERIES = 9102
@@ -32,6 +33,8 @@ SERIES = 9102
 BURNED = "Research use only; not a medical device"
 LONGEST_SIDE = 1024
 """Of a picture, pixels; larger images are shrunk."""
+SMALLEST = 9
+"""Of the words under it, pixels; what does not fit so has a second row."""
 
 
 class Picture(NamedTuple):
@@ -58,7 +61,8 @@ def pictures(
 ) -> Iterator[Picture]:
     """Colour Secondary Captures of the named findings that have maps: one for each image that was scored.
 
-    The heat is burned in, and under the picture a band that says what it is and that it is for research only.
+    The heat is burned in, and under the picture a band that says what it is, that it is for research only, and what is
+    said of the study and its images.
 
     Args:
         document: as `study_document` makes it.
@@ -90,14 +94,15 @@ def pictures(
             yield Picture(place, number, dataset)
 
 
-def _caption(document: Mapping[str, Any], finding: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[str, str]:
+def _caption(document: Mapping[str, Any], finding: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[str, ...]:
     score = share(finding["probability"]).replace("\N{NO-BREAK SPACE}", " ")
     ends = [share(end).replace("\N{NO-BREAK SPACE}", " ") for end in finding["interval"] or ()]
     interval = f" (on validation {ends[0]} to {ends[1]})" if ends else ""
-    kind = "probability" if document["model"]["calibrated"] else "uncalibrated score"
+    kind = "probability" if finding["calibrated"] else "uncalibrated score"
     return (
         f"{finding['name']}: {kind} of the study {score}{interval}, image {image['number']} ({image['view']})",
         f"{BURNED}. Hilum {document['model']['hilum']}, model {document['model']['digest']}",
+        *remarks(document),
     )
 
 
@@ -117,18 +122,31 @@ def _burn(
 
 
 def _band(columns: int, lines: Sequence[str]) -> UInt8[np.ndarray, "R C 3"]:
-    """White words on black, each line as large as fits the width, in steps down to what can still be read."""
-    largest = max(10, min(20, columns // 40))
-    fonts = []
+    """White words on black, each line as large as fits the width, down to what can be read; a longer one in rows."""
+    largest, room = max(10, min(20, columns // 40)), columns - 8
+    rows: list[tuple[str, Any]] = []
     for line in lines:
-        sizes = [size for size in range(largest, 6, -1) if ImageFont.load_default(size).getlength(line) <= columns - 8]
-        fonts.append(ImageFont.load_default(sizes[0] if sizes else 7))
+        fonts = [ImageFont.load_default(size) for size in range(largest, SMALLEST - 1, -1)]
+        font = next((one for one in fonts if one.getlength(line) <= room), fonts[-1])
+        rows += [(row, font) for row in _rows(line, font, room)]
     height = largest + 8
-    band = Image.new("RGB", (columns, height * len(lines)))
+    band = Image.new("RGB", (columns, height * len(rows)))
     draw = ImageDraw.Draw(band)
-    for place, (line, font) in enumerate(zip(lines, fonts, strict=True)):
-        draw.text((4, place * height + 3), line, fill="white", font=font)
+    for place, (row, font) in enumerate(rows):
+        draw.text((4, place * height + 3), row, fill="white", font=font)
     return np.array(band)
+
+
+def _rows(line: str, font: Any, room: int) -> list[str]:
+    """A line broken between words where it is wider than so many pixels."""
+    rows = [""]
+    for word in line.split(" "):
+        longer = f"{rows[-1]} {word}".strip()
+        if not rows[-1] or font.getlength(longer) <= room:
+            rows[-1] = longer
+        else:
+            rows.append(word)
+    return rows
 
 
 def _capture(
@@ -167,7 +185,7 @@ def _capture(
         dataset.BurnedInAnnotation = "YES"
         dataset.RecognizableVisualFeatures = "NO"
         dataset.ContentQualification = "RESEARCH"
-        dataset.ImageComments = f"{finding['name']}, heat map. {document['notice']}"
+        dataset.ImageComments = " ".join([f"{finding['name']}, heat map.", document["notice"], *remarks(document)])
         dataset.DerivationDescription = "Heat map of a model over the source image; words burned in under it"
         item = Dataset()
         item.ReferencedSOPClassUID = source.one("SOPClassUID")

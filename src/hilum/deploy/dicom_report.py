@@ -24,6 +24,7 @@ from hilum.deploy.dicom_writing import (
     uid,
 )  # fmt: skip
 from hilum.deploy.finding_codes import SCHEME_DESIGNATOR, SCHEME_NAME, SCHEME_UID, SNOMED, local_code
+from hilum.deploy.study_remarks import remarks
 
 SERIES = 9101
 """Its series number: behind those of any radiograph."""
@@ -37,8 +38,8 @@ def structured_report(document: Mapping[str, Any], sources: Sequence[DicomSource
     Device observer (the model), image library (every image), and for each finding that was scored a group (TID 1501) of
     its probability (or, under a name of ours, its uncalibrated score), the interval from validation, its operating
     points as measurements without unit, whether it is above each as qualitative evaluations, a comment where its
-    calibration is in doubt, and the images that it was read from. What is said of the study (flags) is text under
-    "Qualitative Evaluations".
+    calibration is in doubt, and the images that it was read from. What is said of the study and of its images (flags)
+    is text under "Qualitative Evaluations".
 
     Args:
         document: as `study_document` makes it.
@@ -70,8 +71,8 @@ def structured_report(document: Mapping[str, Any], sources: Sequence[DicomSource
                                   for one in scored],
         )  # fmt: skip
         report[0].ContentSequence.insert(len(report[0].ContentSequence) - 1, _library(hd, sources))
-        if document["flags"]:
-            report[0].ContentSequence.append(_remarks(hd, document["flags"]))
+        if said := remarks(document):
+            report[0].ContentSequence.append(_remarks(hd, said))
         evidence = [_evidence(source) for source in sources]
         with _of_known_classes(evidence):
             dataset = sr.ComprehensiveSR(
@@ -157,8 +158,8 @@ def _group(
     sr, name = hd.sr, finding["name"]
     known = SNOMED.get(name)
     concept = sr.CodedConcept(known.value, "SCT", known.meaning) if known else _own(hd, *local_code(name))
-    calibrated = document["model"]["calibrated"]
-    score = codes.DCM.Probability if calibrated else _own(hd, "uncalibrated", "Uncalibrated score, no probability")
+    raw = _own(hd, "uncalibrated", "Uncalibrated score, no probability")
+    score = codes.DCM.Probability if finding["calibrated"] else raw
     measured = [(score, finding["probability"])]
     if finding["interval"]:
         low, high = finding["interval"]
@@ -193,15 +194,15 @@ def _group(
     return group
 
 
-def _remarks(hd: Any, flags: Sequence[Mapping[str, str]]) -> Any:
+def _remarks(hd: Any, said: Sequence[str]) -> Any:
     """What is said of the whole study: rows 12 ff. of TID 1500."""
     value_types = hd.sr.value_types
-    remarks = value_types.ContainerContentItem(
+    container = value_types.ContainerContentItem(
         hd.sr.CodedConcept("C0034375", "UMLS", "Qualitative Evaluations"),
         relationship_type=hd.sr.RelationshipTypeValues.CONTAINS,
     )
-    remarks.ContentSequence = value_types.ContentSequence([_comment(hd, flag["message"]) for flag in flags])
-    return remarks
+    container.ContentSequence = value_types.ContentSequence([_comment(hd, remark) for remark in said])
+    return container
 
 
 def _comment(hd: Any, text: str) -> Any:

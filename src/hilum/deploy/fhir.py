@@ -7,7 +7,7 @@ it. Nothing of a patient is made up or copied: who the study is of is a referenc
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -15,6 +15,7 @@ from typing import Any
 
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.deploy.finding_codes import SCHEME_URI, SNOMED, SNOMED_URI, local_code
+from hilum.deploy.study_remarks import remarks
 from hilum.evaluation.markup import share
 
 RELEASES = ("R5", "R4B")
@@ -76,9 +77,9 @@ def fhir_bundle(document: Mapping[str, Any], references: References = NOBODY, re
         return f"urn:uuid:{uuid.uuid5(root, part)}"
 
     device = name("device")
-    shared = _about(references, release)
+    shared, said = _about(references, release), remarks(document)
     observations = [
-        (name(f"finding {number}"), _observation(finding, document, device, shared["observation"]))
+        (name(f"finding {number}"), _observation(finding, said, device, shared["observation"]))
         for number, finding in enumerate(document["findings"])
     ]
     report = {
@@ -89,7 +90,7 @@ def fhir_bundle(document: Mapping[str, Any], references: References = NOBODY, re
         "code": _coded("http://loinc.org", "18748-4", "Diagnostic imaging study"),
         **shared["report"],
         "result": [{"reference": url, "display": one["code"]["text"]} for url, one in observations],
-        "conclusion": "\n\n".join([document["notice"], *(flag["message"] for flag in document["flags"])]),
+        "conclusion": "\n\n".join([document["notice"], *said]),
     }  # fmt: skip
     entries = [(name("report"), report), *observations, (device, _device(document["model"], release))]
     return {
@@ -121,7 +122,7 @@ def _study_reference(text: str) -> dict[str, Any]:
 
 
 def _observation(
-    finding: Mapping[str, Any], document: Mapping[str, Any], device: str, shared: Mapping[str, Any]
+    finding: Mapping[str, Any], said: Sequence[str], device: str, shared: Mapping[str, Any]
 ) -> dict[str, Any]:
     own = local_code(finding["name"])
     coding = [{"system": SCHEME_URI, "code": own.value, "display": own.meaning}]
@@ -136,15 +137,14 @@ def _observation(
         "device": {"reference": device},
     }
     if finding["probability"] is not None:
-        unit = "probability" if document["model"]["calibrated"] else "uncalibrated score, no probability"
+        unit = "probability" if finding["calibrated"] else "uncalibrated score, no probability"
         observation["valueQuantity"] = _number(finding["probability"], unit)
     else:
         reason = ("not-performed", "Not Performed") if finding["trained"] else ("unsupported", "Unsupported")
         observation["dataAbsentReason"] = _coded(ABSENT, *reason)
     # an observation is also read without its report, so it repeats what is said of the study
-    notes = [finding["calibration_flag"], *(flag["message"] for flag in document["flags"])]
-    if any(notes):
-        observation["note"] = [{"text": note} for note in notes if note]
+    if notes := [note for note in (finding["calibration_flag"], *said) if note]:
+        observation["note"] = [{"text": note} for note in notes]
     if parts := _parts(finding):
         observation["component"] = parts
     return observation
@@ -179,9 +179,9 @@ def _narrative(document: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{escape(one['name'])}</td><td>{escape(_words(one))}</td></tr>" for one in document["findings"]
     )
-    remarks = "".join(f"<p>{escape(flag['message'])}</p>" for flag in document["flags"])
+    said = "".join(f"<p>{escape(remark)}</p>" for remark in remarks(document))
     return (
-        f'<div xmlns="http://www.w3.org/1999/xhtml"><p>{escape(document["notice"])}</p>{remarks}'
+        f'<div xmlns="http://www.w3.org/1999/xhtml"><p>{escape(document["notice"])}</p>{said}'
         f"<table><tbody>{rows}</tbody></table></div>"
     )
 

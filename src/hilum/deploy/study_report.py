@@ -155,6 +155,7 @@ def _finding(result: StudyResult, model: Model, name: str, scored: Sequence[bool
     trained = probability is not None if known else model.trained[name]
     points = result.thresholds.get(name) or None
     band = bands.band(name, probability)
+    flag = result.flags.get(name) or None
     shares = result.contributions.get(name) if probability is not None else None
     images = [
         {
@@ -169,12 +170,13 @@ def _finding(result: StudyResult, model: Model, name: str, scored: Sequence[bool
         "group": model.groups.get(name) if model.groups.get(name) in ("head", "medium", "tail") else None,
         "trained": trained,
         "probability": probability,
+        "calibrated": trained and result.calibrated and "uncalibrated" not in (flag or ""),
         "interval": [band.low, band.high] if band else None,
         "thresholds": {key: float(value) for key, value in points.items()} if points and trained else None,
         "above": {key: probability > value for key, value in points.items()}
         if points and probability is not None
         else None,
-        "calibration_flag": result.flags.get(name) or None,
+        "calibration_flag": flag,
         "has_map": probability is not None and result.attention.get(name) is not None,
         "images": images,
     }

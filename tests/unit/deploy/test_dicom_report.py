@@ -32,7 +32,7 @@ def finding(name: str, probability: float | None, trained: bool = True, has_map:
     known = probability is not None
     return {
         "name": name, "group": "head", "trained": trained, "probability": probability,
-        "interval": [0.2, 0.45] if known else None, "thresholds": CUTS if trained else None,
+        "calibrated": trained, "interval": [0.2, 0.45] if known else None, "thresholds": CUTS if trained else None,
         "above": {key: probability > cut for key, cut in CUTS.items()} if known else None,
         "calibration_flag": None, "has_map": known and has_map, "images": [],
     }  # fmt: skip
@@ -175,6 +175,7 @@ def test_a_report_says_that_its_scores_are_not_calibrated_and_what_else_is_doubt
     document, sources, tmp_path: Path
 ) -> None:
     document["model"]["calibrated"] = False
+    document["findings"] = [one | {"calibrated": False} for one in document["findings"]]
     document["flags"] = [{"code": "images_left_out", "message": "Image 2 took no part."},
                          {"code": "uncalibrated", "message": "These scores are not calibrated."}]  # fmt: skip
     document["findings"][1]["calibration_flag"] = "few positives: 3 µ"
@@ -190,6 +191,37 @@ def test_a_report_says_that_its_scores_are_not_calibrated_and_what_else_is_doubt
     [remarks] = [item for item in dataset.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue == "C0034375"]
     assert [item.TextValue for item in remarks.ContentSequence] == [flag["message"] for flag in document["flags"]]
     assert {item.RelationshipType for item in (remarks, *remarks.ContentSequence)} == {"CONTAINS"}
+
+
+def test_one_finding_without_calibration_is_no_probability_in_a_calibrated_model(document, sources) -> None:
+    document["findings"][0]["calibrated"] = False
+    report = dicom_report.structured_report(document, sources, WHEN)
+    groups = hd.sr.ComprehensiveSR.from_dataset(report).content.get_image_measurement_groups()
+    named = [group.get_measurements()[0].name.value for group in groups]
+    assert named == ["uncalibrated", codes.DCM.Probability.value, codes.DCM.Probability.value]
+    assert "uncalibrated score" in dicom_pictures._caption(document, document["findings"][0], image(1))[0]
+
+
+def test_what_is_said_of_an_image_is_in_the_report_and_in_every_picture(document, sources, tmp_path: Path) -> None:
+    message = "This does not look like a chest X-ray: it may be a scan of something else altogether, or a photograph."
+    document["study"]["images"][1]["flags"] = [{"code": "not_a_chest_xray", "message": message}]
+    document["model"]["accepted_leak"] = "pretraining met 12 test images"
+    expected = ["Accepted leak: pretraining met 12 test images", f"Image 2: {message}"]
+    dataset = reread(dicom_report.structured_report(document, sources, WHEN), tmp_path)
+    [remarks] = [item for item in dataset.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue == "C0034375"]
+    assert [item.TextValue for item in remarks.ContentSequence] == expected
+    plain = document | {"study": document["study"] | {"images": [image(1), image(2)]}}
+    for said, quiet in zip(
+        make_pictures(document, sources, ["Pneumothorax"]), make_pictures(plain, sources, ["Pneumothorax"]), strict=True
+    ):
+        shown = reread(said.dataset, tmp_path)
+        assert all(remark in shown.ImageComments for remark in expected)
+        assert shown.Rows > quiet.dataset.Rows
+    lines = dicom_pictures._caption(document, document["findings"][0], image(1))
+    assert list(lines[2:]) == expected
+    band = dicom_pictures._band(320, lines)
+    assert not band[:, -4:].any()  # no word is cut off
+    assert band.shape[0] > dicom_pictures._band(320, lines[:3]).shape[0] + 18  # it has two rows
 
 
 def test_the_tree_names_the_device_and_describes_the_images(document, sources, tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ def finding(name: str, probability: float | None, trained: bool = True) -> dict[
     known = probability is not None
     return {
         "name": name, "group": "head", "trained": trained, "probability": probability,
-        "interval": [0.2, 0.45] if known else None, "thresholds": CUTS if trained else None,
+        "calibrated": trained, "interval": [0.2, 0.45] if known else None, "thresholds": CUTS if trained else None,
         "above": {key: probability > cut for key, cut in CUTS.items()} if known else None,
-        "calibration_flag": "uncalibrated: few positives" if known else None, "has_map": known, "images": [],
+        "calibration_flag": "kept: few labels here" if known else None, "has_map": known, "images": [],
     }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_the_observations_say_what_the_document_says(document) -> None:
     assert [parts["interval"]["valueRange"][end]["value"] for end in ("low", "high")] == [0.2, 0.45]
     assert {key: parts[f"threshold-{key}"]["valueQuantity"]["value"] for key in CUTS} == CUTS
     assert [parts[f"above-{key}"]["valueBoolean"] for key in CUTS] == [True, True, False]
-    assert first["note"] == [{"text": "uncalibrated: few positives"}, {"text": "Image 2 took no part <in> it."}]
+    assert first["note"] == [{"text": "kept: few labels here"}, {"text": "Image 2 took no part <in> it."}]
     assert third["note"] == [{"text": "Image 2 took no part <in> it."}]
     assert {one["system"] for one in first["code"]["coding"]} == {finding_codes.SCHEME_URI, finding_codes.SNOMED_URI}
     assert [one["system"] for one in second["code"]["coding"]] == [finding_codes.SCHEME_URI]
@@ -101,6 +101,7 @@ def test_the_observations_say_what_the_document_says(document) -> None:
 @pytest.mark.parametrize("release", ["R5", "R4B"])
 def test_scores_that_are_not_calibrated_are_not_called_probabilities(document, release: str) -> None:
     document["model"]["calibrated"] = False
+    document["findings"] = [one | {"calibrated": False} for one in document["findings"]]
     document["flags"].append({"code": "uncalibrated", "message": "These scores are not calibrated."})
     bundle = fhir_bundle(document, release=release)
     READERS[release].model_validate_json(json.dumps(bundle, allow_nan=False))
@@ -110,6 +111,27 @@ def test_scores_that_are_not_calibrated_are_not_called_probabilities(document, r
         assert {"text": "These scores are not calibrated."} in one["note"]
         if "valueQuantity" in one:
             assert one["valueQuantity"]["unit"] == "uncalibrated score, no probability"
+
+
+def test_one_finding_without_calibration_is_no_probability_in_a_calibrated_model(document) -> None:
+    document["findings"][1]["calibrated"] = False
+    first, second, *_ = resources(fhir_bundle(document), "Observation")
+    assert first["valueQuantity"]["unit"] == "probability"
+    assert second["valueQuantity"]["unit"] == "uncalibrated score, no probability"
+
+
+def test_what_is_said_of_an_image_and_of_the_training_goes_with_the_report_and_every_observation(document) -> None:
+    flag = {"code": "not_a_chest_xray", "message": "This does not look <like> a chest X-ray."}
+    document["study"]["images"] = [{"number": 1, "flags": []}, {"number": 2, "flags": [flag]}]
+    document["model"]["accepted_leak"] = "pretraining met 12 test images"
+    bundle = fhir_bundle(document)
+    [report] = resources(bundle, "DiagnosticReport")
+    words = list(ElementTree.fromstring(report["text"]["div"]).itertext())
+    for remark in ("Image 2: This does not look <like> a chest X-ray.",
+                   "Accepted leak: pretraining met 12 test images"):  # fmt: skip
+        assert remark in report["conclusion"]
+        assert remark in words
+        assert all({"text": remark} in one["note"] for one in resources(bundle, "Observation"))
 
 
 def test_the_narrative_is_xml_and_holds_text_as_text(document) -> None:

@@ -11,11 +11,14 @@ import jsonschema
 import numpy as np
 import pytest
 
+from hilum.commands.extend_files import ZERO_SHOT_FLAG
 from hilum.core.types import VIEWS
 from hilum.deploy import model_files as files
 from hilum.deploy.predictor import Model, load
 from hilum.deploy.study_report import ImageFacts, bands_of, study_document, study_schema
 from hilum.deploy.study_result import StudyResult
+from hilum.evaluation.map_choice import NO_LABELS
+from hilum.evaluation.recalibration import KEPT
 from hilum.evaluation.score_bands import ScoreBands, Scored
 
 FACTS = [ImageFacts(40, 30), ImageFacts(20, 26)]
@@ -81,6 +84,15 @@ def test_equal_to_a_threshold_is_not_above(model: Model, result: StudyResult) ->
     cut = result.thresholds["Edema"]["f1"]
     at = dataclasses.replace(result, probabilities=result.probabilities | {"Edema": cut})
     assert made(at, model)["findings"][0]["above"]["f1"] is False
+
+
+def test_a_finding_that_is_flagged_as_uncalibrated_is_not_called_calibrated(model: Model, result: StudyResult) -> None:
+    flags = {"Edema": ZERO_SHOT_FLAG, "Hernia": NO_LABELS, "Mass": KEPT}
+    document = made(dataclasses.replace(result, flags=flags), model)
+    assert document["model"]["calibrated"]
+    assert [one["calibrated"] for one in document["findings"]] == [False, False, True]
+    raw = made(dataclasses.replace(result, flags={}, calibrated=False), model)
+    assert not any(one["calibrated"] for one in raw["findings"])
 
 
 def test_a_finding_never_trained_is_null_throughout(model: Model, result: StudyResult) -> None:
