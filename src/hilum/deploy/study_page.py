@@ -1,7 +1,8 @@
 """A study document as a page to read and to print: one HTML file that asks nothing of any network.
 
 It has the look of the evaluation report, and computes nothing: numbers are those of the document, pictures come from
-the caller. Nothing of a patient is on it that is not in the pictures themselves.
+the caller. Nothing of a patient is on it that is not in the pictures themselves. Past 300 lines: one page, and the
+words that explain it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,29 +31,33 @@ FEWEST_MAPS = 3
 
 NO_THRESHOLD = "no operating point"
 LEAD = (
-    "Probability of each finding in this study, with its operating point (tick: {point} on the patients it was "
-    "calibrated on) and, as a line under the bar, how often the finding was present among the validation studies that "
-    "scored alike (95 % interval). Above its operating point: bold."
+    "Probability of each finding in this study, and, as a line under the bar, how often the finding was present among "
+    "the validation studies that scored alike (95 % interval)."
 )
-RAW_LEAD = (
-    "<b>These scores are not calibrated: they order studies and are no probabilities.</b> The tick is the operating "
-    "point on the same scale. Above it: bold."
-)
+RAW_LEAD = "<b>These scores are not calibrated: they order studies and are no probabilities.</b>"
+POINT_LEAD = " The tick is its operating point: {point} on the patients it was chosen on. Above it: bold."
 MAPS_LEAD = (
     "Where the model looked for a finding, one scale for all images of the study. It is not a segmentation and does "
     "not say why: a right answer can be read from the wrong place."
 )
+PROBABILITY = (
+    "Probability", "Of the whole study, calibrated on validation patients. It is no diagnosis, and holds for people "
+    "like those of validation: elsewhere the same number can mean something else.",
+)  # fmt: skip
+SCORE = (
+    "Score", "Of the whole study, from 0 to 1, not calibrated: it is no probability and no diagnosis. It orders studies "
+    "by one finding, and says nothing across findings.",
+)  # fmt: skip
+POINT = (
+    "Operating point", "A {score} from which on a finding is called present. The tick is {point} on the "
+    "patients it was chosen on; others are in the file beside this page. A rare finding has a low one.",
+)  # fmt: skip
 READING = (
-    ("Probability", "Of the whole study, calibrated on validation patients. It is no diagnosis, and holds for people "
-     "like those of validation: elsewhere the same number can mean something else."),
     ("Interval", "Among the validation studies whose score was nearest, the share in which the finding was present, "
      "with its 95 % interval (Wilson). It says how sure the validation is, not how sure anybody is of this study. "
      "Where it is missing, the model has too few validation studies or keeps none."),
-    ("Operating point", "A probability from which on a finding is called present. The tick is {point} "
-     "on the patients that the model was calibrated on; others are in the file beside this page. A rare finding has a "
-     "low one."),
     ("Images", "An image that does not look like an upright chest X-ray takes no part, and says so. The share of an "
-     "image is its part in the study's probability."),
+     "image is its part in the study's {score}."),
     ("Head, medium, tail", "By share of training images: over 10 %, 1 to 10 %, under 1 %."),
 )  # fmt: skip
 
@@ -81,7 +86,8 @@ def study_page(
     films = [_Film(f"image-{image['number']}", one) for image, one in zip(images, pixels, strict=True)]
     shown = [one for one in _leading(document) if one["has_map"] and (maps or {}).get(one["name"]) is not None]
     point = drawn_point(document)
-    lead = LEAD.format(point=point_words(point)) if document["model"]["calibrated"] else RAW_LEAD
+    calibrated, has_points = document["model"]["calibrated"], bool(document["model"]["operating_points"])
+    lead = (LEAD if calibrated else RAW_LEAD) + (POINT_LEAD.format(point=point_words(point)) if has_points else "")
     withheld = document["status"] == "withheld"
     answers = _withheld(document) if withheld else _answers(document)
     parts = [
@@ -89,11 +95,15 @@ def study_page(
         ("images", "Images", "", _sheet(films, images)),
     ]
     if shown and maps:
-        drawn = "".join(_map(one, maps[one["name"]] or (), films, images, _is_above(one, point)) for one in shown)
+        drawn = "".join(_map(one, maps[one["name"]] or (), films, document, _is_above(one, point)) for one in shown)
         key = words.examples_controls(False).replace("highest in the study", "strongest in the study")
         parts.append(("examples", "Maps", MAPS_LEAD, key + drawn))
-    explained = [(heading, body.format(point=point_words(point))) for heading, body in READING]
-    reading = "".join(f"<div><h3>{heading}</h3><p>{body}</p></div>" for heading, body in explained)
+    score = _score_word(document)
+    explained = (PROBABILITY if calibrated else SCORE, *((POINT,) if has_points else ()), *READING)
+    reading = "".join(
+        f"<div><h3>{heading}</h3><p>{body.format(point=point_words(point), score=score)}</p></div>"
+        for heading, body in explained
+    )
     parts.append(("reading", "How to read this page", "", f'<div class="reading">{reading}</div>'))
     parts.append(("provenance", "Provenance", "", listing(_provenance(document, facts or {}))))
     definitions = "".join(film.definition() for film in films)
@@ -159,6 +169,10 @@ def drawn_point(document: Mapping[str, Any]) -> str:
     return next(iter(document["model"]["operating_points"]), "f1")
 
 
+def _score_word(document: Mapping[str, Any]) -> str:
+    return "probability" if document["model"]["calibrated"] else "score"
+
+
 def _is_above(finding: Mapping[str, Any], point: str) -> bool:
     return bool((finding["above"] or {}).get(point))
 
@@ -166,11 +180,14 @@ def _is_above(finding: Mapping[str, Any], point: str) -> bool:
 def _masthead(document: Mapping[str, Any]) -> str:
     model, images = document["model"], document["study"]["images"]
     known = [one for one in document["findings"] if one["probability"] is not None]
+    point = drawn_point(document)
+    judged = [one for one in known if point in (one["above"] or {})]
+    above = f"{sum(_is_above(one, point) for one in judged)} of {len(judged)}"
     facts = [
         ("Study", document["study"]["id"]),
         ("Images", f"{sum(image['scored'] for image in images)} of {len(images)} scored"),
         ("Findings", f"{len(known)} of {len(document['findings'])} scored"),
-        ("Above their point", str(sum(_is_above(one, drawn_point(document)) for one in known))),
+        *([("Above their point", above)] if judged else []),
         ("Scores", "calibrated" if model["calibrated"] else "not calibrated"),
         ("Model", model["digest"]),
         ("Status", "withheld" if document["status"] == "withheld" else "preliminary, read by nobody"),
@@ -266,9 +283,10 @@ def _map(
     finding: Mapping[str, Any],
     maps: Sequence[Float[np.ndarray, "_ _"]],
     films: Sequence[_Film],
-    images: Sequence[Mapping[str, Any]],
+    document: Mapping[str, Any],
     is_above: bool,
 ) -> str:
+    images, score = document["study"]["images"], _score_word(document)
     used = [place for place, image in enumerate(images) if image["scored"]]
     scale = scale_of([maps[place] for place in used])
     shares = {image["number"]: image["contribution"] for image in finding["images"]}
@@ -277,7 +295,7 @@ def _map(
         image, film = images[place], films[place]
         label = f"Image {image['number']}, {image['view']}"
         part = shares.get(image["number"])
-        said = f"{share(part)} of the study's probability" if part is not None and len(used) > 1 else ""
+        said = f"{share(part)} of the study's {score}" if part is not None and len(used) > 1 else ""
         over = film.heat(maps[place], image["box"], scale)
         spoken = f"{label}: where the model looked for {finding['name']}"
         figures.append(

@@ -19,7 +19,7 @@ def finding(name: str, probability: float | None, trained: bool = True, has_map:
     known = probability is not None
     return {
         "name": name, "group": "tail", "trained": trained, "probability": probability,
-        "interval": [0.21, 0.45] if known else None, "thresholds": CUTS if trained else None,
+        "calibrated": trained, "interval": [0.21, 0.45] if known else None, "thresholds": CUTS if trained else None,
         "above": {key: probability > cut for key, cut in CUTS.items()} if known else None,
         "calibration_flag": "uncalibrated: few positives" if known else None, "has_map": known and has_map,
         "images": [{"number": n, "probability": probability, "contribution": 0.6 if n == 1 else 0.4} for n in (1, 2)],
@@ -124,6 +124,30 @@ def test_raw_scores_are_not_called_probabilities(document) -> None:
     page = study_page(document, PIXELS, MAPS)
     assert "These scores are not calibrated" in page
     assert '<th class="number">Score</th>' in page
+
+
+def test_the_explanations_of_a_raw_page_promise_no_calibration(document) -> None:
+    document["model"]["calibrated"] = False
+    words = " ".join("".join(Page(study_page(document, PIXELS, MAPS)).words).split())
+    assert "calibrated on validation" not in words
+    assert "the study's probability" not in words
+    assert "A score from which on" in words
+
+
+def test_a_model_without_operating_points_is_not_said_to_be_below_any(document) -> None:
+    document["model"]["operating_points"] = []
+    document["findings"] = [one | {"thresholds": None, "above": None} for one in document["findings"]]
+    words = Page(study_page(document, PIXELS, MAPS)).words
+    assert "Above their point" not in words
+    assert not any("tick" in one.lower().split() for one in words)
+    assert words.count("Operating point") == 1  # the column, in which each finding says that it has none
+    assert words.count("no operating point; uncalibrated: few positives") == 3
+
+
+def test_only_findings_with_the_point_are_counted(document) -> None:
+    document["findings"][0] |= {"thresholds": None, "above": None}
+    words = Page(study_page(document, PIXELS, MAPS)).words
+    assert words[words.index("Above their point") + 1] == "1 of 2"
 
 
 def test_nothing_is_fetched_and_names_stay_text(document) -> None:
