@@ -8,17 +8,19 @@ Fixed before it is run:
 - Upper bound: the same recipe fitted on all 45 at once. Recipe: laptop_decoder at 128 pixels, seed 0. The ladder of
   `hilum extend` as it is: validation chooses among rows, adapter, own.
 - Few labels: the 19 at once, at most k positives of each in train and k in validation, k = 8, 16, 32, 64, 128, seeds 0
-  to 4; all known negatives stay. A finding counts at a k only where it has at least k positives in train.
+  to 4; all known negatives stay. A finding counts at a k only where it has at least k positives in train; since that
+  is fewer findings at a larger k, the curve is also given over those that count at every k, with the joint fit beside.
 - Judged on test, raw predictions, per image: average precision of findings with at least 10 test positives; paired
   differences over 1,000 resamples of patients, seed 0.
 
-Models that are there already are kept, so a run that was stopped goes on. Writes OUT/growing.json. `key=value` is put
-behind every recipe, and is for trying the script out (as in shots=4,8 seeds=1 search_epochs=2).
+Models that are there already are kept, so a run that was stopped goes on, with the same STORE, BACKBONE and settings.
+Writes OUT/growing.json. `key=value` is put behind every recipe, and is for trying the script out (as in shots=4,8
+seeds=1 search_epochs=2).
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from hilum.commands import extend, fit
+from hilum.commands.ablate_checkpoint import weights_digest
 from hilum.commands.extend_inputs import Shots
 from hilum.core.files import read_json, write_json
 from hilum.core.tracking import say
@@ -45,14 +48,14 @@ RECIPE, SETTINGS = "laptop_decoder", ("resolution=128",)
 SHOTS, SEEDS, POSITIVES, RESAMPLES = (8, 16, 32, 64, 128), 5, 10, 1000
 
 
-def timed(folder: Path, program: Callable[..., Path], *arguments: Any) -> float:
-    """Make a model unless it is there; seconds that it took, kept beside it."""
+def timed(folder: Path, program: Callable[..., Path], *arguments: Any) -> float | None:
+    """Make a model unless it is there; seconds that it took, kept beside it; None where nobody knows any more."""
     clock = folder.with_name(f"{folder.name}.seconds.json")
     if not (folder / "config.json").exists():
         start = time.monotonic()
         program(*arguments)
         write_json(clock, time.monotonic() - start)
-    return float(read_json(clock, ValueError)) if clock.exists() else float("nan")
+    return float(read_json(clock, ValueError)) if clock.exists() else None
 
 
 def predicted(model: Path, store: Store, raw: bool = True) -> Predictions:
@@ -75,6 +78,7 @@ def old_change(before: Path, after: Path, store: Store) -> dict[str, float | boo
         one, other = predicted(before, store, raw), predicted(after, store, raw)
         assert one.image_uid.tolist() == other.image_uid.tolist()
         both = [one.probabilities, other.select(one.findings).probabilities]
+        assert np.array_equal(*map(np.isnan, both)), "an old finding has become null, or is no longer"
         changes[kind] = float(np.nanmax(np.abs(both[0] - both[1])))
     old, new = (load_file(path / "model.safetensors") for path in (before, after))
     return {**changes, "same_tensors": all(old[name].tobytes() == new[name].tobytes() for name in old)}
@@ -96,7 +100,7 @@ def described(model: Path, store: Store, names: tuple[str, ...]) -> dict[str, An
     return rows
 
 
-def mean_ap(rows: dict[str, Any], names: list[str]) -> float | None:
+def mean_ap(rows: dict[str, Any], names: Sequence[str]) -> float | None:
     """Mean over findings with enough test positives."""
     values = [
         rows[name]["AP"] for name in names if rows[name]["positives"] >= POSITIVES and rows[name]["AP"] is not None
@@ -119,7 +123,7 @@ def increments(store: Store, data: Path, backbone: Path, out: Path, settings: li
         seconds = timed(folder, extend.run, previous, data, findings, folder, settings)
         training = read_config(folder)["extensions"][-1]["training"]
         result[name] = {
-            "seconds": seconds, "seconds_per_finding": seconds / len(findings), "rung": training["rung"],
+            "seconds": seconds, "seconds_per_finding": seconds and seconds / len(findings), "rung": training["rung"],
             "weights_per_finding": training["trained_weights"] / len(findings),
             "old": old_change(previous, folder, store), "rows": described(folder, store, findings),
         }  # fmt: skip
@@ -142,12 +146,19 @@ def increments(store: Store, data: Path, backbone: Path, out: Path, settings: li
 def few_labels(
     store: Store, data: Path, out: Path, settings: list[str], shots: tuple[int, ...], seeds: int
 ) -> dict[str, Any]:
-    """The 19 at once from k positives of each."""
+    """The 19 at once from k positives of each, beside the joint fit on every label, which must be there."""
     findings, train = (*FIRST, *LAST), store.indices("train")
     positives = {name: int((store.labels[train, store.findings.index(name)] == 1).sum()) for name in findings}
-    curve: dict[str, Any] = {"train_positives": positives, "k": {}}
-    for k in shots:
-        enough = [name for name in findings if positives[name] >= k]
+    joint = described(out / "joint_45", store, findings)
+    counting = {
+        k: [one for one in findings if positives[one] >= k and joint[one]["positives"] >= POSITIVES] for k in shots
+    }
+    always = counting[max(shots)]
+    curve: dict[str, Any] = {
+        "train_positives": positives, "findings_at_every_k": always, "joint_mAP_at_every_k": mean_ap(joint, always),
+        "k": {},
+    }  # fmt: skip
+    for k, enough in counting.items():
         runs = []
         for seed in range(seeds):
             folder = out / f"shots_{k}_seed_{seed}"
@@ -155,14 +166,15 @@ def few_labels(
             seconds = timed(folder, extend.run, *arguments)
             rows, training = described(folder, store, findings), read_config(folder)["extensions"][-1]["training"]
             runs.append({
-                "seed": seed, "seconds": seconds, "rung": training["rung"], "mAP": mean_ap(rows, enough), "rows": rows,
+                "seed": seed, "seconds": seconds, "rung": training["rung"], "mAP": mean_ap(rows, enough),
+                "mAP_at_every_k": mean_ap(rows, always), "rows": rows,
                 "old": old_change(out / "grown_26", folder, store),
             })  # fmt: skip
-        values = [run["mAP"] for run in runs if run["mAP"] is not None]
-        curve["k"][str(k)] = {
-            "findings": enough, "runs": runs, "mAP": float(np.mean(values)) if values else None,
-            "range": [min(values), max(values)] if values else None,
-        }  # fmt: skip
+        curve["k"][str(k)] = {"findings": enough, "joint_mAP": mean_ap(joint, enough), "runs": runs}
+        for name in ("mAP", "mAP_at_every_k"):
+            values = [run[name] for run in runs if run[name] is not None]
+            curve["k"][str(k)][name] = float(np.mean(values)) if values else None
+            curve["k"][str(k)][f"range_of_{name}"] = [min(values), max(values)] if values else [None, None]
     return curve
 
 
@@ -174,6 +186,12 @@ def main(data: Path, backbone: Path, out: Path, words: list[str]) -> None:
     settings = [f"{key}={value}" for key, value in given.items()]
     store = Store.open(data)
     out.mkdir(parents=True, exist_ok=True)
+    made_from = {
+        "store": store.header["index_sha256"], "backbone": weights_digest(str(backbone)), "settings": settings,
+    }  # fmt: skip
+    if (out / "made_from.json").exists() and read_json(out / "made_from.json", ValueError) != made_from:
+        raise SystemExit(f"{out} holds models of another store, another backbone or other settings; take a new OUT.")
+    write_json(out / "made_from.json", made_from)
     grown = increments(store, data, backbone, out, settings)
     curve = few_labels(store, data, out, settings, shots, seeds)
     write_json(out / "growing.json", {"increments": grown, "few_labels": curve})
@@ -184,14 +202,18 @@ def main(data: Path, backbone: Path, out: Path, words: list[str]) -> None:
         say(
             f"{name:8} {max(step['old']['raw'], step['old']['calibrated']):12g} {step['old']['same_tensors']!s:>12} "
             f"{_number(mean_ap(step['rows'], list(findings)))} {_number(joint)} {step['rung']:>8} "
-            f"{step['seconds_per_finding']:9.1f}"
+            f"{_number(step['seconds_per_finding'])}"
         )
     row = grown["grown_minus_joint_new"]
     say(f"new findings, grown - joint: {_number(row['difference'])} [{_number(row['low'])}, {_number(row['high'])}]")
     for k, row in curve["k"].items():
-        ends = row["range"] or [None, None]
-        spread = f"({_number(ends[0])} to {_number(ends[1])})"
-        say(f"k = {k:>3}: {len(row['findings'])} findings, mAP {_number(row['mAP'])} {spread}")
+        for name, findings, joint in (
+            ("mAP", row["findings"], row["joint_mAP"]),
+            ("mAP_at_every_k", curve["findings_at_every_k"], curve["joint_mAP_at_every_k"]),
+        ):
+            ends = row[f"range_of_{name}"]
+            spread = f"({_number(ends[0])} to {_number(ends[1])})"
+            say(f"k = {k:>3}: {len(findings):2} findings, {name} {_number(row[name])} {spread}, joint {_number(joint)}")
 
 
 def _number(value: float | None) -> str:

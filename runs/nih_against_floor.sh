@@ -5,7 +5,8 @@
 #
 # One backbone is pretrained on synthetic patients (PHANTOMS: the store of runs/ablation_store.sh), then goes on, in each
 # split, on the training images of that split. The floor is fitted on train and val of the same split; it is a
-# comparison, never a feature or a member. Everything here was fixed before it was run.
+# comparison, never a feature or a member. Everything here was fixed before it was run; but the recipe of pretraining was
+# chosen before on train and val patients of split 0 (docs/log.md), most of whom are test patients of one of splits 1 to 4.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-outputs/nih_against_floor}

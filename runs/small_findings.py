@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from hilum.core.files import write_json
-from hilum.evaluation.ablation import compare, read_result, summarise
+from hilum.evaluation.ablation import SeedResult, compare, read_result, summarise
 
 SMALL_SHARE = 0.01
 
@@ -31,20 +31,25 @@ def small_findings(phantoms: Path) -> dict[str, float]:
     return {name: share for name, share in shares.items() if share < SMALL_SHARE}
 
 
+def results_of(row: Path) -> dict[int, SeedResult]:
+    """By seed; an ablation whose settings were changed keeps units of both, and nothing here tells them apart."""
+    found: dict[int, SeedResult] = {}
+    for path in sorted(row.glob("seed*-*")):
+        seed = int(path.name.partition("-")[0].removeprefix("seed"))
+        if (path / "unit.json").exists():
+            if seed in found:
+                raise SystemExit(f"{row}: two results of seed {seed}. Remove those of the plan that is not meant.")
+            found[seed] = read_result(path / "result.npz")
+    return found
+
+
 def main(ablation: Path, phantoms: Path, rows: list[str]) -> None:
     """Average, compare, print, write."""
     small = small_findings(phantoms)
     counted = json.loads((ablation / "results.json").read_text())
     judged = next(iter(counted["tasks"].values()))["findings"]
     columns = {"small": [name for name in judged if name in small], "other": [n for n in judged if n not in small]}
-    results = {
-        row: {
-            int(path.name.partition("-")[0].removeprefix("seed")): read_result(path / "result.npz")
-            for path in sorted((ablation / "rows" / row).glob("seed*-*"))
-            if (path / "unit.json").exists()
-        }
-        for row in rows
-    }
+    results = {row: results_of(ablation / "rows" / row) for row in rows}
     found = {
         "small": {name: small[name] for name in columns["small"]},
         "rows": {row: summarise(seeds, columns, 0) for row, seeds in results.items()},

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from hilum import plans
-from hilum.backbones.weights import load_backbone, read_backbone_config
+from hilum.backbones.vit import VisionTransformer, ViTConfig
+from hilum.backbones.weights import load_backbone, read_backbone_config, save_backbone
 from hilum.commands import ablate, ablate_making, ablate_results, combine, evaluate, fit, predict
 from hilum.commands.ablate_plan import AblationPlan, PlannedBackbone, PlannedHead, PlannedRow, PublishedNumber
 from hilum.commands.ablate_units import UNIT_NAME, Unit, Workplace
 from hilum.core.config import read_yaml, write_yaml
 from hilum.core.errors import ConfigError, HilumError
+from hilum.data.intensity import PREPROCESS_ID
 from hilum.data.labels import CXRLT_2024_TASK1, TASKS
 from hilum.data.store import Store, write_arrays
 from hilum.deploy.model_files import read_validation
@@ -261,6 +263,18 @@ def test_a_unit_that_fails_is_reported_and_the_others_go_on(store: Path, tmp_pat
     assert found["rows"][1]["seeds"] == []
     assert found["differences"] == []
     assert "Not made: heads/deep seed 0" in (tmp_path / "table.md").read_text()
+
+
+def test_weights_that_nobody_recorded_are_said_beside_the_numbers(store: Path, tmp_path: Path) -> None:
+    save_backbone(
+        VisionTransformer(ViTConfig(16, 1, 2, patch_size=16, image_size=32)), tmp_path / "theirs", PREPROCESS_ID
+    )
+    backbone = PlannedBackbone("untrained", weights=str(tmp_path / "theirs"))
+    plan = replace(PLAN, backbones=(backbone,), rows=PLAN.rows[:1], seeds=(0,))
+    ablate.run(plans.resolve(plan), store, tmp_path / "out", "cpu")
+    [row] = results(tmp_path / "out")["rows"]
+    assert "nothing lists" in row["exposure_not_recorded"]
+    assert f"Exposure of plain: {row['exposure_not_recorded']}." in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_store_without_test_images_is_refused(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def _row(place: Workplace, unit: Unit, folder: Path) -> dict[str, Any]:
         "stage": predictions.stage,
         "study": predictions.metadata.get("study_aggregation"),
         "exposed_images": predictions.metadata.get("exposed_images"),
+        "exposure_not_recorded": predictions.metadata.get("exposure_not_recorded"),
     }
 
 

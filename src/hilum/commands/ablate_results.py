@@ -139,6 +139,7 @@ def _row(
         "seeds": list(results),
         "chosen": chosen,
         "exposed_images": max((record["exposed_images"] or 0 for record in records), default=0),
+        "exposure_not_recorded": next(filter(None, (record.get("exposure_not_recorded") for record in records)), None),
         "tasks": {
             task: {
                 "published": published.get(task),

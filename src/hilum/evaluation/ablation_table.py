@@ -78,6 +78,10 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             "Not unseen images: so many of the test images were met in pretraining or training: "
             f"{', '.join(exposed)}. These numbers are too high by an unknown amount."
         )
+    unknown: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        unknown.setdefault(row["exposure_not_recorded"] or "", []).append(row["title"])
+    lines += [f"Exposure of {', '.join(rows)}: {words}." for words, rows in unknown.items() if words]
     lines += [f"Not made: {failure['unit']}: {failure['error']}" for failure in results["failures"]]
     return lines
 

@@ -52,7 +52,7 @@ def make_results(rows: tuple = ROWS, seeds: int = 3, task: str = TASK, **changes
         "rows": [
             {
                 "name": name, "title": name, "heads": [name], "stands_for": f"original {name}", "note": "",
-                "seeds": list(range(seeds)), "exposed_images": 0,
+                "seeds": list(range(seeds)), "exposed_images": 0, "exposure_not_recorded": None,
                 "chosen": {name: {str(seed): {"learning_rate": 1e-3, "score": 0.3} for seed in range(seeds)}},
                 "tasks": {task: {"published": known[name], **summarise(numbers[name], sets, 0)}},
             }
