@@ -9,6 +9,16 @@ The peer's environment is HILUM_PEER_PYTHON; or `outputs/peer`, which is made he
 network, or from the wheels in HILUM_PEER_WHEELS on top of the packages of this interpreter. Without it the column of
 ratios says why it was not measured. HILUM_BENCH_STAGES chooses stages by a regular expression, as HILUM_BENCH_ROWS does
 rows of the step benchmark.
+
+All stages may take 69 minutes. Where a command may take ten, these calls fit; each writes its files anew:
+
+    HILUM_BENCH_STAGES='equality|head-step' make gpu-bench
+    HILUM_BENCH_STAGES='prototype-loss' make gpu-bench
+    HILUM_BENCH_STAGES='crops|sweep' make gpu-bench
+    HILUM_BENCH_STAGES='loader' make gpu-bench
+    HILUM_BENCH_STAGES='inference' make gpu-bench
+
+and pretrain-step, which may take 30 minutes, with a few rows a call.
 """
 
 import contextlib
@@ -65,7 +75,9 @@ def main(out: Path, anyway: bool) -> int:
     import torch
 
     if not torch.cuda.is_available() and not anyway:
+        files = " ".join(str(path.relative_to(ROOT)) for path in equality_files())
         print(f"make gpu-bench needs a CUDA device; torch {torch.__version__} of {sys.executable} finds none.")
+        print(f"What these files hold equal on a CPU: {sys.executable} -m pytest {files}")
         return 2
     out.mkdir(parents=True, exist_ok=True)
     machine = {
@@ -140,29 +152,15 @@ def environment(peer: "Future[tuple[str, str]]") -> dict[str, str]:
 def command_of(name: str, out: Path) -> list[str] | None:
     """The process of a stage; None if this checkout does not have it."""
     if name == "equality tests":
-        files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
-        unhooked = [] if has("beartype") else ["--noconftest"]
-        return [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "-rA",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            *unhooked,
-            *files,
-        ]
-    found = {path.stem.replace("_", "-"): path for path in HERE.glob("[a-z]*.py")}
-    path = found.get(name) or (found.get("loading") if name == "loader" else None)
+        words = ["-m", "gpu", "-rA", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        return [sys.executable, "-m", "pytest", *words, *map(str, equality_files())]
+    path = {path.stem.replace("_", "-"): path for path in HERE.glob("[a-z]*.py")}.get(name)
     return path and [sys.executable, __file__, "--one", str(path), str(results_file(name, out))]
 
 
-def has(package: str) -> bool:
-    """Whether the interpreter of the stages has a package."""
-    return subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True).returncode == 0
+def equality_files() -> list[Path]:
+    """Files with tests that need a device."""
+    return sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
 
 
 def results_file(name: str, out: Path) -> Path:

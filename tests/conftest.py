@@ -1,5 +1,6 @@
 """Shared by all tests: annotations checked while running, the real sample, and quiet threads."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,12 @@ import jaxtyping
 import pytest
 
 # Before anything of hilum is imported: every annotation of the package is checked in every call, shapes too. An int
-# passes for a float, as it does for mypy. Programs that tests start as processes of their own are not checked.
-jaxtyping.install_import_hook("hilum", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# passes for a float, as it does for mypy. Programs that tests start as processes of their own are not checked, and
+# nothing is where there is no beartype, as on a GPU image.
+with contextlib.suppress(ModuleNotFoundError):
+    import beartype  # noqa: F401
+
+    jaxtyping.install_import_hook("hilum", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 NIH_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih-sample"
 

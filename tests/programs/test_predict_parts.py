@@ -306,17 +306,6 @@ def test_two_processes_say_what_one_says(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "two.csv.parts").exists()
 
 
-@pytest.mark.gpu
-def test_a_process_for_every_gpu(folder: Path, tmp_path: Path) -> None:
-    import torch
-
-    target, devices = [f"{folder / 'store'}:train"], torch.cuda.device_count()
-    predict.run(folder / "model", target, tmp_path / "one.csv", device="cpu", batch_size=2)
-    predict.run(folder / "model", target, tmp_path / "all.csv", device="cuda", batch_size=2, devices=devices)
-    one, every = read_predictions(tmp_path / "one.csv"), read_predictions(tmp_path / "all.csv")
-    np.testing.assert_allclose(one.probabilities, every.probabilities, atol=1e-3)
-
-
 def test_threads_that_read_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     work = predict_parts.Work(Path(), None, None, None, [], {}, np.zeros(0, str), 1, False, False, processes=4)
     for cores, threads in ((2, 2), (16, 4), (192, 16)):

@@ -1,6 +1,8 @@
 """`make gpu-bench`: a stage that fails, hangs or is cut short costs that stage and no row."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -127,10 +129,39 @@ def test_every_stage_has_its_program(bench: ModuleType, tmp_path: Path) -> None:
     assert str(BENCHMARKS.parent / "tests/programs/test_pretrain.py") in found["equality tests"]
 
 
+ABSENT = ["beartype", "fastapi", "gdcm", "hypothesis", "jsonschema", "polars", "psutil", "pydantic", "pydicom", "xdist"]
+"""Of what the tests of a full installation import, what a GPU image does not have."""
+
+
+def test_the_equality_tests_can_be_set_up_on_a_bare_gpu_image(bench: ModuleType, tmp_path: Path) -> None:
+    """Their files import nothing that is not there, and every test finds its fixtures."""
+    [_, module, pytest_, *words] = bench.command_of("equality tests", tmp_path)
+    assert (module, pytest_) == ("-m", "pytest")
+    program = "import sys; sys.modules.update(dict.fromkeys({}));import pytest; sys.exit(pytest.main({}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program.format(ABSENT, [*words, "--setup-plan"])], cwd=BENCHMARKS.parent,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    planned = set(re.findall(r"^ +(\S+\.py)::", done.stdout, re.MULTILINE))
+    assert {BENCHMARKS.parent / path for path in planned} == {Path(word) for word in words if word.endswith(".py")}
+
+
+def test_the_calls_of_the_docstring_fit_into_ten_minutes(bench: ModuleType) -> None:
+    calls = re.findall(r"HILUM_BENCH_STAGES='(.+?)'", str(bench.__doc__))
+    chosen = [[(name, limit) for name, limit in bench.STAGES if re.search(call, name)] for call in calls]
+    assert all(sum(limit for _, limit in stages) < 600 for stages in chosen)
+    assert sorted(name for stages in chosen for name, _ in stages) == sorted(
+        name for name, limit in bench.STAGES if limit < 600
+    )
+
+
 def test_without_a_device_it_says_so(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert bench.main(tmp_path / "out", anyway=False) == 2
-    assert "needs a CUDA device" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "needs a CUDA device" in said
+    assert "-m pytest tests/programs/test_predict_on_gpus.py tests/programs/test_pretrain.py" in said
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Heads on a GPU say and learn what they do on the CPU."""
+"""Heads and losses on a GPU say and learn what they do on the CPU."""
 
 from dataclasses import replace
 
@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from hilum.heads.features import Features
+from hilum.heads.frequencies import Frequencies
+from hilum.heads.loss_settings import LossSettings
+from hilum.heads.losses import LOSSES, Targets, build_loss
 from hilum.heads.registry import VIEWS_OF_HEADS, HeadConfig, build_head
 
 BASE = HeadConfig("ml_decoder", 32, 9, 2, decoder_dim=64, decoder_feed_forward=96, decoder_heads=4)
@@ -47,3 +50,23 @@ def test_logits_gradients_and_maps_are_those_of_the_cpu(make_features, config: H
     assert torch.isfinite(there(moved, drawn)).all()
     with torch.autocast("cuda", torch.bfloat16):
         assert torch.isfinite(there(moved, drawn)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_and_its_slopes_are_those_of_the_cpu(name: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits = 3 * torch.randn(256, 3, generator=generator)
+    targets, weights = torch.rand(256, 3, generator=generator), torch.rand(256, 3, generator=generator)
+    weights[weights < 0.5] = 0  # unknown
+    counts = Frequencies(torch.tensor([900.0, 40.0, 3.0]), torch.tensor([100.0, 960.0, 497.0]))
+    values, slopes = [], []
+    for device in ("cpu", "cuda"):
+        moved = logits.to(device, copy=True).requires_grad_()
+        cost = build_loss(LossSettings(name), counts.to(device))(moved, Targets(targets.to(device), weights.to(device)))
+        cost.backward()
+        values.append(cost.item())
+        slopes.append(moved.grad.cpu())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert torch.allclose(*slopes, rtol=1e-4, atol=1e-6)
+    assert not slopes[1][weights == 0].any()

@@ -473,23 +473,6 @@ def test_what_a_loss_makes_of_probabilities_is_what_the_docs_say() -> None:
     assert minimiser(LossSettings("masked_bce_sum"), 0.2) == pytest.approx(0.2, abs=1e-3)
 
 
-@pytest.mark.gpu
-@BY_NAME
-def test_a_loss_on_a_gpu_is_that_on_a_cpu(name: str) -> None:
-    logits, targets = batch(7, soft=True, size=256)
-    values, slopes = [], []
-    for device in ("cpu", "cuda"):
-        moved = torch.from_numpy(logits).float().to(device).requires_grad_()
-        loss = build_loss(LossSettings(name), COUNTS.to(device))
-        cost = loss(moved, Targets(*(part.to(device) for part in targets[:2])))
-        cost.backward()
-        values.append(cost.item())
-        slopes.append(moved.grad.cpu())
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
-    assert torch.allclose(*slopes, rtol=1e-4, atol=1e-6)
-    assert not slopes[1][targets.weights == 0].any()
-
-
 def test_a_finding_without_a_positive_takes_no_weight_from_others() -> None:
     loss = ClassBalancedSettings(over="findings")
     present = losses.effective_weights(Frequencies(torch.tensor([900.0, 40.0]), torch.tensor([100.0, 960.0])), loss)
