@@ -16,7 +16,15 @@ from scipy.special import chdtri
 
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.core.intervals import wilson_interval
-from hilum.evaluation.bootstrap import BLOCK, basic_interval, clusters_of, interval, replicates, resample_weights
+from hilum.evaluation.bootstrap import (
+    BLOCK,
+    INTERVALS,
+    basic_interval,
+    clusters_of,
+    interval,
+    replicates,
+    resample_weights,
+)
 from hilum.evaluation.calibration import Calibrator
 from hilum.evaluation.definitions import METRICS
 from hilum.evaluation.map_choice import OWN_FROM
@@ -132,7 +140,7 @@ def judge_site(
             "minimum_auc": rules.minimum_auc, "width": rules.width, "points": list(rules.points),
             "asked": list(rules.asked), "findings": list(rules.findings), "enough": OWN_FROM, "agrees": AGREES,
         },
-        "bootstrap": {"resamples": bootstraps, "seed": seed, "cluster": "patient", "interval": "percentile 95 %"},
+        "bootstrap": {"resamples": bootstraps, "seed": seed, "cluster": "patient", "interval": INTERVALS},
         "overall": _overall(findings, rules), "findings": findings,
     }  # fmt: skip
 
