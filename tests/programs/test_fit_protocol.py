@@ -262,18 +262,37 @@ def test_training_images_are_not_looked_at_once_more_where_nothing_is_standardis
     assert set(np.concatenate(seen).tolist()) == set(range(40, 56))
 
 
-def test_a_source_counts_as_much_as_its_weight_and_may_have_a_bias_of_its_own(folder: Path, tmp_path: Path) -> None:
-    run(folder, tmp_path / "alone", SMALL, "target=here", "datasets=[here]", "refit=false")
-    run(folder, tmp_path / "nothing", SMALL, "target=here", "source_weights=[there=0]", "refit=false")
-    run(folder, tmp_path / "biased", SMALL, "target=here", "source_bias=true")
-    names = set(load_file(tmp_path / "biased" / "model.safetensors"))
-    assert names == set(load_file(tmp_path / "alone" / "model.safetensors"))  # the bias of a source is not kept
-    head = {
-        name: load_file(tmp_path / name / "model.safetensors")["head.linear.weight"] for name in ("alone", "biased")
-    }
-    assert not torch.equal(*head.values())
+def heads_of(model: Path) -> dict[str, bytes]:
+    """The tensors of a model, as bytes."""
+    return {name: value.numpy().tobytes() for name, value in load_file(model / "model.safetensors").items()}
+
+
+def test_a_source_of_weight_0_teaches_nothing(folder: Path, tmp_path: Path) -> None:
+    """Turning its labels over changes no bit of the head; with weight 1 it does."""
+    heads = {}
+    labels = np.array(Store.open(folder / "store").labels)
+    there = (np.array(DATASETS) == "there")[:, None] & (np.array(FINDINGS) != "Never")
+    turned = np.where(there & (labels >= 0), 1 - labels, labels)
+    for name, codes in (("as_given", labels), ("turned", turned)):
+        write_again(tmp_path / name, codes)
+        for weight in (0, 1):
+            out = tmp_path / f"{name}{weight}"
+            changes = ["target=here", f"source_weights=[there={weight}]"]
+            fit.run(override(SMALL, changes), tmp_path / name, folder / "run", out)
+            heads[name, weight] = heads_of(out)
+    assert heads["as_given", 0] == heads["turned", 0]
+    assert heads["as_given", 1] != heads["turned", 1]
     with pytest.raises(UnknownNameError):
         run(folder, tmp_path / "wrong", SMALL, "source_weights=[nowhere=1]")
+
+
+def test_a_source_may_have_a_bias_of_its_own_which_is_not_kept(folder: Path, tmp_path: Path) -> None:
+    heads = []
+    for bias in ("false", "true"):
+        run(folder, tmp_path / bias, SMALL, "target=here", f"source_bias={bias}")
+        heads.append(heads_of(tmp_path / bias))
+    assert set(heads[0]) == set(heads[1])
+    assert heads[0] != heads[1]
 
 
 @pytest.mark.parametrize("changes", [
