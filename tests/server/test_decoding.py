@@ -185,6 +185,7 @@ LIES = {
     "kind": "j(kind='<script>'); w(bytes(2))",
     "view": "j(view='Doe^Jane'); w(bytes(2))",
     "subject": "j(subject='Doe^Jane'); w(bytes(2))",
+    "ids": "j(ids=['a', {}]); w(bytes(2))",
     "modality": "j(modality='CANARY'); w(bytes(2))",
     "rows": "j(rows=10**9, columns=10**9); w(bytes(2))",
     "reason": "j(reason='Doe^Jane', message='x')",
@@ -225,3 +226,13 @@ def test_the_fake_process_can_tell_the_truth(monkeypatch) -> None:
     assert (picture.pixels.tolist(), picture.display.tolist(), picture.quality) == ([[7]], [[8]], ("constant",))
     decoder._process = child
     decoder.close()
+
+
+def test_whose_a_file_is_is_told_only_where_it_is_asked() -> None:
+    film = written(radiograph(phantom(), PatientID="MRN-77", StudyInstanceUID="1.2.3"))
+    for whose, ids in ((False, ()), (True, ("MRN-77", "1.2.3"))):
+        decoder = Decoder(None, "hilum-grey-1", Limits(), whose)
+        picture = decoder.decode(film, 1)
+        decoder.close()
+        assert picture.ids == ids
+        assert "MRN" not in repr(picture)

@@ -12,6 +12,7 @@ import pytest
 import strangers
 from damage_inputs import phantom, radiograph, written
 from PIL import Image
+from pydicom import config
 
 from hilum.commands import index as index_program
 from hilum.deploy.gradients import gradient_map
@@ -85,6 +86,30 @@ def test_similar_cases_have_pictures(with_index, make_film) -> None:
     by_finding = server.ask("GET", f"/api/studies/{study}/similar?count=3&finding=Edema").json["cases"]
     assert len(by_finding) == 3
     assert server.ask("GET", "/metadata").json["similar"] is True
+
+
+@pytest.mark.parametrize("by", ["", "&finding=Edema"])
+def test_the_patient_of_a_dicom_file_is_not_among_the_similar_cases(with_index, by: str) -> None:
+    """By the patient's id and by that of the study, in headers; the ids are kept nowhere, and other files go on."""
+    server, index = with_index, with_index.service.cases.index
+    row = len(index) - 1
+    patient, study = index._named("patient", row), index.case(row).study_id
+
+    def cases_of(**ids: str | None) -> list[str]:
+        with config.disable_value_validation():  # the studies of this index are no UIDs
+            film = written(radiograph(phantom(seed=2), **ids))
+        name = server.upload([film]).json["study"]["id"]
+        cases = server.ask("GET", f"/api/studies/{name}/similar?count=50{by}").json["cases"]
+        return [one["study_id"] for one in cases]
+
+    everything = cases_of(PatientID="Somebody-Else", StudyInstanceUID="1.2.3.999")
+    assert "Somebody-Else" not in repr(list(server.service.results._kept.values()))
+    assert len(everything) == len(index)
+    of_patient = {index.case(n).study_id for n in range(len(index)) if index._named("patient", n) == patient}
+    assert study in of_patient
+    assert set(cases_of(PatientID=patient, StudyInstanceUID="1.2.3.999")) == set(everything) - of_patient
+    assert set(cases_of(PatientID=None, StudyInstanceUID=study)) == set(everything) - {study}
+    assert len(cases_of(PatientID="x" * 5000, StudyInstanceUID=None)) == len(index)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,13 @@ class Index:
                 f"{kind}: they cannot be compared with those of this one. Use that model, or index again."
             )
 
-    def search(self, query: Float[np.ndarray, " D"], count: int = 8, exclude: Sequence[str] = ()) -> list[Match]:
+    def search(
+        self,
+        query: Float[np.ndarray, " D"],
+        count: int = 8,
+        exclude: Sequence[str] = (),
+        banned: Bool[np.ndarray, " N"] | None = None,
+    ) -> list[Match]:
         """The nearest studies, the most similar first; of equal ones the lower row.
 
         The same as a float64 search over the stored vectors.
@@ -172,14 +178,16 @@ class Index:
             query: of a study, or of one finding in it (`finding`); any length.
             count: how many; fewer where there are no more.
             exclude: ids of patients, studies or images that are left out, with or without `DATASET/` before them.
+            banned: rows that are left out as well, as `left_out` finds them.
 
         Raises:
             ConfigError: a query of another size, not finite or zero, or a count below 1.
         """
         if count < 1:
             raise ConfigError(f"count: expected at least 1, found {count}.")
-        unit = self._unit(query)
-        rows, similarities = nearest(self.vectors, self.lengths, self.centre, unit, count, self.left_out(exclude))
+        unit, left_out = self._unit(query), self.left_out(exclude)
+        left_out = left_out if banned is None else left_out | banned
+        rows, similarities = nearest(self.vectors, self.lengths, self.centre, unit, count, left_out)
         return [self.case(row, value) for row, value in zip(rows.tolist(), similarities.tolist(), strict=True)]
 
     def case(self, row: int, similarity: float = 1.0) -> Match:

@@ -45,8 +45,8 @@ PROBABILITY = (
     "like those of validation: elsewhere the same number can mean something else.",
 )  # fmt: skip
 SCORE = (
-    "Score", "Of the whole study, from 0 to 1, not calibrated: it is no probability and no diagnosis. It orders studies "
-    "by one finding, and says nothing across findings.",
+    "Score", "Of the whole study, from 0 to 1, not calibrated: it is no probability and no diagnosis. It orders "
+    "studies by one finding, and says nothing across findings.",
 )  # fmt: skip
 POINT = (
     "Operating point", "A {score} from which on a finding is called present. The tick is {point} on the "

@@ -31,11 +31,13 @@ class Cases:
         index.matches(model)
         self.index, self.model = index, model
         self.hidden = _hidden_datasets(index) if shared else frozenset[str]()
-        """Datasets of which nothing but the similarity is shown; "" among them: all."""
+        """Datasets of whose cases picture, study id and labels are not shown; "" among them: all."""
         self._findings: dict[str, Index] = {}
 
     def similar(self, study: Study, count: int, finding: str | None) -> dict[str, Any]:
         """The nearest cases of a study, by its images or by what one finding's query pools from them.
+
+        Its own patient's are left out, as far as the headers of its files said whose they are.
 
         Args:
             study: a remembered one.
@@ -48,7 +50,9 @@ class Cases:
         if study.embedding is None or not study.model_views:
             raise RefusedError(422, "withheld", "Nothing of this study was scored, so there is nothing to compare.")
         matches = (
-            self.index.search(study.embedding, count) if finding is None else self._by_finding(study, count, finding)
+            self.index.search(study.embedding, count, banned=study.own_cases)
+            if finding is None
+            else self._by_finding(study, count, finding)
         )
         return {"cases": [self._case(rank, match) for rank, match in enumerate(matches, 1)]}
 
@@ -79,7 +83,7 @@ class Cases:
             self._findings[finding] = asked
         views = [one for one, scored in zip(study.model_views, study.scored, strict=True) if scored]
         query = embed_finding(self.model, [pixels for pixels, _ in views], finding, [name for _, name in views])
-        return self._findings[finding].search(query, count)
+        return self._findings[finding].search(query, count, banned=study.own_cases)
 
     def _is_hidden(self, match: Match) -> bool:
         return bool(self.hidden & {"", match.dataset})

@@ -18,6 +18,8 @@ from typing import IO, Any
 LENGTH = struct.Struct(">I")
 MODALITIES = ("CR", "DX", "RG", "RF", "MG", "CT", "MR", "US", "NM", "PT", "XA", "OT", "SC", "XC")
 """What may be said of a header's Modality; anything else is "other"."""
+LONGEST_ID = 256
+"""Characters of an id that is passed on; DICOM allows 64."""
 
 
 def write_frame(stream: IO[bytes], header: dict[str, Any], *parts: bytes) -> None:
@@ -132,7 +134,7 @@ def _decode(content: bytes, request: dict[str, Any], salt: bytes) -> tuple[dict[
             shown = read_image(content, "the image", wanted, recipe=request["recipe"]).pixels
         elif max(shown.shape) > most:
             shown = shrink(shown, wanted)
-        facts = _facts(content, salt) if image.mode.startswith("dicom") else {}
+        facts = _facts(content, salt, request["whose"]) if image.mode.startswith("dicom") else {}
     except ImageError as error:
         return {"reason": error.reason, "message": str(error).removeprefix("the image: ")}, []
     except MemoryError:
@@ -144,9 +146,9 @@ def _decode(content: bytes, request: dict[str, Any], salt: bytes) -> tuple[dict[
     return header, [image.pixels.tobytes(), shown.tobytes()]
 
 
-def _facts(content: bytes, salt: bytes) -> dict[str, str]:
+def _facts(content: bytes, salt: bytes, whose: bool) -> dict[str, Any]:
     """What a DICOM header says that names nobody: view, modality, whether text may be burnt in, and a salted digest of
-    whose it is, which tells two patients apart and cannot be turned back.
+    whose it is, which tells two patients apart and cannot be turned back. Whose it is itself, only where it is asked.
     """
     from hilum.core.errors import ImageError
     from hilum.core.types import VIEWS
@@ -157,13 +159,15 @@ def _facts(content: bytes, salt: bytes) -> dict[str, str]:
     except ImageError:
         return {}
     view, modality = found["ViewPosition"].upper(), found["Modality"].upper()
-    subject = "\x1f".join((found["PatientID"], found["StudyInstanceUID"]))
+    ids = (found["PatientID"], found["StudyInstanceUID"])
+    subject = "\x1f".join(ids)
     digest = hashlib.blake2b(subject.encode(), key=salt, digest_size=16).hexdigest()
     return {
         "view": view if view in VIEWS else "",
         "modality": modality if modality in MODALITIES else "other" if modality else "",
         "burned_in": {"YES": "yes", "NO": "no"}.get(found["BurnedInAnnotation"].upper(), "unknown"),
         "subject": digest if subject.strip("\x1f") else "",
+        "ids": [one for one in ids if len(one) <= LONGEST_ID] if whose else [],
     }
 
 

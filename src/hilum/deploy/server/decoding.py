@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 
 from hilum.core.errors import HilumError
 from hilum.core.types import VIEWS
-from hilum.deploy.server.decode_child import MODALITIES, read_exactly, read_frame, write_frame
+from hilum.deploy.server.decode_child import LONGEST_ID, MODALITIES, read_exactly, read_frame, write_frame
 from hilum.deploy.server.errors import REASONS, RefusedError
 from hilum.deploy.server.settings import Limits
 
@@ -56,6 +56,9 @@ class Picture:
     """Whether a DICOM header says that text is burnt into the pixels: yes, no or unknown; "" of other files."""
     subject: str = ""
     """The same for files of one patient's study, another for any other, "" where the file does not say."""
+    ids: tuple[str, ...] = field(default=(), repr=False)
+    """Of the patient and of the study, as a DICOM header has them, where they were asked for. They identify people:
+    for looking up which cases of an index are this patient's, and for nothing else."""
 
 
 class Decoder:
@@ -65,10 +68,11 @@ class Decoder:
         short_side: what the model shrinks source files to, pixels; None: nothing.
         recipe: intensity recipe, one of `data.intensity.RECIPES`.
         limits: memory and seconds.
+        whose: also what a header says of whose a file is.
     """
 
-    def __init__(self, short_side: int | None, recipe: str, limits: Limits) -> None:
-        self.short_side, self.recipe, self.limits = short_side, recipe, limits
+    def __init__(self, short_side: int | None, recipe: str, limits: Limits, whose: bool = False) -> None:
+        self.short_side, self.recipe, self.limits, self.whose = short_side, recipe, limits, whose
         self.replaced = 0
         """Processes that had to be replaced."""
         self._salt = secrets.token_hex(16)
@@ -98,7 +102,7 @@ class Decoder:
         try:
             request = {
                 "size": len(content), "short_side": self.short_side, "recipe": self.recipe,
-                "display": self.limits.display_pixels,
+                "display": self.limits.display_pixels, "whose": self.whose,
             }  # fmt: skip
             write_frame(process.stdin, request, content)
             header = read_frame(process.stdout)
@@ -193,6 +197,7 @@ class Decoder:
             modality=_one_of(header.get("modality", ""), ("", "other", *MODALITIES)),
             burned_in=_one_of(header.get("burned_in", ""), ("", "yes", "no", "unknown")),
             subject=_hexadecimal(header.get("subject", "")),
+            ids=_ids(header.get("ids", [])),
         )
 
 
@@ -221,3 +226,9 @@ def _hexadecimal(value: Any) -> str:
     if not isinstance(value, str) or len(value) > 64:
         raise ValueError("an impossible value")
     return bytes.fromhex(value).hex()
+
+
+def _ids(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > 2 or not all(isinstance(one, str) for one in value):
+        raise ValueError("an impossible value")
+    return tuple(one.encode("utf-8", "replace").decode() for one in value if one and len(one) <= LONGEST_ID)

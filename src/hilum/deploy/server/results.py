@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from hilum.deploy.server.settings import Limits
 
@@ -40,6 +41,8 @@ class Study:
     """Of the study, float32 (D,), for similar cases."""
     model_views: tuple[tuple[np.ndarray, str], ...] = ()
     """Pixels as the model read them and the view's name, where one finding's similar cases need them again."""
+    own_cases: Bool[np.ndarray, " N"] | None = None
+    """Which cases of the index are of its own patient, as its files said; the ids themselves are not kept."""
     digest: bytes = b""
     """Of what was sent: the same again is not computed again."""
 
@@ -54,7 +57,8 @@ class Study:
         """Bytes, about."""
         maps = sum(one.nbytes for views in self.maps.values() if views is not None for one in views)
         views = sum(pixels.nbytes for pixels, _ in self.model_views)
-        return sum(len(picture) for picture in self.pictures) + maps + views + 4096
+        own = 0 if self.own_cases is None else self.own_cases.nbytes
+        return sum(len(picture) for picture in self.pictures) + maps + views + own + 4096
 
 
 @dataclass

@@ -55,7 +55,7 @@ class Service:
         self.results, self.held = Results(limits), Held(limits.held_bytes)
         self.key = secrets.token_bytes(16)
         """Of the digests by which the same upload is known again; it ends with the process, as they do."""
-        decoder = Decoder(model.short_side, model.preprocess_id, limits)
+        decoder = Decoder(model.short_side, model.preprocess_id, limits, whose=index is not None)
         decoder.start()
         self.line = Line(decoder, self.accept, self.judge, limits.queue)
 
@@ -128,6 +128,7 @@ class Service:
             images=[ImageFacts.of(one.rows, one.columns, one.display.shape) for one in pictures],
         )
         _add_flags(document, pictures)
+        ids = sorted({one for picture in pictures for one in picture.ids})
         json.dumps(document, allow_nan=False)  # before anybody is answered
         return Study(
             name=name,
@@ -142,6 +143,7 @@ class Service:
             embedding=result.embedding,
             scored=tuple(result.scored),
             model_views=tuple(zip(pixels, result.views, strict=True)) if self.cases is not None else (),
+            own_cases=None if self.cases is None else self.cases.index.left_out(ids),
             digest=job.digest,
         )
 
