@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def test_the_mark_is_in_the_files_and_is_found() -> None:
 
 def test_files_full_of_text_say_nothing(server, caplog, capfd, tmp_path, monkeypatch) -> None:
     """In this process, every logger at its most talkative but for those that no program of ours turns on."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     codes = Counter()
     with caplog.at_level("INFO"):
         for number in range(12):
