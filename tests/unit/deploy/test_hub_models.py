@@ -101,6 +101,17 @@ def test_an_ensemble_keeps_its_members_places_and_identity(fitted: Path, store: 
     )
 
 
+def test_an_ensemble_that_names_folders_of_this_machine_is_not_sent(fitted: Path, stub: Hub, tmp_path: Path) -> None:
+    shutil.copytree(fitted / "ensemble", tmp_path / "ensemble")
+    content = json.loads((tmp_path / "ensemble" / "config.json").read_text())
+    for member in content["members"]:
+        member["path"] = str((fitted / "ensemble" / member["path"]).resolve())
+    (tmp_path / "ensemble" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="by an absolute path"):
+        predictor.load(tmp_path / "ensemble", "cpu").push_to_hub(NAME)
+    assert stub.created == []
+
+
 def test_only_the_files_of_a_model_are_taken(fitted: Path, stub: Hub) -> None:
     predictor.load(fitted / "linear", "cpu").push_to_hub(NAME)
     (stub.path / NAME / "pytorch_model.bin").write_bytes(b"pickle")

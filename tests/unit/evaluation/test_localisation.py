@@ -289,6 +289,15 @@ def test_damaged_map_files_are_refused(tmp_path: Path) -> None:
         read_maps(tmp_path / "other.npz")
 
 
+def test_map_files_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "maps.npz"
+    with monkeypatch.context() as later:
+        later.setattr("hilum.evaluation.map_files.FORMAT", "hilum-maps-2")
+        write_maps(maps_of(truth(), even), path)
+    with pytest.raises(PredictionError, match="of format 'hilum-maps-2'; this Hilum reads 'hilum-maps-1'"):
+        read_maps(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
