@@ -1,8 +1,8 @@
-"""Shared by all tests: annotations checked while running, the real sample, and quiet threads."""
+"""Shared by all tests: annotations checked while running, the real sample, quiet threads, and what was measured."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -18,6 +18,7 @@ with contextlib.suppress(ModuleNotFoundError):
 
     jaxtyping.install_import_hook("hilum", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+LINES = pytest.StashKey[list[str]]()
 NIH_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih-sample"
 
 
@@ -35,3 +36,17 @@ def nih_sample() -> Path:
     if not (NIH_SAMPLE / "Data_Entry_2017_v2020.csv").exists():
         pytest.skip("the NIH sample is not beside this checkout (../shared/data/nih-sample)")
     return NIH_SAMPLE
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Add a line to the summary of the run: a figure that a document may name."""
+    return request.config.stash.setdefault(LINES, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(LINES, [])
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.write_line(line)
