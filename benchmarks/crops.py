@@ -8,7 +8,9 @@ a float tensor and back, which is what torchvision runs on a PIL image.
 
 What differs besides channels: the resampling filter. PIL's bicubic is antialiased over the crop's full support;
 Hilum's is OpenCV's area average when shrinking and cubic when growing. The row "equal filter" is Hilum with PIL's
-filter on one-channel images, so the gain that is due to the filter can be seen. The `cxr` preset turns its views, the
+filter on one-channel images, so the gain that is due to the filter can be seen. And the work: the peer's time includes
+normalising its views to floats, Hilum's views are left as bytes, for the device to normalise, which is less work for
+the CPU. The row "normalised to float on the CPU" is Hilum with as much of it. The `cxr` preset turns its views, the
 others do not. The last row is what is left to a CPU where the device cuts the views: decoding, and drawing them.
 
 Times are CPU time of one thread; pipelines alternate, and the table shows medians over the rounds.
