@@ -47,10 +47,7 @@ LIKELY = {
 }  # fmt: skip
 CSP = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 RULES = ("f1", "youden", "sens_at_spec95")
-MODEL = {
-    "digest": "3f9a1c27b0de4458", "calibrated": True, "unit": "study", "accepted_leak": "",
-    "operating_points": list(RULES),
-}  # fmt: skip
+NOT_SCREENED = "This model cannot tell chest X-rays from other pictures; nobody has looked."
 
 
 def group_of(name: str) -> str:
@@ -68,7 +65,16 @@ class StandIn:
         self.asked: list[tuple[str, str]] = []
         self.uploads: list[dict] = []
         self.withheld = self.odd = False
-        self.similar, self.maps = True, True
+        self.similar, self.maps, self.calibrated, self.screened = True, True, True, True
+        self.digest, self.leak = "3f9a1c27b0de4458", ""
+        self.rules = RULES
+        self.without: set[str] = set()
+        """Findings that have no thresholds."""
+        self.flags: list[dict] = []
+        """Of every study that is scored."""
+        self.most_similar = 0.98
+        self.forgetting = 204
+        """Status of DELETE."""
         self.labels = ["Pleural Effusion", "Cardiomegaly", "Support Devices", "Atelectasis", "Edema"]
         self.rename: dict[str, str] = {}
         self.pause = 0.0
@@ -115,16 +121,23 @@ class StandIn:
     def named(self, name: str) -> str:
         return self.rename.get(name, name)
 
+    @property
+    def model(self) -> dict:
+        return {
+            "digest": self.digest, "calibrated": self.calibrated, "unit": "study", "accepted_leak": self.leak,
+            "operating_points": list(self.rules),
+        }  # fmt: skip
+
     async def metadata(self, request: Request) -> Response:
         return JSONResponse({
             "hilum": "0.1.0", "notice": RESEARCH_NOTICE,
-            "model": MODEL,
+            "model": self.model,
             "findings": [
                 {"name": self.named(name), "group": group_of(name), "trained": name not in NEVER_TRAINED}
                 for name in FINDINGS
             ],
-            "thresholds": list(RULES), "similar": self.similar, "maps": self.maps,
-            "limits": {"files": 20, "file_bytes": 64 << 20, "study_bytes": 256 << 20, "pixels": 64_000_000},
+            "thresholds": list(self.rules), "similar": self.similar, "maps": self.maps, "screened": self.screened,
+            "limits": {"files": 20, "file_bytes": 64 << 20, "study_bytes": 256 << 20, "pixels": 64 << 20},
         })  # fmt: skip
 
     async def upload(self, request: Request) -> Response:
@@ -164,6 +177,8 @@ class StandIn:
                 scored = False
             elif self.odd and number == 1:
                 flags = [{"code": "inverted", "message": "The grey levels look inverted."}]
+            if not self.screened:
+                flags.append({"code": "not_screened", "message": NOT_SCREENED})
             images.append({
                 "number": number, "view": view, "view_source": source, "rows": pixels.shape[0],
                 "columns": pixels.shape[1], "box": [0.05, 0.05, 0.9, 0.9], "weight": float(weight[number - 1]),
@@ -178,15 +193,16 @@ class StandIn:
             spread = 0.3 * base + 0.01
             share = rng.dirichlet(np.full(count, 4.0)) if count > 1 else np.ones(1)
             points = {"f1": threshold, "youden": 0.7 * threshold, "sens_at_spec95": min(0.9, 1.6 * threshold)}
+            points = {} if name in self.without else {rule: points[rule] for rule in self.rules}
             near = [max(0.0, base - spread), min(1.0, base + 0.8 * spread)] if scored and name not in TAIL else None
             alone = [float(np.clip(base * (0.8 + 0.4 * one), 0, 1)) if scored else None for one in share]
             reserved = "uncalibrated: few positives" if name in TAIL and trained else None
             findings.append({
                 "name": self.named(name), "group": group_of(name), "trained": trained,
-                "probability": base if scored else None,
+                "probability": base if scored else None, "calibrated": self.calibrated and trained,
                 "interval": near,
-                "thresholds": points if trained else None,
-                "above": {rule: base >= at for rule, at in points.items()} if scored else None,
+                "thresholds": points if points and trained else None,
+                "above": {rule: base > at for rule, at in points.items()} if points and scored else None,
                 "calibration_flag": reserved, "has_map": scored,
                 "images": [
                     {"number": n + 1, "probability": alone[n], "contribution": float(share[n]) if scored else None}
@@ -196,15 +212,17 @@ class StandIn:
         flags = [{"code": "not_a_chest_xray", "message": "No image of this study looks like a chest X-ray."}]
         return {
             "format": "hilum-study-1", "notice": RESEARCH_NOTICE,
-            "model": {"hilum": "0.1.0", **MODEL},
+            "model": {"hilum": "0.1.0", **self.model},
             "study": {"id": study, "images": images}, "status": "withheld" if self.withheld else "scored",
-            "flags": flags if self.withheld else [], "findings": findings,
+            "flags": flags if self.withheld else self.flags, "findings": findings,
         }  # fmt: skip
 
     async def study(self, request: Request) -> Response:
         study = request.path_params["study"]
         if study not in self.studies:
             return refusal(404, "unknown_study", "There is no such study.")
+        if request.method == "DELETE" and self.forgetting != 204:
+            return refusal(self.forgetting, "internal", "It failed.")
         if request.method == "DELETE":
             del self.studies[study]
             return Response(status_code=204)
@@ -227,8 +245,8 @@ class StandIn:
         count, by = int(request.query_params["count"]), request.query_params.get("finding")
         others = [[one for k, one in enumerate(self.labels) if (n + k) % 3 and one != by] for n in range(count)]
         cases = [
-            {"rank": n + 1, "similarity": 0.98 - 0.017 * n, "study_id": f"s{50000 + n}", "dataset": "phantom",
-             "view": "PA", "findings": ([by] if by and n % 2 == 0 else []) + others[n],
+            {"rank": n + 1, "similarity": self.most_similar - 0.017 * n, "study_id": f"s{50000 + n}",
+             "dataset": "phantom", "view": "PA", "findings": ([by] if by and n % 2 == 0 else []) + others[n],
              "thumbnail": f"/api/cases/{n}.png"} for n in range(count)
         ]  # fmt: skip
         return JSONResponse({"cases": cases})

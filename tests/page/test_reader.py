@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reading import Reader, image_file, new_reader
-from stand_in import FINDINGS, NEVER_TRAINED, StandIn, error_body, serving
+from stand_in import FINDINGS, NEVER_TRAINED, NOT_SCREENED, StandIn, error_body, serving
 
-pytestmark = pytest.mark.slow  # 40 s together
+pytestmark = pytest.mark.slow  # a minute together
 
 HOSTILE = (
     "<script>window.hit=1</script>",
@@ -322,10 +322,17 @@ def test_refusals_say_what_to_do(reader: Reader):
     reader.give(*(image_file(n) for n in range(5)))
     assert "up to 4" in page.locator("#alert").inner_text()
     assert server.uploads == []
-    server.failures.append((413, error_body("too_large", "An image is too large."), {}))
+    server.failures.append((413, error_body("study_too_large", "The study is too large."), {}))
     reader.give()
     page.wait_for_selector("#alert:not([hidden]) >> text=too large")
     assert "64 MB a file and 256 MB a study" in page.locator("#alert").inner_text()
+    server.failures.append((413, error_body("too_large", "It has too many pixels.", 1), {}))
+    reader.give(image_file(1, "vast.png"), image_file(2))
+    page.wait_for_selector("text=Image 1 (vast.png) cannot be used: It has too many pixels.")
+    assert page.locator("#alert-words").inner_text().endswith("up to 64 megapixels an image.")
+    page.get_by_role("button", name="Go on without it").click()
+    page.wait_for_selector(".row")
+    assert page.locator("figure.view").count() == 1
     reader.give(image_file(1), {"name": "notes.dcm", "mimeType": "", "buffer": b"no image at all"})
     page.wait_for_selector("text=Image 2 (notes.dcm) cannot be used")
     assert "neither DICOM, PNG nor JPEG" in page.locator("figure.view.refused .flags").inner_text()
@@ -346,12 +353,144 @@ def test_refusals_say_what_to_do(reader: Reader):
     assert page.locator("#alert").is_hidden()
 
 
+def test_warnings_of_an_image_outlive_a_refusal(reader: Reader):
+    page, server = reader.page, reader.server
+    server.odd = True
+    reader.read()
+    page.locator("figcaption select").first.select_option("AP")
+    server.failures.append((422, error_body("unreadable", "It cannot be read.", 1), {}))
+    page.locator("#rerun").click()
+    page.wait_for_selector("figure.view.refused")
+    flags = page.locator("figure.view").first.locator(".flags")
+    assert flags.inner_text() == "It cannot be read."
+    server.failures.append((500, error_body("failed", "It failed."), {}))
+    page.locator("#rerun").click()
+    page.wait_for_selector("text=It failed.")
+    assert flags.inner_text() == "The grey levels look inverted."
+    assert page.locator("figcaption select").first.input_value() == "AP"
+
+
+def test_a_model_without_thresholds_puts_nothing_above_or_below(reader: Reader):
+    page, server = reader.page, reader.server
+    server.rules = ()
+    reader.open().read()
+    assert page.locator("#summary").inner_text() == "no thresholds"
+    assert all(page.locator(one).is_hidden() for one in ("#threshold", "#key-threshold"))
+    assert page.locator(".row.above, .tick").count() == 0
+    assert "threshold" not in reader.row("Cardiomegaly").get_attribute("aria-label")
+    assert page.locator("#status").inner_text() == "Findings are here: no thresholds."
+    server.rules, server.without = ("f1",), {*FINDINGS} - {"Cardiomegaly"}
+    reader.open().read()
+    assert page.locator("#summary").inner_text() == "1 of 1 above, 37 without threshold"
+    assert page.locator("#threshold").is_visible()
+
+
+def test_scores_that_are_not_calibrated_are_not_called_probabilities(reader: Reader):
+    page, server = reader.page, reader.server
+    reader.read()
+    assert "probability" in page.locator(".legend").inner_text()
+    server.calibrated = False
+    server.flags = [{"code": "uncalibrated", "message": "These scores are not calibrated."}]
+    reader.open().read()
+    assert "probability" not in page.locator(".findings").inner_text().lower()
+    assert "score" in page.locator(".legend").inner_text()
+    assert page.locator("#sort option").first.inner_text() == "By score"
+    assert "These scores are not calibrated." in page.locator("#withheld").inner_text()
+    assert "Findings withheld" not in page.locator("#withheld").inner_text()
+
+
+def test_a_model_that_screens_nothing_does_not_promise_to(reader: Reader):
+    page, server = reader.page, reader.server
+    assert "what is no chest X-ray is withheld." in page.locator(".promises").inner_text()
+    server.screened = False
+    reader.open()
+    assert "withheld" not in page.locator(".promises").inner_text()
+    assert "cannot tell chest X-rays from other pictures" in page.locator(".promises").inner_text()
+    reader.read()
+    assert page.locator("#withheld p").all_inner_texts() == [NOT_SCREENED]
+    assert page.locator(".flags").all_inner_texts() == ["", ""]
+
+
+@pytest.mark.parametrize("width", [1280, 700])
+def test_an_accepted_leak_is_read_beside_the_images(reader: Reader, width: int):
+    reader.server.leak = "pretraining met 12 test images"
+    reader.page.set_viewport_size({"width": width, "height": 900})
+    reader.open().read()
+    assert reader.page.locator("#remark").is_visible()
+    assert reader.page.locator("#remark").inner_text() == "Accepted leak: pretraining met 12 test images."
+
+
+def test_a_server_that_could_not_be_told_to_forget_is_not_said_to_have(reader: Reader):
+    page, server = reader.page, reader.server
+    reader.read()
+    server.forgetting = 500
+    page.locator("#clear").click()
+    page.wait_for_selector("text=could not be told to forget the study: It failed.")
+    assert page.locator("#welcome").is_visible()
+    assert "is forgotten" not in page.locator("#status").inner_text()
+    server.forgetting = 204
+    page.get_by_role("button", name="Try again").click()
+    page.wait_for_selector("#alert", state="hidden")
+    page.wait_for_selector("#status:text-is('The study is forgotten.')", state="attached")
+    assert server.studies == {}
+    reader.read()
+    server.studies.clear()  # it has forgotten it by itself
+    page.locator("#clear").click()
+    page.wait_for_selector("#status:text-is('The study is forgotten.')", state="attached")
+    assert page.locator("#alert").is_hidden()
+
+
+def test_a_case_that_is_the_film_itself_is_named(reader: Reader):
+    page, server = reader.page, reader.server
+    reader.read()
+    page.wait_for_selector(".case")
+    assert page.locator("#cases-remark").is_hidden()
+    server.most_similar = 1.0
+    with page.expect_response("**/similar*"):
+        reader.give()
+    page.wait_for_selector("#cases-remark:not([hidden])")
+    page.locator("#clear").click()
+    assert page.locator("#cases-remark").is_hidden()
+
+
+def test_where_the_focus_is_can_be_seen_before_a_row_is_reached(reader: Reader):
+    page = reader.page
+    reader.read()
+    outline = "getComputedStyle(document.querySelector('%s')).outlineStyle"
+    page.keyboard.press("/")
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "list":
+            break
+    assert page.evaluate("document.activeElement.id") == "list"
+    assert page.evaluate(outline % "#list") == "solid"
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(outline % "#list") == "none"
+    assert page.evaluate(outline % ".row.active") == "solid"
+
+
+def test_a_study_that_is_cleared_while_the_server_introduces_itself_anew_stays_away(reader: Reader):
+    page, server = reader.page, reader.server
+    held: list = []
+    page.route("**/metadata", lambda route: held.append(route))
+    server.digest = "another"
+    with page.expect_request("**/metadata"):
+        reader.give()
+    page.locator("#clear").click()
+    with page.expect_response(lambda answer: answer.request.method == "DELETE"):
+        held[0].continue_()
+    assert page.locator("#welcome").is_visible()
+    assert page.locator(".row").count() == 0
+    assert server.studies == {}
+
+
 def test_a_busy_server_is_asked_again_after_the_time_it_names(reader: Reader):
     reader.server.failures.append((503, error_body("busy", "Too many studies wait."), {"Retry-After": "2"}))
     reader.give()
     reader.page.wait_for_selector("text=Trying again in 2 s")
     assert reader.page.locator(".row").count() == 0
-    reader.page.wait_for_selector("text=Trying again in 1 s")
+    assert reader.page.locator("#alert-words").inner_text() == "Too many studies wait."  # what is read aloud stays
+    reader.page.wait_for_selector("[role=alert] [aria-hidden=true] >> text=Trying again in 1 s")
     reader.page.wait_for_selector(".row")
     assert reader.page.locator("#alert").is_hidden()
     assert len(reader.server.uploads) == 2
@@ -362,9 +501,13 @@ def test_a_token_is_asked_for_and_taken_out_of_the_address(context, server: Stan
     reader = new_reader(context, server, address)
     page = reader.page
     page.goto(address)
+    page.wait_for_selector("#token:visible")
+    reader.give(image_file(1))  # dropped before the token is there: it waits
     page.locator("#token").fill(server.token)
     page.keyboard.press("Enter")
     page.wait_for_selector("#model:not(:empty)")
+    page.wait_for_selector(".row")
+    assert page.locator("figure.view").count() == 1
     other = new_reader(context, server, f"{address}/#token={server.token}").open()
     assert other.page.url == f"{address}/"
     other.read()

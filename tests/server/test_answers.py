@@ -118,5 +118,6 @@ def test_metadata_names_what_the_page_needs(server, model) -> None:
     assert [one["trained"] for one in found["findings"]] == [True, True, True, False]
     assert found["limits"] == {"files": 4, "file_bytes": 2**20, "study_bytes": 2**21, "pixels": 64 * 2**20}
     assert (found["similar"], found["maps"], found["model"]["digest"]) == (False, True, model.digest)
+    assert found["screened"] == (model.screening is not None)
     assert "not a medical device" in found["notice"]
     assert set(found["thresholds"]) >= {"f1", "youden", "sens_at_spec95"}

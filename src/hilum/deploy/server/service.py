@@ -89,6 +89,7 @@ class Service:
             },
             "similar": self.cases is not None,
             "maps": True,  # every head has them
+            "screened": model.screening is not None,
         }  # fmt: skip
 
     def accept(self, pictures: list[Picture]) -> None:

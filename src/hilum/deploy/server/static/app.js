@@ -10,12 +10,12 @@ import { showDetail } from "./detail.js";
 import { announce, byId, icon, make, remembered } from "./dom.js";
 import { FindingList } from "./findings.js";
 import { bytes, percent, seconds, thresholdName } from "./numbers.js";
-import { QUIET, Views } from "./views.js";
+import { OF_MODEL, QUIET, Views } from "./views.js";
 
 const MOST_FILES = 4;
 const HEATS_KEPT = 12; // findings whose maps stay decoded; a map is as large as its image
 
-const state = { metadata: null, files: [], study: null, finding: null, run: null, heats: new Map() };
+const state = { metadata: null, asking: null, waiting: [], files: [], study: null, finding: null, run: null, heats: new Map() };
 const list = new FindingList(byId("list"), chooseFinding);
 const views = new Views(byId("views"), () => { byId("rerun").hidden = !views.changed(); });
 const cases = new Cases();
@@ -34,7 +34,7 @@ function listen() {
   for (const id of ["choose", "another"]) byId(id).addEventListener("click", () => byId("files").click());
   byId("files").addEventListener("change", (event) => { take(event.target.files); event.target.value = ""; });
   listenForFiles(take);
-  byId("clear").addEventListener("click", () => { dismiss(); byId("choose").focus(); announce("The study is forgotten."); });
+  byId("clear").addEventListener("click", () => { sayForgotten(dismiss()); byId("choose").focus(); });
   byId("stop").addEventListener("click", () => state.run?.abort());
   byId("rerun").addEventListener("click", () => run(views.said()));
   byId("alert-close").addEventListener("click", hideAlert);
@@ -46,8 +46,13 @@ function listen() {
   addEventListener("pageshow", (event) => { if (event.persisted) clearAll(); });
 }
 
-/** Ask the server who it is; until it answers, nothing can be read. */
-async function introduce() {
+/** Ask the server who it is; until it answers, nothing can be read, and what is dropped waits. */
+function introduce() {
+  state.asking ??= ask().finally(() => { state.asking = null; });
+  return state.asking;
+}
+
+async function ask() {
   try {
     const facts = await api.metadata();
     state.metadata = facts;
@@ -56,14 +61,18 @@ async function introduce() {
       `model ${facts.model.digest.slice(0, 8)}`, `${facts.findings.length} findings`,
       facts.model.calibrated ? "calibrated" : "not calibrated",
     ].join("  ·  ");
-    byId("model").title = `Hilum ${facts.hilum}${facts.model.accepted_leak ? `. Accepted leak: ${facts.model.accepted_leak}` : ""}`;
+    byId("model").title = `Hilum ${facts.hilum}`;
+    byId("promise").textContent = facts.screened ? "; what is no chest X-ray is withheld"
+      : ". This model cannot tell chest X-rays from other pictures: it scores whatever it is given";
     byId("limits").textContent = `Up to ${bytes(facts.limits.file_bytes)} a file.`;
     const names = facts.thresholds ?? [];
     byId("threshold").replaceChildren(...names.map((name) => make("option", { value: name }, thresholdName(name))));
+    for (const id of ["threshold", "key-threshold"]) byId(id).hidden = !names.length;
     const threshold = remembered("threshold", names, names[0] ?? "f1");
     byId("threshold").value = threshold;
     list.set("threshold", threshold);
     hideAlert();
+    take(state.waiting.splice(0));
   } catch (error) {
     failed(error, introduce);
   }
@@ -75,8 +84,11 @@ async function introduce() {
 async function take(files) {
   const chosen = [...files];
   if (!chosen.length) return;
-  if (!state.metadata) await introduce();
-  if (!state.metadata) return; // `introduce` has said why
+  if (!state.metadata) {
+    state.waiting = chosen;
+    await introduce();
+    return;
+  }
   if (chosen.length > MOST_FILES) {
     alertWith(`${chosen.length} files are more than one study has room for here: choose up to ${MOST_FILES}. For folders there is hilum predict.`);
     return;
@@ -119,11 +131,11 @@ async function run(corrected) {
   wait(0);
   try {
     const study = await api.uploadStudy(state.files, corrected, (share) => { sent = share; wait(0); }, turn.signal);
+    if (study.model.digest !== state.metadata.model.digest) await introduce(); // it was started anew, with another model
     if (turn !== state.run) { // cleared while it was on its way
       forget(study.study.id);
       return;
     }
-    if (study.model.digest !== state.metadata.model.digest) await introduce(); // it was started anew, with another model
     if (before) forget(before);
     await showStudy(study);
   } catch (error) {
@@ -148,12 +160,15 @@ async function showStudy(study) {
   views.show(study.study.images);
   views.setFinding(null);
   byId("rerun").hidden = true;
+  const score = study.model.calibrated ? "probability" : "score";
+  byId("key-score").textContent = score;
+  byId("sort-score").textContent = `By ${score}`;
   list.show(study.findings);
   showDetail(null);
   showWithheld(study);
   showSimilar();
   announce(study.status === "withheld" ? "The findings of this study are withheld."
-    : `Findings are here: ${byId("summary").textContent} ${thresholdName(byId("threshold").value)}.`);
+    : `Findings are here: ${[byId("summary").textContent, thresholdName(byId("threshold").value)].filter(Boolean).join(" ")}.`);
   await Promise.all(study.study.images.map(async ({ number }) => {
     try {
       const bitmap = await api.image(study.study.id, number);
@@ -169,17 +184,18 @@ async function showStudy(study) {
 function showWithheld(study) {
   const box = byId("withheld");
   const withheld = study.status === "withheld";
-  const flags = study.flags ?? [];
-  const remarks = study.study.images.flatMap((image) => image.flags).filter(({ code }) => QUIET.includes(code));
-  byId("remark").textContent = [...new Set(remarks.map(({ message }) => message))].join(" ");
-  box.hidden = !withheld && !flags.length;
+  const ofImages = (codes) => [...new Set(study.study.images.flatMap((image) => image.flags)
+    .filter(({ code }) => codes.includes(code)).map(({ message }) => message))];
+  const said = [...study.flags.map(({ message }) => message), ...ofImages(OF_MODEL)];
+  const leak = study.model.accepted_leak;
+  byId("remark").textContent = [...(leak ? [`Accepted leak: ${leak}.`] : []), ...ofImages(QUIET)].join(" ");
+  box.hidden = !withheld && !said.length;
   box.classList.toggle("whole", withheld);
   box.replaceChildren(
     icon("warning"),
     make("div", {},
       withheld ? make("b", {}, "Findings withheld") : null,
-      ...flags.map(({ message }) => make("p", {}, message)),
-      withheld && !flags.length ? make("p", {}, "No image of this study looks like a chest X-ray.") : null),
+      ...said.map((message) => make("p", {}, message))),
   );
   document.body.classList.toggle("is-withheld", withheld);
 }
@@ -256,13 +272,13 @@ function showSimilar() {
 
 // ---------------------------------------------------------------------------------------------------- leaving
 
-/** Forget the study, here and on the server. */
+/** Forget the study, here and on the server; whether the server has. */
 function dismiss() {
   const { study } = state;
   state.run?.abort();
   state.run = null;
-  if (study) forget(study.study.id);
   clearAll();
+  return study ? forget(study.study.id) : Promise.resolve(true);
 }
 
 function clearAll() {
@@ -281,12 +297,22 @@ function clearAll() {
   phase("empty");
 }
 
+async function sayForgotten(forgotten) {
+  if (await forgotten) announce("The study is forgotten.");
+}
+
 async function forget(id, leaving = false) {
   try {
     await api.forget(id, leaving);
-  } catch {
-    // It forgets by itself when others come, or when it ends.
+  } catch (error) {
+    if (error.status === 404) return true; // it had forgotten it by itself
+    if (byId("alert").hidden) { // what is said there already is about what is wanted now
+      alertWith(`The server could not be told to forget the study: ${error.message} It does by itself when others come, after an hour, or when it ends.`,
+        [["Try again", () => sayForgotten(forget(id))]]);
+    }
+    return false;
   }
+  return true;
 }
 
 async function save(name, button) {

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { byId, make } from "./dom.js";
 
 const COUNT = 8;
+const SAME = 0.9995; // written as 1.000: no two films are so much alike
 
 export class Cases {
   constructor() {
@@ -19,6 +20,7 @@ export class Cases {
       const { cases } = await api.similar(study, COUNT, finding);
       if (turn !== this.asked) return; // a later question is on its way
       this.box.replaceChildren(...cases.map((one) => this.#card(one, finding)));
+      byId("cases-remark").hidden = !cases.some((one) => one.similarity >= SAME);
       if (!cases.length) this.say("The index holds no other case.");
     } catch (error) {
       if (turn === this.asked) this.say(error.message);
@@ -30,11 +32,13 @@ export class Cases {
   say(words) {
     this.asked += 1;
     this.box.removeAttribute("aria-busy");
+    byId("cases-remark").hidden = true;
     this.box.replaceChildren(make("li", { class: "soft said" }, words));
   }
 
   clear() {
     this.asked += 1;
+    byId("cases-remark").hidden = true;
     this.box.replaceChildren();
   }
 

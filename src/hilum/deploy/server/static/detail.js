@@ -29,7 +29,7 @@ export function showDetail(finding, metadata) {
 }
 
 function meaning(finding) {
-  if (!finding.interval) return make("p", { class: "soft" }, "No interval: the model has too few validation studies that scored like this.");
+  if (!finding.interval) return make("p", { class: "soft" }, "No interval: the model keeps too few validation studies for it, or none.");
   const [low, high] = finding.interval;
   return make("p", {}, "Of the validation studies that scored like this, ",
     make("b", {}, `${percent(low)} to ${percent(high)}`), " were positive (95 % interval).");

@@ -196,10 +196,13 @@ export class FindingList {
   #summarise() {
     const { scale } = this.settings;
     const trained = this.entries.filter((entry) => entry.finding.trained);
-    const above = trained.filter((entry) => this.#above(entry.finding)).length;
+    const judged = trained.filter((entry) => this.#threshold(entry.finding) !== null);
+    const above = judged.filter((entry) => this.#above(entry.finding)).length;
+    const without = trained.length - judged.length;
     const never = this.entries.length - trained.length;
     const scored = trained.some((entry) => entry.finding.probability !== null);
-    byId("summary").textContent = !this.entries.length ? "" : !scored ? "none scored" : `${above} of ${trained.length} above`;
+    byId("summary").textContent = !this.entries.length ? "" : !scored ? "none scored" : !judged.length ? "no thresholds"
+      : `${above} of ${judged.length} above${without ? `, ${without} without threshold` : ""}`;
     byId("never").textContent = never ? `· ${never} never trained` : "";
     byId("axis").replaceChildren(...AXES[scale].map(([at, words]) => {
       const label = make("span", {}, words);

@@ -15,8 +15,11 @@ const SOURCES = {
   unknown: ["not stated", "Neither the file nor the classifier says which view this is."],
 };
 
-/** Flags that are about the model and not about the image: said once, below the images. */
-export const QUIET = ["not_screened", "burned_in_unknown", "burned_in_text"];
+/** Flags of every image that are about the model: said once, above the images. */
+export const OF_MODEL = ["not_screened"];
+
+/** Flags that change nothing of what was read: said once, below the images. */
+export const QUIET = ["burned_in_unknown", "burned_in_annotation"];
 
 export class Views {
   /**
@@ -120,11 +123,11 @@ export class Views {
     item.flags.replaceChildren(flag(reason));
   }
 
-  /** Take back what `refuse` said. */
+  /** Take back what `refuse` said; what is wrong with the image as it was read is said again. */
   accept() {
     for (const item of this.items.filter((one) => one.figure.classList.contains("refused"))) {
       item.figure.classList.remove("refused");
-      item.flags.replaceChildren();
+      this.#warn(item);
     }
   }
 
@@ -194,10 +197,16 @@ export class Views {
     item.figure.classList.toggle("unscored", !image.scored);
     item.canvas.setAttribute("aria-label", `Image ${image.number}, ${VIEWS[image.view] ?? image.view}, ${image.columns} by ${image.rows} pixels`);
     item.title.textContent = `${image.number}  ${VIEWS[image.view] ?? image.view}`;
-    const loud = image.flags.filter(({ code }) => !QUIET.includes(code)).map(({ message }) => message);
-    if (!image.scored) loud[0] = `Not scored. ${loud[0] ?? "This image takes no part in the findings."}`;
-    item.flags.replaceChildren(...loud.map((words) => flag(words)));
+    this.#warn(item);
     this.#source(item);
+  }
+
+  #warn(item) {
+    const { image } = item;
+    const once = [...OF_MODEL, ...QUIET];
+    const loud = (image?.flags ?? []).filter(({ code }) => !once.includes(code)).map(({ message }) => message);
+    if (image && !image.scored) loud[0] = `Not scored. ${loud[0] ?? "This image takes no part in the findings."}`;
+    item.flags.replaceChildren(...loud.map((words) => flag(words)));
   }
 
   #source(item) {
