@@ -89,7 +89,7 @@ def test_similar_cases_have_pictures(with_index, make_film) -> None:
 
 
 @pytest.mark.parametrize("by", ["", "&finding=Edema"])
-def test_the_patient_of_a_dicom_file_is_not_among_the_similar_cases(with_index, by: str) -> None:
+def test_the_patient_of_a_dicom_file_is_not_among_the_similar_cases(with_index, by: str, caplog, capfd) -> None:
     """By the patient's id and by that of the study, in headers; the ids are kept nowhere, and other files go on."""
     server, index = with_index, with_index.service.cases.index
     row = len(index) - 1
@@ -102,8 +102,12 @@ def test_the_patient_of_a_dicom_file_is_not_among_the_similar_cases(with_index, 
         cases = server.ask("GET", f"/api/studies/{name}/similar?count=50{by}").json["cases"]
         return [one["study_id"] for one in cases]
 
-    everything = cases_of(PatientID="Somebody-Else", StudyInstanceUID="1.2.3.999")
-    assert "Somebody-Else" not in repr(list(server.service.results._kept.values()))
+    with caplog.at_level("INFO"):
+        everything = cases_of(PatientID="Somebody-Else", StudyInstanceUID="1.2.3.999")
+    said = capfd.readouterr()
+    kept = repr(list(server.service.results._kept.values()))
+    assert "Somebody-Else" not in kept + caplog.text + said.out + said.err
+    assert "/similar" in caplog.text
     assert len(everything) == len(index)
     of_patient = {index.case(n).study_id for n in range(len(index)) if index._named("patient", n) == patient}
     assert study in of_patient
