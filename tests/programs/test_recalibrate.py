@@ -124,7 +124,7 @@ def test_the_operating_point_that_a_site_asks_for_comes_first(site: Path, world:
     result = model.predict(cv2.imread(str(world / "images" / "3_0.png"), 0), attention=False)
     facts = [ImageFacts(rows=10, columns=10)]
     page = study_page(study_document(result, model, study_id="s", images=facts), [np.zeros((10, 10), np.uint8)])
-    assert "tick: sensitivity 0.9 on the patients" in page
+    assert "The tick is its operating point: sensitivity 0.9 on the patients" in page
 
 
 def numbers(site: Path) -> dict:
