@@ -1,9 +1,11 @@
 """A backbone in bfloat16 on a CPU that has instructions for it, faster than autocast alone; only where it is asked for.
 
 Three things: weights are cast and laid out for the matrix kernels once instead of at every call, GELU is part of the
-product before it, and attention's softmax is read and written in bfloat16 (inside, it sums in float32). The residual
-stream, LayerNorm and LayerScale stay in float32. Names of the operators are torch's own for its compiler and may go:
-then, or where the result is another, autocast is what remains.
+product before it, and attention is torch's fused kernel where the processor multiplies tiles (AMX: 1 to 3 times as
+fast as plain products), elsewhere plain products with a softmax that is read and written in bfloat16 (the fused
+kernel is slower there). Inside, either sums in float32. The residual stream, LayerNorm and LayerScale stay in
+float32. Names of the operators are torch's own for its compiler and may go: then, or where the result is another,
+autocast is what remains.
 """
 
 import copy
@@ -39,11 +41,11 @@ class _PackedLinear(nn.Module):
 
 
 class _FastAttention(nn.Module):
-    """`Attention` with packed projections."""
+    """`Attention` with packed projections, and torch's fused kernel between them or plain products."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, fused: bool) -> None:
         super().__init__()
-        self.heads = attention.heads
+        self.heads, self.fused = attention.heads, fused
         self.qkv, self.proj = _PackedLinear(attention.qkv), _PackedLinear(attention.proj)
 
     def forward(self, tokens: Float[Tensor, "T D"], shapes: Shapes) -> Float[Tensor, "T D"]:
@@ -52,8 +54,12 @@ class _FastAttention(nn.Module):
             self.qkv(tokens).split([images * length for images, length in shapes]), shapes, strict=True
         ):
             query, key, value = group.view(images, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-            outputs.append((F.softmax(scores, dim=-1) @ value).transpose(1, 2).reshape(images * length, -1))
+            if self.fused:
+                attended = F.scaled_dot_product_attention(query, key, value)
+            else:
+                scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+                attended = F.softmax(scores, dim=-1) @ value
+            outputs.append(attended.transpose(1, 2).reshape(images * length, -1))
         return cast(Tensor, self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs)))
 
 
@@ -77,7 +83,7 @@ def fast_backbone(backbone: VisionTransformer) -> VisionTransformer | None:
         backbone: in evaluation mode, on the CPU, float32. It is left alone.
     """
     try:
-        fast = _packed(backbone)
+        fast = _packed(backbone, torch.cpu._is_amx_tile_supported())
         channels, side = backbone.config.in_channels, 2 * backbone.config.patch_size
         noise = torch.randn(2, channels, side, side, generator=torch_stream(0, "fast backbone"))
         with torch.autocast("cpu", torch.bfloat16):
@@ -87,13 +93,13 @@ def fast_backbone(backbone: VisionTransformer) -> VisionTransformer | None:
     return fast if bool((F.cosine_similarity(found, expected) >= SMALLEST_COSINE).all()) else None
 
 
-def _packed(backbone: VisionTransformer) -> VisionTransformer:
+def _packed(backbone: VisionTransformer, fused: bool) -> VisionTransformer:
     shared = {id(parameter): parameter for parameter in backbone.parameters()}
     fast = copy.deepcopy(backbone, shared)  # parameters are the same tensors; modules are new
     for block in fast.blocks:
         assert isinstance(block, Block)
         layer = block.mlp
-        block.attn = cast(Attention, _FastAttention(block.attn))
+        block.attn = cast(Attention, _FastAttention(block.attn, fused))
         if isinstance(layer, MLP):
             block.mlp = cast(MLP, nn.Sequential(_PackedLinear(layer.fc1, gelu=True), _PackedLinear(layer.fc2)))
         else:

@@ -25,13 +25,19 @@ def backbone_of(feed_forward: str) -> VisionTransformer:
     return model.eval().requires_grad_(False)
 
 
+@pytest.mark.parametrize("tiles", [False, True], ids=["plain attention", "fused attention"])
 @pytest.mark.parametrize("feed_forward", ["mlp", "swiglu"])
-def test_tokens_are_those_of_float32_to_rounding(feed_forward: str) -> None:
+def test_tokens_are_those_of_float32_to_rounding(
+    feed_forward: str, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused kernel gives the same on a processor for which it is not chosen."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     model = backbone_of(feed_forward)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fast = fast_backbone(model)
     if fast is None:
         pytest.skip("this torch or CPU has no packed bfloat16 products")
+    assert fast.blocks[0].attn.fused is tiles
     images = torch.randn(5, 1, 48, 32, generator=torch_stream(0, "images"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found, plain = fast.intermediate(images, 2), model.intermediate(images, 2)
@@ -51,15 +57,15 @@ def test_another_result_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this torch or CPU has no packed bfloat16 products")
     real = fast_cpu._packed
 
-    def wrong(backbone):
-        fast = real(backbone)
+    def wrong(*arguments):
+        fast = real(*arguments)
         fast.blocks[0].mlp[0].after = ("none", "")  # GELU forgotten
         return fast
 
     monkeypatch.setattr(fast_cpu, "_packed", wrong)
     assert fast_backbone(model) is None
 
-    def absent(backbone):
+    def absent(*arguments):
         raise AttributeError("no such operator")
 
     monkeypatch.setattr(fast_cpu, "_packed", absent)
