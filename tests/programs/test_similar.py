@@ -63,6 +63,20 @@ def run_embed(folder: Path, out: Path, what: str = "cls", **options) -> None:
     embed.run(str(folder / "model"), [f"{folder}/store:test"], out, what, device="cpu", batch_size=5, **options)
 
 
+def stop_at_part(monkeypatch: pytest.MonkeyPatch, number: int, images: int) -> None:
+    """Parts of so many images, and an interruption in place of that part and no other."""
+    monkeypatch.setattr(embedding_parts, "IMAGES", images)
+    real, calls = embedding_parts.embed_many, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(embedding_parts, "embed_many", interrupted)
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".npz", ".npy"])
 @pytest.mark.parametrize("what", ["cls", "patch-mean", "study"])
 def test_a_split_of_a_store(folder: Path, tmp_path: Path, what: str, suffix: str) -> None:
@@ -208,16 +222,7 @@ def test_parts_of_other_files_under_the_same_names_are_not_gone_on_with(
         for film in range(4):
             pixels = np.random.default_rng(10 * number + film).integers(0, 255, (48, 40), np.uint8)
             cv2.imwrite(str(tmp_path / name / f"{film}.png"), pixels)
-    monkeypatch.setattr(embedding_parts, "IMAGES", 2)
-    real, calls = embedding_parts.embed_many, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(embedding_parts, "embed_many", interrupted)
+    stop_at_part(monkeypatch, 2, images=2)
     with pytest.raises(KeyboardInterrupt):
         embed.run(str(folder / "model"), [str(tmp_path / "one")], tmp_path / "f.npz", device="cpu")
     for name in ("f", "g"):
@@ -236,17 +241,7 @@ def test_what_was_begun_for_something_else_is_not_gone_on_with(folder: Path, tmp
     expected = build_index(encoder, store, range(20, 40), tmp_path / "c", [], 8, part=8)
     np.testing.assert_array_equal(other.vectors, expected.vectors)
 
-    monkeypatch.setattr(embedding_parts, "IMAGES", 4)
-    real = embedding_parts.embed_many
-    calls: list[int] = []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(embedding_parts, "embed_many", interrupted)
+    stop_at_part(monkeypatch, 3, images=4)
     with pytest.raises(KeyboardInterrupt):
         embed.run(str(folder / "model"), [f"{folder}/store:train"], tmp_path / "f.npz", device="cpu")
     embed.run(str(folder / "model"), [f"{folder}/store:test"], tmp_path / "f.npz", device="cpu")
