@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hilum.backbones.sources import Source
-from hilum.backbones.vit import Tokens, VisionTransformer
+from hilum.backbones.vit import Tokens, VisionTransformer, ViTConfig
 from hilum.backbones.weights import (
     GREY_MEAN,
     GREY_STD,
@@ -22,7 +22,10 @@ from hilum.backbones.weights import (
     load_backbone,
     read_backbone_config,
 )
+from hilum.core.files import write_json
 from hilum.core.seeding import torch_stream
+from hilum.data.transforms import preprocessing
+from hilum.deploy.exporting.huggingface import at_resolution, timm_config, to_timm
 
 timm = pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
 
@@ -138,3 +141,22 @@ def test_a_classifier_on_top_is_left_out_by_name(tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     described = read_backbone_config(tmp_path / "model.safetensors")
     assert described["left_out"] == {"a classifier": ["head.bias", "head.weight"]}
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("feed_forward", ["mlp", "swiglu"])
+def test_what_is_exported_is_read_by_timm_alone(tmp_path: Path, feed_forward: str, registers: int) -> None:
+    config = ViTConfig(
+        128, 2, 2, patch_size=16, image_size=64, registers=registers, feed_forward=feed_forward, layer_scale=0.5
+    )
+    ours = VisionTransformer(config).eval()
+    redraw(ours)
+    state = at_resolution(ours.state_dict(), config, 64)
+    save_file({name: value.contiguous() for name, value in to_timm(state).items()}, tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", timm_config(config, 64, preprocessing("hilum-grey-1")))
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    grey = torch.randn(2, 1, 64, 64, generator=torch_stream(0, "export"))
+    with torch.no_grad():
+        found = ours(grey)
+    for a, b in zip(found, expected(theirs, grey.expand(-1, 3, -1, -1), registers), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
