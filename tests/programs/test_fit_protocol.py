@@ -286,6 +286,23 @@ def test_a_source_of_weight_0_teaches_nothing(folder: Path, tmp_path: Path) -> N
         run(folder, tmp_path / "wrong", SMALL, "source_weights=[nowhere=1]")
 
 
+def test_a_finding_whose_positives_are_all_of_a_source_of_weight_0_is_not_trained(folder: Path, tmp_path: Path) -> None:
+    store = Store.open(folder / "store")
+    here = np.array(DATASETS) == "here"
+    column = FINDINGS.index("Hernia")
+    labels = np.array(store.labels)
+    labels[here & (np.array(SPLITS) == "train"), column] = 0
+    write_again(tmp_path / "store", labels)
+    trained = {}
+    for weight in (0, 0.5):
+        examples = open_examples(tmp_path / "store", None, target="here", source_weights=(f"there={weight}",))
+        trained[weight] = examples.findings[column]
+    assert not trained[0].trained
+    assert trained[0].positives == 0
+    assert trained[0.5].trained
+    assert trained[0.5].positives > 0
+
+
 def test_a_source_may_have_a_bias_of_its_own_which_is_not_kept(folder: Path, tmp_path: Path) -> None:
     heads = []
     for bias in ("false", "true"):

@@ -79,7 +79,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     # Images and labels of train and val, and the features that a frozen backbone gives.
     examples = open_examples(
         data, config.findings, config.datasets, config.target, config.train_images, config.val_images, config.seed,
-        config.hierarchy,
+        config.hierarchy, config.source_weights,
     )  # fmt: skip
     store, train, val, labels = examples.store, examples.train, examples.val, examples.labels
     opened = open_backbone(backbone, config.resolution, store, config.seed)

@@ -20,6 +20,7 @@ from hilum.data.labels import frequency_groups
 from hilum.data.store import Store
 from hilum.data.studies import StudyIndex
 from hilum.deploy.model_files import Finding
+from hilum.heads.sources import parse_source_weights
 from hilum.pretraining.exposure import Seen, leak_of, not_recorded, read_seen
 
 RANDOM = "random:"
@@ -92,6 +93,7 @@ def open_examples(
     val_images: int | None = None,
     seed: int = 0,
     hierarchy: bool = False,
+    source_weights: tuple[str, ...] = (),
 ) -> Examples:
     """Read the splits and labels of a store.
 
@@ -105,9 +107,11 @@ def open_examples(
         val_images: the same of validation.
         seed: of the draw.
         hierarchy: fill unknown findings from parents and children (`data.label_maps.apply_hierarchy`).
+        source_weights: NAME=WEIGHT; of a dataset with weight 0 no training label is known.
 
     Raises:
-        ConfigError: no training or validation split, or no finding that can be both learned and scored.
+        ConfigError: no training or validation split, no finding that can be both learned and scored, or a weight of
+            another form.
         LeakageError: a patient in two splits.
         UnknownNameError: a finding or a dataset that the store does not have.
     """
@@ -127,6 +131,9 @@ def open_examples(
     if hierarchy:  # relatives may stand among the findings that are not wanted
         of_both = apply_hierarchy(of_both, store.findings, with_normal=False).codes
     labels[both] = of_both[:, [store.findings.index(name) for name in names]]
+    weights = dict(zip(sources, parse_source_weights(source_weights, sources), strict=True))
+    unheard = [name for name, weight in weights.items() if weight == 0]  # their positives make no finding a trained one
+    labels[train[np.isin(store.datasets[train], unheard)]] = UNKNOWN
     findings = describe_findings(names, labels[train])
     trained = np.array([finding.trained for finding in findings])
     labels[:, ~trained] = UNKNOWN  # without a positive there is nothing to learn; their predictions are null
