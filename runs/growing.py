@@ -7,9 +7,10 @@ Fixed before it is run:
 - Increments: the 26 findings of CXR-LT 2024 task 2, then the 14 that task 1 adds, then the five of task 3.
 - Upper bound: the same recipe fitted on all 45 at once. Recipe: laptop_decoder at 128 pixels, seed 0. The ladder of
   `hilum extend` as it is: validation chooses among rows, adapter, own.
-- Few labels: the 19 at once, at most k positives of each in train and k in validation, k = 8, 16, 32, 64, 128, seeds 0
-  to 4; all known negatives stay. A finding counts at a k only where it has at least k positives in train; since that
-  is fewer findings at a larger k, the curve is also given over those that count at every k, with the joint fit beside.
+- Few labels: the 19 at once, at most k positives of each in train and k in validation, k = 8, 32, 96, seeds 0 to 2, at
+  three of the nine rates and every rung of the ladder; all known negatives stay. A finding counts at a k only where it
+  has at least k positives in train; since that is fewer findings at a larger k, the curve is also given over those that
+  count at every k, with the joint fit beside.
 - Judged on test, raw predictions, per image: average precision of findings with at least 10 test positives; paired
   differences over 1,000 resamples of patients, seed 0.
 
@@ -39,13 +40,15 @@ from hilum.deploy.predictor import load
 from hilum.evaluation.bootstrap import paired_difference
 from hilum.evaluation.definitions import METRICS, average_precision
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
+from hilum.heads.sweep import SLIDES_RATES
 from hilum.recipes import fit_recipe
 
 FIRST = tuple(name for name in CXRLT_2024_TASK1 if name not in CXRLT_2024_TASK2)
 LAST = CXRLT_2024_TASK3
 ALL = (*CXRLT_2024_TASK1, *LAST)
 RECIPE, SETTINGS = "laptop_decoder", ("resolution=128",)
-SHOTS, SEEDS, POSITIVES, RESAMPLES = (8, 16, 32, 64, 128), 5, 10, 1000
+SHOTS, SEEDS, POSITIVES, RESAMPLES = (8, 32, 96), 3, 10, 1000
+SHOTS_SETTINGS = (f"learning_rates=[{', '.join(map(str, SLIDES_RATES[1::3]))}]",)
 
 
 def timed(folder: Path, program: Callable[..., Path], *arguments: Any) -> float | None:
@@ -162,8 +165,8 @@ def few_labels(
         runs = []
         for seed in range(seeds):
             folder = out / f"shots_{k}_seed_{seed}"
-            arguments = (out / "grown_26", data, findings, folder, [*settings, f"seed={seed}"], Shots(k, k))
-            seconds = timed(folder, extend.run, *arguments)
+            changes = [*SHOTS_SETTINGS, *settings, f"seed={seed}"]
+            seconds = timed(folder, extend.run, out / "grown_26", data, findings, folder, changes, Shots(k, k))
             rows, training = described(folder, store, findings), read_config(folder)["extensions"][-1]["training"]
             runs.append({
                 "seed": seed, "seconds": seconds, "rung": training["rung"], "mAP": mean_ap(rows, enough),
