@@ -180,6 +180,7 @@ def _group_table(results: Mapping[str, Any], task: str) -> str:
     scale = symmetric_scale(
         [end for one in results["differences"] for name in present for end in _ends(_of(one, task, name, "mAP"))]
     )
+    ticks = symmetric_ticks(scale, narrow=True)
     body = []
     for one in results["differences"]:
         cells = ""
@@ -188,7 +189,7 @@ def _group_table(results: Mapping[str, Any], task: str) -> str:
             value, shown = finite(entry.get("value")) if entry else None, bool(entry and entry.get("shown"))
             label = f"{one['title']}, {name}: {signed(value)} {bracket(_pair(entry))}{'' if shown else ' not shown'}"
             track = interval_track(
-                value, _pair(entry), scale=Position(-scale, scale), ticks=symmetric_ticks(scale), reference=0.0,
+                value, _pair(entry), scale=Position(-scale, scale), ticks=ticks, reference=0.0,
                 mark=GROUPS[name][0], label=label, hollow=not shown,
             )  # fmt: skip
             number = signed(value) if value is not None else undefined(NOT_MEASURED)
@@ -197,7 +198,7 @@ def _group_table(results: Mapping[str, Any], task: str) -> str:
         body.append(f'<tr><th scope="row">{text(first)}<small>minus {text(second)}</small></th>{cells}</tr>')
     heads = "".join(
         f'<th class="third">{badge(name)}{name} <small>{len(results["tasks"][task]["groups"][name])} findings</small>'
-        f"{difference_axis(scale)}</th><th></th>"
+        f"{difference_axis(scale, narrow=True)}</th><th></th>"
         for name in present
     )
     return _table("ablation groups", f"<tr><th>Comparison</th>{heads}</tr>", body)

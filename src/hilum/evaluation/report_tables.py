@@ -3,6 +3,7 @@
 Functions from the dict of `metrics.json` to HTML; they compute no metric.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -199,14 +200,18 @@ def symmetric_scale(values: Sequence[float | None]) -> float:
     return max(largest * 1.08, 1e-3)
 
 
-def symmetric_ticks(scale: float) -> list[float]:
-    """Of such an axis."""
+def symmetric_ticks(scale: float, *, narrow: bool = False) -> list[float]:
+    """Of such an axis; over a narrow column zero and one round number on either side, past half of `scale`."""
+    if narrow:
+        power = 10.0 ** math.floor(math.log10(scale))
+        tick = max(round(factor * power, 12) for factor in (1, 2, 3, 5, 7) if factor * power <= scale * (1 + 1e-9))
+        return [-tick, 0.0, tick]
     return [tick for tick in nice_ticks(-scale, scale, 4) if abs(tick) <= scale]
 
 
-def difference_axis(scale: float) -> str:
+def difference_axis(scale: float, *, narrow: bool = False) -> str:
     """The numbers above a column of differences."""
-    return axis(symmetric_ticks(scale), Position(-scale, scale), 2 if scale >= 0.02 else 3, plus=True)
+    return axis(symmetric_ticks(scale, narrow=narrow), Position(-scale, scale), 2 if scale >= 0.02 else 3, plus=True)
 
 
 def difference_cells(difference: Mapping[str, Any] | None, scale: float, *, metric: bool = True) -> str:

@@ -9,6 +9,7 @@ import pytest
 from hilum.evaluation.ablation import MEASURED, SeedResult, compare, summarise
 from hilum.evaluation.ablation_report import render_ablation
 from hilum.evaluation.ablation_table import markdown_table, text_table
+from hilum.evaluation.report_tables import difference_axis
 
 GROUPS = {"head": ["Edema", "Pneumonia"], "medium": ["Mass"], "tail": ["Hernia"]}
 FINDINGS = tuple(name for part in GROUPS.values() for name in part)
@@ -116,6 +117,31 @@ def test_a_backbone_that_has_met_test_images_is_said_to() -> None:
     assert "Not unseen" not in text_table(results)
     results["rows"][0]["exposed_images"] = 7
     assert "met in pretraining or training: linear 7." in text_table(results)
+
+
+def numbers_over(markup: str) -> list[tuple[float, float]]:
+    """Place in per cent and value of each number of an axis."""
+    found = re.findall(r'<i style="left:([-\d.]+)%">([^<]+)</i>', markup)
+    return [(float(place), float(number.replace("\N{MINUS SIGN}", "-"))) for place, number in found]
+
+
+def test_numbers_over_a_narrow_column_stand_clear_of_one_another_and_where_their_value_is() -> None:
+    for scale in np.geomspace(1e-3, 0.9, 500):
+        found = numbers_over(difference_axis(scale, narrow=True))
+        places = [place for place, _ in found]
+        assert len(found) == 3
+        assert np.diff(places).min() >= 25  # of 190 pixels, and a number is about 36 wide
+        assert places == pytest.approx([50 + 50 * value / scale for _, value in found], abs=0.1)
+        assert found[1][1] == 0
+
+
+@pytest.mark.parametrize("level", [0.32, 0.35, 0.38, 0.42, 0.5])
+def test_columns_of_head_medium_and_tail_are_narrow(level: float) -> None:
+    page = render_ablation(make_results((("linear", 0.3, None), ("decoder", level, None))))
+    table = page[page.index('class="plain steps ablation groups"') :]
+    axes = re.findall(r'<span class="axis".*?</span>', table[: table.index("</thead>")])
+    assert len(axes) == 3
+    assert all(len(numbers_over(one)) == 3 for one in axes)
 
 
 def test_one_seed_is_said_to_cover_patients_only() -> None:
