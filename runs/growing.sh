@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Adding findings to a trained model: 26 -> 40 -> 45, against a joint fit of all 45, and from few labels. Phantoms.
+# Adding findings to a trained model: 26 -> 40 -> 45 and 21 -> 26, against joint fits, and from few labels. Phantoms.
 #
 #   runs/growing.sh [OUT]      OUT defaults to outputs/growing
 #   BACKBONE=...               a RUN folder or weights, in place of pretraining on these patients

@@ -10,7 +10,7 @@ from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
 from hilum.core.files import read_json
 from hilum.core.seeding import forked
-from hilum.data.labels import CXRLT_2024_TASK1, CXRLT_2024_TASK3
+from hilum.data.labels import CXRLT_2024_TASK1, CXRLT_2024_TASK2, CXRLT_2024_TASK3
 from hilum.data.store import write_arrays
 
 FINDINGS = (*CXRLT_2024_TASK1, *CXRLT_2024_TASK3)
@@ -62,6 +62,17 @@ def test_old_findings_stay_and_the_curve_keeps_its_findings(growing, folder, cap
     joint = [rows[name]["AP"] for name in curve["findings_at_every_k"]]
     assert curve["joint_mAP_at_every_k"] == pytest.approx(np.mean(joint))
     assert f"k =   2: {len(curve['k']['2']['findings'])} findings" in capsys.readouterr().out
+
+    common = found["common"]
+    assert common["old"] == {"raw": 0.0, "calibrated": 0.0, "same_tensors": True}
+    assert list(common["rows"]) == list(common["joint_rows"]) == list(growing.COMMON)
+    assert common["joint_rows"] == {name: found["increments"]["26"]["rows"][name] for name in growing.COMMON}
+    learned = [
+        [one["name"] for one in read_json(folder / "out" / name / "config.json", ValueError)["findings"]]
+        for name in ("common_21", "common_26")
+    ]
+    assert not set(learned[0]) & set(growing.COMMON)
+    assert sorted(learned[1]) == sorted(CXRLT_2024_TASK2)
 
     made = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/model.safetensors")}
     (folder / "out" / "grown_40.seconds.json").unlink()  # killed between the model and its clock
