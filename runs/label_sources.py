@@ -1,6 +1,7 @@
 """When do labelled images of other datasets help, and when do they harm?
 
-    python runs/label_sources.py STORE BACKBONE OUT [--target cxrlt] [--scale full|tiny] [--seeds 0,1] [--device auto]
+    python runs/label_sources.py STORE BACKBONE OUT [--target cxrlt] [--scale full|tiny] [--seeds 0,1]
+        [--variants alone,masked,negative] [--device auto]
 
 A decoder is fitted for one dataset of the store, alone and with the labelled images of the others, as they are and
 with faults planted in copies (label_planting.py): unknown labels read as negative, wrong labels, another scanner; then
@@ -9,7 +10,8 @@ image. What is asked, and why so: docs/explanation/label-sources.md. Fixed befor
 
 Units that are finished are kept, so a run that was stopped goes on; OUT/label_sources.json and .md are written after
 every seed. Seeds may run side by side (`--seeds 0`, `--seeds 1`); the same command with all of them then makes the
-table. A little past 300 lines: every parameter beside what it does.
+table. `--variants` takes only some, for more seeds of them than of the rest, into OUT/label_sources_alone_masked_... .
+Past 300 lines: every parameter beside what it does.
 """
 
 import argparse
@@ -292,16 +294,32 @@ class Place:
         return {name: found for name, found in sets.items() if found}
 
 
-def run(place: Place) -> dict[str, Any]:
-    """Make every unit, seed after seed, and write the table after each; what OUT/label_sources.json holds."""
+def only(experiment: Experiment, names: Sequence[str]) -> Experiment:
+    """Of these variants; shares that have none of them are left out.
+
+    Raises:
+        UnknownNameError: a name that no variant has.
+    """
+    known = [variant.name for variant in experiment.variants[1.0]]
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("variant", name, known)
+    kept = {
+        share: tuple(one for one in variants if one.name in names) for share, variants in experiment.variants.items()
+    }
+    return replace(experiment, variants={share: variants for share, variants in kept.items() if variants})
+
+
+def run(place: Place, name: str = "label_sources") -> dict[str, Any]:
+    """Make every unit, seed after seed, and write the table after each; what OUT/NAME.json holds."""
     summary: dict[str, Any] = {}
     for count, seed in enumerate(place.experiment.seeds, start=1):
         for share, variants in place.experiment.variants.items():
             for variant in variants:
                 place.make(Unit(variant, share, seed))
         summary = summarise_all(place, place.experiment.seeds[:count])
-        write_json(place.out / "label_sources.json", summary)
-        write_text(place.out / "label_sources.md", markdown(summary))
+        write_json(place.out / f"{name}.json", summary)
+        write_text(place.out / f"{name}.md", markdown(summary))
     return summary
 
 
@@ -384,6 +402,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
     parser.add_argument("--target", help="the dataset that is judged")
     parser.add_argument("--seeds", help="with commas")
+    parser.add_argument("--variants", help="with commas; all without it")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args(words)
     experiment = SCALES[given.scale]
@@ -391,7 +410,11 @@ def main(words: Sequence[str] | None = None) -> None:
         experiment = replace(experiment, target=given.target)
     if given.seeds:
         experiment = replace(experiment, seeds=tuple(int(seed) for seed in given.seeds.split(",")))
-    say(markdown(run(Place(given.data, given.backbone, given.out, experiment, given.device))))
+    name = "label_sources"
+    if given.variants:
+        chosen = given.variants.split(",")
+        experiment, name = only(experiment, chosen), "_".join([name, *chosen])
+    say(markdown(run(Place(given.data, given.backbone, given.out, experiment, given.device), name)))
 
 
 if __name__ == "__main__":

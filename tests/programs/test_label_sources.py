@@ -204,7 +204,9 @@ def test_a_store_without_the_target_or_anything_to_add_is_refused(programs, fold
 
 
 @pytest.mark.slow
-def test_every_kind_of_variant_runs_from_the_command_line(programs, folder: Path, tmp_path: Path, capsys) -> None:
+def test_every_kind_of_variant_runs_from_the_command_line(
+    programs, folder: Path, tmp_path: Path, monkeypatch
+) -> None:  # fmt: skip
     _, sources = programs
     words = [str(folder / "store"), str(folder / "run"), str(tmp_path), "--scale", "tiny", "--target", "here"]
     sources.main([*words, "--seeds", "0,1"])
@@ -217,6 +219,15 @@ def test_every_kind_of_variant_runs_from_the_command_line(programs, folder: Path
     assert "minus at 100%" in (tmp_path / "label_sources.md").read_text()
     [pseudo] = tmp_path.glob("units/1/masked_pseudo-judged/seed0-*/model/config.json")
     assert "alone-teacher" in json.loads(pseudo.read_text())["training"]["settings"]["pseudo_labels"]
+
+    monkeypatch.setattr(sources.fit, "run", None)  # every unit is there
+    sources.main([*words, "--seeds", "0,1", "--variants", "alone,noise_30_weight_25"])
+    some = json.loads((tmp_path / "label_sources_alone_noise_30_weight_25.json").read_text())
+    assert [list(part["rows"]) for part in some["shares"]] == [["alone", "noise_30_weight_25"], ["alone"]]
+    assert some["shares"][0]["facts"]["alone"] == content["shares"][0]["facts"]["alone"]
+    assert content == json.loads((tmp_path / "label_sources.json").read_text())
+    with pytest.raises(UnknownNameError, match="noise_30_weight_25"):
+        sources.main([*words, "--variants", "noise_30_weight_2"])
 
 
 @pytest.mark.slow
