@@ -14,7 +14,7 @@ from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
 from hilum.commands import extend, extend_joint, extend_zero_shot, fit
 from hilum.commands.extend_inputs import Shots, open_base, open_new_examples, settings_of
-from hilum.commands.extend_training import make_ladder
+from hilum.commands.extend_training import make_ladder, starting_weights
 from hilum.core.config import override
 from hilum.core.errors import ConfigError, LeakageError, PredictionError, PreprocessingMismatchError, UnknownNameError
 from hilum.core.files import write_json
@@ -26,7 +26,9 @@ from hilum.deploy.validation import read_bands
 from hilum.evaluation.calibration import describe_items
 from hilum.evaluation.fitted_items import are_among
 from hilum.heads.config import FitConfig
-from hilum.heads.registry import build_head
+from hilum.heads.features import Features
+from hilum.heads.registry import build_head, on_meta
+from hilum.heads.standardise import measure
 
 OLD, NEW = ("Atelectasis", "Edema", "Fracture"), ("Lobar Atelectasis", "Rib Fracture")
 SPLITS = ["train"] * 60 + ["val"] * 24 + ["test"] * 12
@@ -128,10 +130,10 @@ def test_old_maps_and_thresholds_are_the_same_bytes_and_records_are_joined(folde
 
 def test_the_search_has_a_course_for_every_rung_and_parents_are_found(folder: Path) -> None:
     search = json.loads((folder / "decoder_more" / "extension_0_search.json").read_text())
-    assert list(search["rungs"]) == ["rows", "adapter", "own"]
+    assert list(search["rungs"]) == ["rows", "adapter", "copy", "own"]
     weights = [rung["trained_weights"] for rung in search["rungs"].values()]
     assert weights[0] == 2 * (8 + 8 + 1)  # a query, a row and a bias for each finding
-    assert weights[0] < weights[1] < weights[2]
+    assert weights[0] < weights[1] < weights[2] == weights[3]  # copy learns as many as own, and comes first
     assert all(len(rung["epochs"]) == 2 for rung in search["rungs"].values())
     best = {name: rung["chosen"]["score"] for name, rung in search["rungs"].items()}
     assert best[search["taken"]] == max(best.values())
@@ -162,6 +164,39 @@ def test_what_is_taken_over_is_shared_and_new_findings_start_from_their_parents(
 
 
 @pytest.mark.slow
+def test_a_copy_starts_from_the_models_head_and_all_of_it_is_its_own(folder: Path, tmp_path: Path) -> None:
+    extend.run(folder / "decoder", folder / "store", NEW, tmp_path / "more", FAST, ladder=["copy"], device="cpu")
+    described = settings(tmp_path / "more")["extensions"][0]
+    assert described["training"]["rung"] == "copy"
+    assert described["shared"] == []
+    assert described["training"]["memory_has_seen_validation"]
+    before, after = (load_file(path / "model.safetensors") for path in (folder / "decoder", tmp_path / "more"))
+    assert all(tensor.numpy().tobytes() == after[key].numpy().tobytes() for key, tensor in before.items())
+    base = open_base(folder / "decoder")
+    copied = [name for name in base.main.state_dict() if not name.endswith(("query_embed.weight", "pooling", "bias"))]
+    assert copied
+    assert all((after[f"extension.0.{name}"] != base.main.state_dict()[name]).any() for name in copied)
+    old, new = load(folder / "decoder", "cpu"), load(tmp_path / "more", "cpu")
+    one, other = (model.predict_store(Store.open(folder / "store"), range(84, 96)) for model in (old, new))
+    assert np.array_equal(one.probabilities, other.probabilities[:, :3])
+
+
+def test_a_copy_of_standardised_features_starts_where_one_of_raw_features_does(folder: Path) -> None:
+    base, config = open_base(folder / "decoder"), settings_of(open_base(folder / "decoder"), FAST)
+    rows, copy = make_ladder(config, 12, base.network.head, base.main, NEW, OLD, None, ["rows", "copy"])
+    assert copy.standardise
+    assert not rows.standardise
+    draw = torch.Generator().manual_seed(0)
+    cls, mean, patches = (3 + 2 * torch.randn(*shape, generator=draw) for shape in ((6, 24), (6, 12), (6, 4, 24)))
+    features = Features(cls, mean, patches, (2, 2), torch.arange(6), torch.zeros(6, dtype=torch.long))
+    scaling = measure([features])
+    raw, standardised = on_meta(rows.head), on_meta(copy.head)
+    raw.load_state_dict(starting_weights(rows, scaling), assign=True)
+    standardised.load_state_dict(starting_weights(copy, scaling), assign=True)
+    torch.testing.assert_close(standardised(scaling.apply(features)), raw(features), rtol=1e-4, atol=1e-5)
+    assert torch.equal(copy.initial["decoder.embed_standart.weight"], rows.initial["decoder.embed_standart.weight"])
+
+
 def test_a_second_extension_leaves_the_first_as_it_is(folder: Path, tmp_path: Path) -> None:
     extend.run(folder / "decoder", folder / "store", NEW[:1], tmp_path / "a", FAST, device="cpu")
     extend.run(tmp_path / "a", folder / "store", NEW[1:], tmp_path / "b", FAST, device="cpu")
@@ -419,11 +454,12 @@ def check_ladders(config: FitConfig, mains: tuple) -> None:
             head = build_head(main)
         rungs = make_ladder(config, 12, main, head, NEW, OLD, None)
         assert [rung.name for rung in rungs] == (
-            ["rows", "adapter", "own"] if main.name == "ml_decoder" or main.views == "attention" else ["own"]
+            ["rows", "adapter", "copy", "own"] if main.name == "ml_decoder" or main.views == "attention" else ["own"]
         )
         assert rungs[-1].name == "own"
         for rung in rungs[:-1]:
             assert rung.head.findings == 2
+            assert bool(rung.shared) == (rung.name != "copy")
             for name in rung.shared:
                 assert torch.equal(rung.initial[name], head.state_dict()[name])
 
@@ -455,7 +491,7 @@ def test_shots_hold_in_validation_too_unless_said_otherwise(folder: Path, tmp_pa
     for options in ({"shots": 4}, {"shots": 4, "val_shots": 9}, {"ladder": "rows, own"}):
         extend.dispatch(folder, folder, NEW, tmp_path / "out", (), extend.Options(**options))
     assert budgets == [
-        (Shots(4, 4), ["rows", "adapter", "own"]), (Shots(4, 9), ["rows", "adapter", "own"]),
+        (Shots(4, 4), ["rows", "adapter", "copy", "own"]), (Shots(4, 9), ["rows", "adapter", "copy", "own"]),
         (Shots(None, None), ["rows", "own"]),
     ]  # fmt: skip
 

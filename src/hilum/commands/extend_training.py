@@ -1,8 +1,9 @@
 """Ways to learn new findings beside a trained head, tried side by side on one pass over the backbone.
 
 The ladder of freedom: `rows` (a query and an output row for each finding; all else is the model's), `adapter` (also
-norms and biases, in copies of their own), `own` (a whole head, from the seed). Validation chooses; of equals the one
-with fewer weights to learn. What is taken over is never changed, so that the model's own outputs stay as they are.
+norms and biases, in copies of their own), `copy` (a whole head, from where the model's is), `own` (a whole head, from
+the seed). Validation chooses; of equals the one with fewer weights to learn, and a copy before a new one. What is taken
+over is never changed, so that the model's own outputs stay as they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from hilum.heads.standardise import Standardisation
 from hilum.heads.sweep import Candidate, Sweep
 from hilum.heads.training import LearningSet, Weights, starting_bias
 
-LADDER = ("rows", "adapter", "own")
+LADDER = ("rows", "adapter", "copy", "own")
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Rung:
     name: str
     head: HeadConfig
     initial: Weights | None
-    """Where training starts; None: from the seed."""
+    """Where training starts, as a head of raw features; None: from the seed."""
     trainable: tuple[str, ...] | None
     """Parameters that move; None: all."""
     standardise: bool
-    """Whether features are standardised first: only where no tensor is taken over that reads raw ones."""
+    """Whether features are standardised first: only where no tensor is shared that reads raw ones."""
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -104,6 +105,7 @@ def make_ladder(
             rows = tuple(axes)
             rungs.append(Rung("rows", own, initial, rows, False))
             rungs.append(Rung("adapter", own, initial, (*rows, *norms_and_biases(shared)), False))
+            rungs.append(Rung("copy", own, initial, None, config.standardise))
     rungs.append(Rung("own", own, None, None, config.standardise))
     kept = tuple(rung for rung in rungs if rung.name in wanted)
     if not kept:
@@ -155,7 +157,7 @@ def search(
     steps = -(-len(data.train) // config.batch_size)
     rates = [one.learning_rate for one in variants]
     total = _count(config.search_epochs, config, "search", data.train, data)
-    sweeps = [_sweep(config, rung, rates, total, data, "search", device) for rung in rungs]
+    sweeps = [_sweep(config, rung, rates, total, data, "search", scaling, device) for rung in rungs]
     drawn = epoch_batches(config, "search", data.train, data.labels[data.train], data.labels[data.train], data.studies)
     held_out = in_order(data.val, config.batch_size, data.studies)
     seen = np.concatenate([batch.images for batch in held_out])
@@ -210,7 +212,7 @@ def refit(
     """
     steps = -(-len(data.both) // config.batch_size)
     total = _count(config.refit_epochs, config, "refit", data.both, data)
-    sweep = _sweep(config, rung, [variant.learning_rate], total, data, "refit", device)
+    sweep = _sweep(config, rung, [variant.learning_rate], total, data, "refit", scaling, device)
     drawn = epoch_batches(config, "refit", data.both, data.labels[data.both], data.labels[data.train], data.studies)
     course = []
     with progress("refit", epochs * steps, "steps") as bar:
@@ -232,16 +234,27 @@ def finished(rung: Rung, state: Weights, scaling: Standardisation | None) -> Hea
     return head
 
 
+def starting_weights(rung: Rung, scaling: Standardisation | None) -> Weights:
+    """Of a rung that does not start from the seed, for features as it gets them: standardised or not."""
+    assert rung.initial is not None
+    if not rung.standardise or scaling is None:
+        return rung.initial
+    head = on_meta(rung.head)
+    head.load_state_dict({name: value.clone() for name, value in rung.initial.items()}, assign=True)
+    head.absorb(scaling.inverse)
+    return {name: value.detach() for name, value in head.state_dict().items()}
+
+
 def _sweep(
     config: FitConfig, rung: Rung, rates: Sequence[float], total: int, data: LearningSet, phase: str,
-    device: torch.device,
+    scaling: Standardisation | None, device: torch.device,
 ) -> Sweep:  # fmt: skip
     loss = build_loss(config.describe_loss(), count_labels(data.labels[data.train]).to(device))
     bias = starting_bias(config, data.labels[data.train]) if rung.initial is None else None
     return Sweep(
         [Candidate(rung.head, rate) for rate in rates], total, loss=loss, weight_decay=config.weight_decay,
         seed=config.seed, phase=phase, device=device, precision=config.precision, bias=bias,
-        initial=None if rung.initial is None else [rung.initial] * len(rates), ema=config.ema,
+        initial=None if rung.initial is None else [starting_weights(rung, scaling)] * len(rates), ema=config.ema,
         trainable=rung.trainable,
     )  # fmt: skip
 

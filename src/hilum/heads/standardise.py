@@ -28,6 +28,11 @@ class Scale(NamedTuple):
         """Standardise the last axis."""
         return (values - self.mean) / self.deviation
 
+    @property
+    def inverse(self) -> "Scale":
+        """The scale whose `apply` undoes that of this one."""
+        return Scale(-self.mean / self.deviation, 1 / self.deviation)
+
 
 class Standardisation(NamedTuple):
     """Scales of the three kinds of features."""
@@ -44,6 +49,12 @@ class Standardisation(NamedTuple):
         return features._replace(
             cls=self.cls.apply(features.cls), patch_mean=self.patch_mean.apply(features.patch_mean), patches=patches
         )
+
+    @property
+    def inverse(self) -> "Standardisation":
+        """What undoes it: a head of raw features that absorbs this reads standardised ones."""
+        patches = None if self.patches is None else self.patches.inverse
+        return Standardisation(self.cls.inverse, self.patch_mean.inverse, patches)
 
 
 def preparation(scaling: Standardisation | None) -> Callable[[Features], Features]:

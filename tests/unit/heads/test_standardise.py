@@ -76,7 +76,9 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_a_folded_head_says_of_raw_features_what_it_said_of_standardised_ones(config: HeadConfig) -> None:
+def test_a_folded_head_says_of_raw_features_what_it_said_of_standardised_ones_and_can_be_unfolded(
+    config: HeadConfig,
+) -> None:
     with forked(0, "head"):
         head = build_head(config, torch.randn(3, config.text_dim) if config.text_dim else None).eval()
         for parameter in head.parameters():
@@ -87,8 +89,11 @@ def test_a_folded_head_says_of_raw_features_what_it_said_of_standardised_ones(co
         before = head(measured.apply(seen))
         head.absorb(measured)
         after = head(seen)
+        head.absorb(measured.inverse)
+        again = head(measured.apply(seen))
     assert before.std() > 0.02
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(again, before, rtol=1e-3, atol=1e-3)
 
 
 def test_features_without_patches_are_left_without() -> None:
