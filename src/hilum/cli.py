@@ -389,8 +389,8 @@ def extend(
         int | None, typer.Option(help="At most so many positive validation images of each; default: as --shots.")
     ] = None,
     ladder: Annotated[
-        str, typer.Option(help="Ways to try, of rows, adapter, own; validation chooses.")
-    ] = "rows,adapter,own",
+        str | None, typer.Option(help="Ways to try, of rows, adapter, copy, own (default: all); validation chooses.")
+    ] = None,
     zero_shot: Annotated[
         Path | None, typer.Option(help="Text vectors (.npz, .safetensors): score the findings without any label.")
     ] = None,

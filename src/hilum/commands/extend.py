@@ -44,7 +44,8 @@ class Options:
     shots: int | None = None
     val_shots: int | None = None
     """None: as `shots`."""
-    ladder: str = ",".join(LADDER)
+    ladder: str | None = None
+    """With commas; None: all of it."""
     zero_shot: Path | None = None
     joint: bool = False
     tolerance: float = 0.02
@@ -75,7 +76,7 @@ def dispatch(
         raise ConfigError("--shots and --val-shots go with the plain extension alone.")
     if options.accept and not options.joint:
         raise ConfigError("--accept goes with --joint; a plain extension changes nothing that would need it.")
-    if options.ladder != Options.ladder and (options.joint or options.zero_shot is not None):
+    if options.ladder is not None and (options.joint or options.zero_shot is not None):
         raise ConfigError("--ladder goes with the plain extension alone.")
     if options.tolerance != Options.tolerance and not options.joint:
         raise ConfigError("--tolerance goes with --joint; a plain extension changes nothing that would need it.")
@@ -90,7 +91,7 @@ def dispatch(
 
         return extend_joint.run(model, data, findings, out, overrides, options.tolerance, options.accept, device=device)
     val_shots = options.shots if options.val_shots is None else options.val_shots
-    ladder = [name.strip() for name in options.ladder.split(",")]
+    ladder = list(LADDER) if options.ladder is None else [name.strip() for name in options.ladder.split(",")]
     return run(model, data, findings, out, overrides, Shots(options.shots, val_shots), ladder, device)
 
 
