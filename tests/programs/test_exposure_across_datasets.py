@@ -9,6 +9,9 @@ import polars as pl
 import pytest
 
 from hilum.commands import evaluate, fit, predict, pretrain
+from hilum.commands.extend_inputs import check_sides, open_base
+from hilum.core.config import override
+from hilum.core.errors import LeakageError
 from hilum.data import manifest as manifest_module
 from hilum.data.build import build_store
 from hilum.data.manifest import ManifestOptions, SourceSpec, build_manifest
@@ -90,6 +93,31 @@ def test_a_picture_is_known_under_another_datasets_name(make_store, tmp_path):
     result = evaluate.run(tmp_path / "p.parquet", small.path, tmp_path / "out", bootstraps=0, accept_exposed=True)
     assert result["exposed_images"] == 32  # train and val of the head; test of `big` was never met
     assert "32 of the predicted images were in the model" in (tmp_path / "out/report.html").read_text()
+
+
+def test_sides_are_kept_under_another_datasets_name(make_store, tmp_path):
+    """A head fitted on `small`, then shown `big`: the same pictures, the sides swapped or as they were."""
+    mapped = pl.format("nih/{}", "image_id")
+    small = make_store("rsna", ManifestOptions(), "", OFFICIAL, origin_image=mapped, origin_patient=pl.lit(None))
+    big = make_store("nih", ManifestOptions(), "nih", OFFICIAL)
+    assert not np.isin(big.uids, small.uids).any()
+    train(small.path, tmp_path)
+    for name, refit in (("model", True), ("searched", False)):
+        if not refit:
+            fit.run(override(FIT, ["refit=false"]), small.path, tmp_path / "run", tmp_path / name, device="cpu")
+        base, nobody = open_base(tmp_path / name), big.indices("test")[:0]
+        with pytest.raises(LeakageError, match="was validated on images of 4 patients"):
+            check_sides(base, big, big.indices("val"), nobody)
+        with pytest.raises(LeakageError, match="was trained on images of 12 patients"):
+            check_sides(base, big, nobody, big.indices("train"))
+        check_sides(base, big, big.indices("train"), big.indices("val"))
+        learned = base.exposure.learned_from(big.uids, big.pictures)
+        assert int(learned.sum()) == (32 if refit else 24)
+
+    # a teacher that has seen validation, under another name
+    teaching = override(FIT, [f"pseudo_labels={tmp_path / 'model'}"])
+    with pytest.raises(LeakageError, match="trained on 8 of 8 validation images"):
+        fit.run(teaching, big.path, tmp_path / "run", tmp_path / "taught", device="cpu")
 
 
 def test_an_accepted_leak_is_stamped_into_everything(make_store, tmp_path, capsys):

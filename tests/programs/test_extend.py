@@ -366,6 +366,9 @@ def test_patients_of_the_model_keep_their_splits(folder: Path, tmp_path: Path) -
     moved = ["" if 60 <= n < 64 else split for n, split in enumerate(splits)]
     refused("patient", "validated on images of 1 patients", moved, patients=[*patients, patients[60]],
             studies=[f"arrays/s{n // 2}" for n in range(97)])  # fmt: skip
+    # the same with no image of the model in the store
+    moved = [split if not 60 <= n < 64 else "train" for n, split in enumerate(SPLITS)]
+    refused("films", "validated on images of 1 patients", moved, image_ids=[f"new{n:03d}" for n in range(len(SPLITS))])
 
 
 def test_images_that_the_model_has_never_met_are_joined_to_its_exposure(folder: Path, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def run(
     _require_untouched(rung, base, head)
 
     # Files; config.json last.
-    seen = memory_has_seen(base, rung, predictions)
+    seen = memory_has_seen(base, rung, examples)
     if seen:
         warn(SEEN_NOTE)
     cards = make_cards(examples, rung, old)

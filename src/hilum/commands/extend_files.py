@@ -25,7 +25,7 @@ from hilum.evaluation.predictions import Predictions
 from hilum.evaluation.studies import study_uids
 from hilum.heads.extension import ExtendedHead
 from hilum.heads.registry import Head
-from hilum.pretraining.exposure import join_leaks, uid_numbers
+from hilum.pretraining.exposure import join_leaks
 
 ZERO_SHOT_GROUP = "zero-shot"
 ZERO_SHOT_FLAG = "zero-shot: scored from text, no label seen; uncalibrated, no threshold"
@@ -77,7 +77,7 @@ def write_extended(
             out, base.backbone, ExtendedHead(before[0], [*before[1:], added], outputs), network.extensions
         ),
         "calibration": files.describe_calibrators(join_calibrators(base, calibrators, validation)),
-        "exposure": said_of_exposure(base) | files.write_exposure(out, join_exposures(base.exposure, exposure)),
+        "exposure": said_of_exposure(base) | files.write_exposure(out, files.Exposure.join([base.exposure, exposure])),
         "accepted_leak": join_leaks(str(base.content.get("accepted_leak") or ""), leak),
         "extended_from": files.digest_of(base.path),
     }
@@ -98,13 +98,6 @@ def copy_kept(base: Base, out: Path) -> None:
                 write_bytes(out / source.name, source.read_bytes())
     if "screening" in base.content:
         write_bytes(out / SCREENING_NAME, (base.path / SCREENING_NAME).read_bytes())
-
-
-def join_exposures(one: files.Exposure, other: files.Exposure) -> files.Exposure:
-    """Images met by either, use by use."""
-    return files.Exposure(
-        *(np.union1d(getattr(one, use), getattr(other, use)) for use in (*files.EXPOSURES, "pictures"))
-    )
 
 
 def join_calibrators(
@@ -188,12 +181,13 @@ def _datasets(examples: Examples, column: int) -> list[str]:
     return np.unique(examples.store.datasets[labelled]).tolist()
 
 
-def memory_has_seen(base: Base, rung: Rung, predictions: Predictions) -> bool:
+def memory_has_seen(base: Base, rung: Rung, examples: Examples) -> bool:
     """Whether what is taken over, or a tuned backbone, was trained on images that calibrate the new findings."""
     tuned = bool((base.content["training"].get("tuning") or {}).get("refit_epochs"))
     if rung.initial is None and not tuned:
         return False
-    return bool(np.isin(uid_numbers(predictions.image_uid), np.union1d(base.exposure.train, base.exposure.val)).any())
+    store, val = examples.store, examples.val
+    return bool(base.exposure.learned_from(store.uids[val], store.pictures[val]).any())
 
 
 def extension_card(content: Mapping[str, Any]) -> str:

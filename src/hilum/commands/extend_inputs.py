@@ -56,11 +56,18 @@ class Base:
         return tuple(finding.name for finding in self.network.findings)
 
     @property
-    def validated(self) -> np.ndarray:
-        """Identities (uint64) of the images that selection and calibration were done on."""
-        return np.unique(
-            np.concatenate([self.exposure.val, *(uid_numbers(one.image_uid) for one, _ in self.validations)])
-        )
+    def sides(self) -> dict[str, np.ndarray]:
+        """Identities (uint64) of the images that it was "trained" and "validated" on, under every name known."""
+        met, tables = self.exposure, [uid_numbers(one.image_uid) for one, _ in self.validations]
+        return {
+            "trained": np.union1d(met.train, met.train_pictures),
+            "validated": np.unique(np.concatenate([met.val, met.val_pictures, met.validated_pictures, *tables])),
+        }
+
+    @property
+    def validated_patients(self) -> np.ndarray:
+        """Dataset and patient of the images that it was validated on, as `_person` puts them."""
+        return np.unique(np.concatenate([_person(one.dataset, one.patient_id) for one, _ in self.validations]))
 
 
 def open_base(path: Path) -> Base:
@@ -249,13 +256,13 @@ def check_sides(base: Base, store: Store, train: Int64[np.ndarray, " n"], val: I
     """
     if store.accepted_leak:
         return
-    uids, pictures = uid_numbers(store.uids), uid_numbers(store.pictures)
-    patients = np.char.add(np.char.add(store.datasets, "\x1f"), store.patients)
-    sides = {"trained": base.exposure.train, "validated": base.validated}
+    patients, sides = _person(store.datasets, store.patients), base.sides
     both = np.intersect1d(sides["trained"], sides["validated"])  # a leak by design that was accepted then
     for name, images, other in (("learn from", train, "validated"), ("validate on", val, "trained")):
-        met = np.isin(uids, np.setdiff1d(sides[other], both)) | np.isin(pictures, np.setdiff1d(sides[other], both))
-        shared = np.intersect1d(patients[images], patients[met])
+        met = patients[files.are_met(store.uids, store.pictures, np.setdiff1d(sides[other], both))]
+        if other == "validated" and not len(both):
+            met = np.union1d(met, base.validated_patients)  # also by images that this store does not have
+        shared = np.intersect1d(patients[images], met)
         if len(shared):
             raise LeakageError(
                 f"{base.path} was {other} on images of {len(shared)} patients that {store.path} would have it "
@@ -263,11 +270,15 @@ def check_sides(base: Base, store: Store, train: Int64[np.ndarray, " n"], val: I
                 "or leave these patients out."
             )
     test = store.indices("test")
-    seen = int(np.isin(uids[test], np.union1d(sides["trained"], sides["validated"])).sum())
+    seen = int(files.are_met(store.uids[test], store.pictures[test], *sides.values()).sum())
     if seen:
         warn(
             f"the model was fitted on {seen} test images of {store.path}; a test score would not be one on unseen ones"
         )
+
+
+def _person(datasets: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    return np.char.add(np.char.add(datasets.astype(str), "\x1f"), patients.astype(str))
 
 
 def target_of(base: Base, store: Store) -> str | None:

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 
 import hilum
 from hilum.commands.extend import composition_of, feature_source, learning_set
-from hilum.commands.extend_files import join_exposures, said_of_exposure
+from hilum.commands.extend_files import said_of_exposure
 from hilum.commands.extend_gate import compare, joint_card, regression_lines
 from hilum.commands.extend_inputs import (
     Base,
@@ -195,7 +195,7 @@ def run(
             "store_fingerprint": store.fingerprint(val), "file": files.LOGITS_NAME,
         },
         "exposure": said_of_exposure(base)
-        | files.write_exposure(out, join_exposures(base.exposure, exposure_of(examples, config.refit))),
+        | files.write_exposure(out, files.Exposure.join([base.exposure, exposure_of(examples, config.refit)])),
         **screen_inputs(out, examples, config),
         "accepted_leak": leak,
         "extended_from": files.digest_of(base.path),
@@ -252,8 +252,7 @@ def _open_all(base: Base, data: Path, names: tuple[str, ...]) -> Examples:
 
 
 def _teacher_has_seen(base: Base, store: Store, val: np.ndarray, accept: bool) -> bool:
-    learned = np.union1d(base.exposure.train, base.exposure.val)
-    seen = int(np.isin(uid_numbers(store.uids[val]), learned).sum())
+    seen = int(base.exposure.learned_from(store.uids[val], store.pictures[val]).sum())
     if seen and not accept:
         raise LeakageError(
             f"{base.path} was trained on {seen} of {len(val)} validation images, in its refit; what it teaches would "

@@ -40,10 +40,12 @@ def predict_validation(
 def exposure_of(examples: Examples, refit: bool, seen: Seen | None = None) -> files.Exposure:
     """The images of train, and of val where a refit learns from them, beside those of the backbone's pretraining."""
     store, val = examples.store, examples.val if refit else examples.val[:0]
-    pictures = uid_numbers(store.pictures[np.concatenate([examples.train, val])])
+    train_pictures, val_pictures = (uid_numbers(store.pictures[images]) for images in (examples.train, val))
+    learned = np.union1d(train_pictures, val_pictures)
     return files.Exposure(
         np.zeros(0, np.uint64) if seen is None else seen.uids, uid_numbers(store.uids[examples.train]),
-        uid_numbers(store.uids[val]), pictures if seen is None else np.union1d(seen.pictures, pictures),
+        uid_numbers(store.uids[val]), learned if seen is None else np.union1d(seen.pictures, learned),
+        train_pictures, val_pictures, uid_numbers(store.pictures[examples.val]),
     )  # fmt: skip
 
 

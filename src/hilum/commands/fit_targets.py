@@ -57,8 +57,7 @@ def _pseudo_labels(
     teacher = load(config.pseudo_labels, str(device))
     store, train = examples.store, examples.train
     for split, images in (("validation", examples.val), ("test", store.indices("test"))):
-        met = teacher.exposure.count(store.uids[images], store.pictures[images])
-        if trained_on := met["train"] + met["val"]:
+        if trained_on := int(teacher.exposure.learned_from(store.uids[images], store.pictures[images]).sum()):
             raise LeakageError(
                 f"{config.pseudo_labels} was trained on {trained_on} of {len(images)} {split} images; its "
                 "pseudo-labels would carry their labels into training. Fit the teacher on the same splits with "

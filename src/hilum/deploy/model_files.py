@@ -34,6 +34,7 @@ CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "READ
 LOGITS_NAME, LABELS_NAME = "validation_logits.parquet", "validation_labels.npz"
 EXPOSURE_NAME, SEARCH_NAME = "exposure.npz", "search.json"
 EXPOSURES = ("pretraining", "train", "val")
+PICTURES = ("pictures", "train_pictures", "val_pictures", "validated_pictures")
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,32 @@ class Exposure:
     val: UInt64[np.ndarray, " k"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     pictures: UInt64[np.ndarray, " p"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     """All of them by the name that a picture has in any dataset (`Store.pictures`)."""
+    train_pictures: UInt64[np.ndarray, " m"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """`train`, by these names."""
+    val_pictures: UInt64[np.ndarray, " k"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """`val`, by these names."""
+    validated_pictures: UInt64[np.ndarray, " v"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """What selection and calibration were done on, by these names, whether or not a refit has learned from it."""
 
     @classmethod
     def join(cls, several: Sequence["Exposure"]) -> "Exposure":
         """What any of several models has met."""
         if not several:
             return cls()
-        uses = (*EXPOSURES, "pictures")
+        uses = (*EXPOSURES, *PICTURES)
         return cls(*(np.unique(np.concatenate([getattr(one, use) for one in several])) for use in uses))
+
+    def learned_from(self, uids: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+        """Which images the head was trained on, under their own name or another dataset's.
+
+        Args:
+            uids: identities of the images.
+            pictures: their names across datasets.
+
+        Returns:
+            bool (n,).
+        """
+        return are_met(uids, pictures, self.train, self.train_pictures, self.val, self.val_pictures)
 
     def count(self, uids: np.ndarray, pictures: np.ndarray | None = None) -> dict[str, int]:
         """How many of these images the model has met, by use, under another dataset's name alone, and in all ("any").
@@ -126,6 +145,12 @@ class Exposure:
             "other_dataset": int(elsewhere.sum()),
             "any": int((known | elsewhere).sum()),
         }
+
+
+def are_met(uids: np.ndarray, pictures: np.ndarray, *lists: UInt64[np.ndarray, " _"]) -> np.ndarray:
+    """Which images are in any of some lists of identities, by their own name or by that across datasets: bool (n,)."""
+    met = np.unique(np.concatenate(lists))
+    return np.isin(uid_numbers(uids), met) | np.isin(uid_numbers(pictures), met)
 
 
 Calibrators = dict[str, Calibrator]
@@ -357,7 +382,7 @@ def write_exposure(path: Path, exposure: Exposure) -> dict[str, Any]:
     """Write `exposure.npz`; returns counts and digests for `config.json`."""
     arrays = {name: np.unique(getattr(exposure, name)) for name in EXPOSURES}
     with atomic_file(path / EXPOSURE_NAME) as file:
-        np.savez(file, **arrays, pictures=np.unique(exposure.pictures))  # type: ignore[arg-type]
+        np.savez(file, **arrays, **{name: np.unique(getattr(exposure, name)) for name in PICTURES})  # type: ignore[arg-type]
     return {
         "file": EXPOSURE_NAME,
         "images": {name: len(values) for name, values in arrays.items()},
@@ -375,7 +400,7 @@ def read_exposure(path: Path, content: Mapping[str, Any]) -> Exposure:
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             met = {name: arrays[name] for name in EXPOSURES}
-            exposure = Exposure(**met, pictures=arrays.get("pictures", np.zeros(0, np.uint64)))
+            exposure = Exposure(**met, **{name: arrays[name] for name in PICTURES if name in arrays})
         digests = content["exposure"]["sha256"]
         if any(seen_digest(getattr(exposure, name)) != digests[name] for name in EXPOSURES):
             raise ValueError("it is not the file that config.json was written for")
