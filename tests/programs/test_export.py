@@ -59,6 +59,13 @@ def hilum(*arguments: Path | str) -> str:
     return done.output
 
 
+def refused(*arguments: Path | str) -> Exception:
+    done = CliRunner().invoke(cli.app, [str(one) for one in arguments])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, Exception)
+    return done.exception
+
+
 def table(path: Path) -> tuple[list[str], np.ndarray]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -108,15 +115,14 @@ def test_an_exported_program_is_described(folder: Path, tmp_path: Path) -> None:
     copied = {file.name for file in (folder / "model").iterdir()} - {"model.safetensors"}
     assert copied | {"model.pt2", "export.json"} == {file.name for file in (tmp_path / "out").iterdir()}
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "model" / "config.json").read_bytes()
+    for words in (("combine", "--study", "frontal_weighted"), ("extend", "--data", folder / "store", "--finding", "New")):
+        error = refused(words[0], tmp_path / "out", *words[1:], "--out", tmp_path / "other")
+        assert isinstance(error, ConfigError)
+        assert "is an export" in str(error)
+    assert not (tmp_path / "other").exists()
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(folder: Path, tmp_path: Path) -> None:
-    def refused(*arguments: Path | str) -> Exception:
-        done = CliRunner().invoke(cli.app, [str(one) for one in arguments])
-        assert done.exit_code == 1
-        assert isinstance(done.exception, Exception)
-        return done.exception
-
     wrong = refused("export", folder / "model", "--format", "onxx", "--out", tmp_path / "out")
     assert isinstance(wrong, UnknownNameError)
     assert "Did you mean 'onnx'?" in str(wrong)

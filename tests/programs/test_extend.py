@@ -101,6 +101,21 @@ def test_old_tensors_are_the_same_bytes_and_old_outputs_the_same_bits(folder: Pa
 
 
 @BOTH
+def test_views_say_the_same_of_old_findings_beside_a_head_that_reads_studies(folder: Path, tmp_path, name) -> None:
+    sizes = ("decoder_dim=8", "decoder_feed_forward=12", "decoder_heads=2")
+    changes = [*FAST, "head=ml_decoder", f"views={'attention' if name == 'linear' else 'memory'}", *sizes]
+    extend.run(folder / name, folder / "store", NEW, tmp_path / "out", changes, ladder=["own"], device="cpu")
+    store = Store.open(folder / "store")
+    study = [store.read(84), store.read(85)]
+    one, other = (load(path, "cpu").predict(study, attention=True) for path in (folder / name, tmp_path / "out"))
+    for finding in OLD:
+        assert other.contributions[finding] == one.contributions[finding]
+        for view, weight in enumerate(one.view_weights):  # now over the study
+            np.testing.assert_allclose(other.attention[finding][view], one.attention[finding][view] * weight)
+    assert sum(other.contributions[NEW[0]]) == pytest.approx(1)
+
+
+@BOTH
 def test_old_maps_and_thresholds_are_the_same_bytes_and_records_are_joined(folder: Path, name: str) -> None:
     old, new = settings(folder / name), settings(folder / f"{name}_more")
     for unit in ("image", "study"):
@@ -289,7 +304,10 @@ def test_findings_that_cannot_be_added_are_refused(folder: Path, tmp_path: Path,
     refused(PreprocessingMismatchError, "mimic-cxr-jpg-1", NEW, tmp_path / "recipe")
     with pytest.raises(ConfigError, match="blocks: an extension reads what the model reads"):
         extend.run(folder / "decoder", folder / "store", NEW, tmp_path / "out", ["blocks=1"], device="cpu")
-    for setting in ("consistency=0.1", "datasets=[arrays]", "queries=fixed", "tune.method=lora", "train_images=5"):
+    for setting in (
+        "consistency=0.1", "datasets=[arrays]", "queries=fixed", "tune.method=lora", "train_images=5",
+        "study=frontal_weighted:0.9", "normal_damping=power:0.5",
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match="does not obey it"):
             settings_of(open_base(folder / "decoder"), [setting])
     with pytest.raises(ConfigError, match="already holds"):

@@ -1,6 +1,7 @@
 """`hilum extend --joint`: distillation, the gate that stops a harmful model, and what is accepted is written down."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hilum.backbones.vit import VisionTransformer, ViTConfig
 from hilum.backbones.weights import save_backbone
 from hilum.commands import extend, extend_joint, fit
+from hilum.commands.extend_gate import compare, regression_lines
 from hilum.commands.extend_inputs import check_sides, open_base
 from hilum.core.config import override
 from hilum.core.errors import ConfigError, HilumError, LeakageError
@@ -109,6 +111,16 @@ def test_the_gate_stops_what_is_not_shown_to_be_harmless(folder: Path, tmp_path:
     assert rows["Edema"]["verdict"] == "worse"
     assert rows["Fracture"]["low"] < -0.02 < rows["Fracture"]["high"]
     assert rows["Fracture"]["verdict"] == "not shown"  # an interval that reaches past the tolerance shows nothing
+
+
+def test_an_old_finding_without_a_positive_to_compare_on_is_named_as_such(folder: Path) -> None:
+    base = open_base(folder / "model")
+    [(predictions, labels)] = base.validations
+    [line] = regression_lines(compare(base, predictions, 0 * labels, 0.02, 20, 0), 0.02)[1:2]
+    assert line.endswith("Edema: not both positive and negative labels among 60 validation images; not shown")
+    elsewhere = replace(predictions, image_uid=np.array([f"{number:016x}" for number in range(60)]))
+    [line] = regression_lines(compare(base, elsewhere, labels, 0.02, 20, 0), 0.02)[1:2]
+    assert line.endswith("Edema: no validation image to compare on; not shown")
 
 
 def test_a_harmless_joint_model_passes_and_says_so(folder: Path, tmp_path: Path) -> None:

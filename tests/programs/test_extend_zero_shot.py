@@ -1,6 +1,7 @@
 """`hilum extend --zero-shot`: findings scored from text vectors, marked as such everywhere, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hilum.backbones.weights import save_backbone
 from hilum.commands import evaluate, extend, extend_joint, extend_zero_shot, fit, predict
 from hilum.core.config import override
 from hilum.core.errors import ConfigError, UnknownNameError
+from hilum.core.files import write_json
 from hilum.core.seeding import forked
 from hilum.data.store import Store, write_arrays
 from hilum.deploy import model_files as files
@@ -93,6 +95,7 @@ def test_zero_shot_is_said_everywhere(folder: Path, tmp_path: Path) -> None:
     card = (folder / "extended" / "README.md").read_text()
     assert "**Zero-shot**" in card
     assert "no label of them" in card.lower()
+    assert "Spot 2 2" not in card.split("## Calibration")[1].split("## ")[0]
     held_out = extension["training"]["held_out"]
     assert held_out["count"] == 2
     assert f"{held_out['mAP']:.3f}" in card
@@ -209,6 +212,9 @@ def test_what_cannot_be_scored_from_text_is_refused(folder: Path, tmp_path: Path
     assert not out.exists()
     with pytest.raises(ConfigError, match=r"scores Spot 2 2 zero-shot.*extend the model it was made from"):
         extend.run(folder / "extended", store, UNSEEN, out, device="cpu")
+    shutil.copytree(model, tmp_path / "damped")
+    write_json(tmp_path / "damped" / "config.json", settings(model) | {"normal_damping": "power:0.5"})
+    refused("damps its findings by Normal", tmp_path / "damped", vectors, UNSEEN, out, store)
     with pytest.raises(ConfigError, match="can teach nothing"):
         extend_joint.run(folder / "extended", store, ["Other"], out, device="cpu")
 

@@ -20,7 +20,8 @@ def compare(
     own. Findings that the model was never trained on have nothing to lose, and are left out.
 
     Returns:
-        by finding: `before`, `after`, `difference`, `low`, `high` (95 %, patients resampled) and a `verdict`:
+        by finding: `before`, `after`, `difference`, `low`, `high` (95 %, patients resampled), the `images` that were
+        compared and their `positives`, and a `verdict`:
         "harmless" where the whole interval is above -tolerance, "worse" where it is below, else "not shown".
     """
     trained = {finding.name for finding in base.network.findings if finding.trained}
@@ -40,7 +41,7 @@ def _compare_head(
     rows = [np.flatnonzero(np.isin(one.image_uid, shared)) for one in (before, predictions)]
     if not len(shared):
         nothing = {"before": None, "after": None, "difference": None, "low": None, "high": None}
-        return {name: {**nothing, "positives": 0, "verdict": "not shown"} for name in before.findings}
+        return {name: {**nothing, "images": 0, "positives": 0, "verdict": "not shown"} for name in before.findings}
     after = predictions.rows(rows[1]).select(before.findings)
     columns = [predictions.findings.index(name) for name in before.findings]
     truth = labels[rows[1]][:, columns]
@@ -54,7 +55,8 @@ def _compare_head(
             verdict = "harmless" if low >= -tolerance else "worse" if high < -tolerance else "not shown"
         result[name] = {
             "before": row.get("second"), "after": row.get("first"), "difference": row.get("difference"), "low": low,
-            "high": high, "positives": int((truth[:, column] == POSITIVE).sum()), "verdict": verdict,
+            "high": high, "images": len(truth), "positives": int((truth[:, column] == POSITIVE).sum()),
+            "verdict": verdict,
         }  # fmt: skip
     return result
 
@@ -64,7 +66,10 @@ def regression_lines(regression: dict[str, dict[str, Any]], tolerance: float) ->
     lines = [f"Old findings on validation, average precision (may lose {tolerance:g}):"]
     for name, row in regression.items():
         if row["difference"] is None:
-            lines.append(f"  {name}: no validation image to compare on; not shown")
+            lacking = "no validation image to compare on"
+            if row.get("images"):
+                lacking = f"not both positive and negative labels among {row['images']} validation images"
+            lines.append(f"  {name}: {lacking}; not shown")
             continue
         lines.append(
             f"  {name}: {row['before']:.3f} -> {row['after']:.3f}, {row['difference']:+.3f} [{row['low']:+.3f}, "

@@ -22,6 +22,7 @@ from hilum.core.tracking import warn
 from hilum.core.types import POSITIVE, UNKNOWN
 from hilum.data.store import Store
 from hilum.deploy import model_files as files
+from hilum.deploy.engines import read_export
 from hilum.evaluation.predictions import IDENTITY, Predictions
 from hilum.heads.config import SETTINGS_OF_ONE_HEAD, FitConfig
 from hilum.heads.extension import ExtendedHead
@@ -74,10 +75,12 @@ def open_base(path: Path) -> Base:
     """Read a model, whole.
 
     Raises:
-        ConfigError: an ensemble, or a model that was imported.
+        ConfigError: an ensemble, an export, or a model that was imported.
         CheckpointError, PredictionError: incomplete or damaged.
     """
     content = files.read_config(path)
+    if read_export(path) is not None:
+        raise ConfigError(f"{path} is an export, without weights to build on. Extend the MODEL it was made from.")
     if content["format"] != files.MODEL_FORMAT:
         raise ConfigError(f"{path} is an ensemble. Extend its members one by one, and combine them again.")
     if "settings" not in content["training"]:
@@ -170,7 +173,7 @@ def settings_of(base: Base, overrides: Sequence[str] = (), joint: bool = False) 
                 f"{name}: an extension reads what the model reads ({getattr(kept, name)}); found "
                 f"{getattr(config, name)}. Leave it out, or fit a new model."
             )
-    for name in ("queries", *LEFT_OUT):
+    for name in ("queries", "study", "normal_damping", *LEFT_OUT):
         if getattr(config, name) != getattr(kept, name) and name != "stop_epoch":
             raise ConfigError(f"{name}: `hilum extend` does not obey it, found {getattr(config, name)}. Leave it out.")
     return config

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from hilum.commands.extend import feature_source
+from hilum.commands.extend import composition_of, feature_source
 from hilum.commands.extend_files import ZERO_SHOT_GROUP, uncalibrated, write_extended
 from hilum.commands.extend_inputs import Base, check_new, check_sides, open_base, settings_of, target_of
 from hilum.commands.fit_inputs import Examples, open_examples
@@ -82,6 +82,7 @@ def run(
     files.require_new(out)
     base = open_base(Path(model))
     names = check_new(base, findings)
+    composition_of(base)  # for what it refuses: the new scores are no probabilities, and nothing is fitted through it
     if data is None and overrides:
         raise ConfigError(
             f"{' '.join(overrides)}: without --data nothing is trained, and no setting is read. Leave it out, or give "

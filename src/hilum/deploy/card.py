@@ -283,7 +283,8 @@ def _calibration(content: Mapping[str, Any], evidence: Sequence[Evidence] | None
                 *(f"| {_WORDS[key]} | {decimal(pair[0], 4)} | {decimal(pair[1], 4)} |" for key, pair in macro.items()),
             ]
     maps = ((content.get("calibration") or {}).get("image") or {}).get("maps") or {}
-    flagged = [name for name, one in maps.items() if one and one["flag"]]
+    unlabelled = {name for one in content.get("extensions", ()) if one["zero_shot"] for name in one["findings"]}
+    flagged = [name for name, one in maps.items() if one and one["flag"] and name not in unlabelled]
     if flagged:
         lines.append(f"Too few positives for a calibration of their own: {', '.join(flagged)}.")
     return lines if len(lines) > 1 else []

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Bool, Float64, Int64, UInt8
 from scipy.special import expit
 from torch import Tensor
 
@@ -54,6 +54,11 @@ class GraphNetwork:
     def needs_studies(self) -> bool:
         """Never: a head that looks at whole studies is not exported."""
         return False
+
+    @property
+    def over_study(self) -> Bool[np.ndarray, " C"]:
+        """Nowhere."""
+        return np.zeros(len(self.config.findings), bool)
 
     def crop(self, pixels: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "S S"]:
         """The square that the network sees of a decoded image."""

@@ -18,6 +18,7 @@ from hilum.core.files import atomic_file, sha256_file
 from hilum.core.types import RESEARCH_NOTICE
 from hilum.deploy import model_files as files
 from hilum.deploy.card import write_cards
+from hilum.deploy.engines import read_export
 from hilum.deploy.out_of_sample import PLAIN, fit_calibrators, fit_composition, refuse_in_sample
 from hilum.deploy.validation import join_members
 from hilum.evaluation.calibration import fingerprint
@@ -123,6 +124,8 @@ def combine_models(
 
 def _check_kinds(paths: Sequence[Path], contents: Sequence[Mapping[str, Any]]) -> None:
     for path, content in zip(paths, contents, strict=True):
+        if read_export(path) is not None:
+            raise ConfigError(f"{path} is an export; combine the MODEL it was made from, and export the ensemble.")
         if content["format"] != files.MODEL_FORMAT:
             raise ConfigError(f"{path} is itself an ensemble; name its members instead.")
     recipes = sorted({str(content["preprocessing"]["id"]) for content in contents})
@@ -141,7 +144,7 @@ def inherited(paths: Sequence[Path], apart_from: Collection[str] = ()) -> Compos
         apart_from: "study", "normal_damping": what is not asked, and stays the default.
 
     Raises:
-        ConfigError: they were not made with the same, or one is itself an ensemble.
+        ConfigError: they were not made with the same, or one is itself an ensemble, or an export.
         PreprocessingMismatchError: they read images by different recipes.
     """
     contents = [files.read_config(path) for path in paths]

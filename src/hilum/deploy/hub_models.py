@@ -17,6 +17,7 @@ from hilum.backbones import hub
 from hilum.core.errors import CheckpointError, ConfigError
 from hilum.core.files import json_text, read_json, sha256_file
 from hilum.deploy import model_files as files
+from hilum.deploy.card import FRONT_MATTER
 from hilum.deploy.checklist import CHECKLIST_NAME
 from hilum.deploy.engines import EXPORT_NAME
 from hilum.deploy.ensemble_model import RANKS_NAME
@@ -33,7 +34,6 @@ WITH_CASES = (files.LOGITS_NAME, files.LABELS_NAME)
 """Validation predictions and labels by image, study and patient: for `combine`, `extend` and intervals."""
 _EXTENSION = re.compile(r"extension_\d+_")
 _PLACE = re.compile(r"[\w][\w .+-]*")
-_FRONT = "---\nlibrary_name: hilum\ntags:\n- chest-x-ray\n- medical-imaging\n- multi-label-classification\n---\n\n"
 
 
 def push_model(
@@ -77,7 +77,9 @@ def push_model(
     with TemporaryDirectory() as temporary:
         card = Path(temporary) / files.CARD_NAME
         own = folder / files.CARD_NAME
-        card.write_text(_FRONT + (own.read_text(encoding="utf-8") if own.is_file() else ""), encoding="utf-8")
+        text = own.read_text(encoding="utf-8") if own.is_file() else ""
+        front = "" if text.startswith("---\n") else f"{FRONT_MATTER}\n"  # an older card, or none
+        card.write_text(front + text, encoding="utf-8")
         content: dict[str, Path | bytes] = {**chosen, files.CARD_NAME: card, INDEX_NAME: json_text(index).encode()}
         return hub.publish(repository, content, private, message)
 

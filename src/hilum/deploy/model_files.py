@@ -102,11 +102,11 @@ class Exposure:
     val: UInt64[np.ndarray, " k"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     pictures: UInt64[np.ndarray, " p"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     """All of them by the name that a picture has in any dataset (`Store.pictures`)."""
-    train_pictures: UInt64[np.ndarray, " m"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    train_pictures: UInt64[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     """`train`, by these names."""
-    val_pictures: UInt64[np.ndarray, " k"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    val_pictures: UInt64[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     """`val`, by these names."""
-    validated_pictures: UInt64[np.ndarray, " v"] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    validated_pictures: UInt64[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, np.uint64))
     """What selection and calibration were done on, by these names, whether or not a refit has learned from it."""
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
 from scipy.special import expit
 from torch import Tensor
 
@@ -61,6 +61,10 @@ class Engine(Protocol):
     @property
     def needs_studies(self) -> bool:
         """Whether the images of a study must come together."""
+
+    @property
+    def over_study(self) -> Bool[np.ndarray, " C"]:
+        """Of which outputs the maps sum to 1 over a study; of the others they do over each image."""
 
     def crop(self, pixels: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "S S"]:
         """The square that the network sees of a decoded image."""
@@ -158,6 +162,14 @@ class Network:
         """Whether the head looks at all images of a study at once."""
         return self.head.needs_studies
 
+    @property
+    def over_study(self) -> Bool[np.ndarray, " C"]:
+        """Which outputs are of a head that looks at all images of a study at once."""
+        heads, counts = [self.head], [len(self.findings)]
+        if isinstance(self.head, ExtendedHead):
+            heads, counts = self.head.heads, list(self.head.outputs)
+        return np.repeat([head.needs_studies for head in heads], counts)
+
     def read(
         self,
         squares: UInt8[Tensor, "B 1 S S"],
@@ -235,7 +247,7 @@ class Network:
     def attention(self, features: Features, squares: UInt8[Tensor, "B 1 S S"]) -> Float[np.ndarray, "B C h w"]:
         """Where the answer came from, on the patch grid: attention, or evidence (`heads/evidence.py`).
 
-        Each map is 0 or more and sums to 1; over the images of a study, where the head looks at studies.
+        Each map is 0 or more and sums to 1; over the images of a study, where `over_study` says so.
 
         Args:
             features: of `squares`.

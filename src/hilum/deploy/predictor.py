@@ -195,7 +195,7 @@ class Model:
             members.append(as_study(values, pictures, names, network.findings))
             columns = column_indices(network.findings, self.findings, "a member of the ensemble")
             maps = None if reading.attention is None else reading.attention[:, columns]
-            parts.append(Part(values[:, columns], maps, share, network.needs_studies))
+            parts.append(Part(values[:, columns], maps, share, network.over_study[columns]))
         image, study = self._finish(members, raw), self._finish(members, raw, unit="study")
         trained = {name: bool(known) for name, known in zip(self.findings, study.trained, strict=True)}
         weights = view_weights(members[0], self.composition.study)

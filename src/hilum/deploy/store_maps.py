@@ -152,7 +152,7 @@ def _parts(model: Model, readings: list[Reading], rows: np.ndarray) -> list[Part
     for network, reading, share in zip(model.networks, readings, shares, strict=True):
         columns = _columns(network, model)
         maps = None if reading.attention is None else reading.attention[rows][:, columns]
-        parts.append(Part(reading.probabilities[rows][:, columns], maps, share, network.needs_studies))
+        parts.append(Part(reading.probabilities[rows][:, columns], maps, share, network.over_study[columns]))
     return parts
 
 

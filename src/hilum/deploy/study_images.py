@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 
 from hilum.core.errors import ConfigError, ImageError, UnknownNameError, UnsupportedImageError
 from hilum.core.types import VIEWS, image_uid
@@ -123,15 +123,15 @@ class Part(NamedTuple):
     """Where they came from, if asked for."""
     share: float
     """Its weight in the model."""
-    together: bool
-    """Whether it looks at whole studies; its maps then sum to 1 over the study, otherwise over each image."""
+    together: Bool[np.ndarray, " C"]
+    """Where its head looks at whole studies; the maps then sum to 1 over the study, otherwise over each image."""
 
 
 def mean_of_maps(parts: Sequence[Part], weights: Float[np.ndarray, " V"]) -> list[Float[np.ndarray, "C h w"]]:
     """Weighted mean of the maps of several networks, on the finest grid among them; one for each view.
 
-    Each sums to 1 over its view; over the study, if any network looks at whole studies: then the maps of the others
-    take the weight of their view in the study. A finding is NaN that no network was trained for, or has maps of.
+    Each sums to 1 over its view; over the study, if any head of a network looks at whole studies: then the maps of the
+    others take the weight of their view in the study. A finding is NaN that no network was trained for, or has maps of.
 
     Args:
         parts: of each network; those without maps, or without a share, are left out.
@@ -141,12 +141,12 @@ def mean_of_maps(parts: Sequence[Part], weights: Float[np.ndarray, " V"]) -> lis
     if not shown:
         return []
     size = max(maps.shape[2:] for _, maps in shown)
-    over_study = any(part.together for part, _ in shown)
+    over_study = any(part.together.any() for part, _ in shown)
     total, mass = np.zeros(()), np.zeros(())
     for part, maps in shown:
         grown = _regrid(maps, size)
-        if over_study and not part.together:
-            grown = grown * weights[:, None, None, None]
+        if over_study:
+            grown = grown * np.where(part.together, 1, weights[:, None])[:, :, None, None]
         known = ~np.isnan(part.values).all(axis=0) & np.isfinite(grown).all(axis=(0, 2, 3))
         share = part.share * known[:, None, None]
         total, mass = total + share * np.nan_to_num(grown), mass + share
@@ -170,12 +170,12 @@ def contributions(
 ) -> dict[str, list[float] | None]:
     """The part of each view in a study's probability; over the views they add up to 1.
 
-    Of a network that reads images alone: weight_v p_v over their sum, with the weights of the study rule. Of one that
+    Of a head that reads images alone: weight_v p_v over their sum, with the weights of the study rule. Of one that
     looks at whole studies: the view's share of its maps. Of several networks: their weighted mean.
 
     Args:
         findings: C names.
-        parts: of each network; one that looks at whole studies and has no maps here is left out.
+        parts: of each network; a head that looks at whole studies and has no maps here is left out.
         weights: of the views by the study rule; they add up to 1.
 
     Returns:
@@ -183,11 +183,8 @@ def contributions(
     """
     total, mass = np.zeros((len(weights), len(findings))), np.zeros(len(findings))
     for part in parts:
-        if part.together and part.maps is None:
-            continue
-        views = (
-            part.maps.sum(axis=(2, 3)) if part.together and part.maps is not None else weights[:, None] * part.values
-        )
+        of_maps = np.full(part.values.shape, np.nan) if part.maps is None else part.maps.sum(axis=(2, 3))
+        views = np.where(part.together, of_maps, weights[:, None] * part.values)
         sums = views.sum(axis=0)
         even = np.repeat(weights[:, None], len(findings), axis=1)
         share = part.share * (~np.isnan(part.values).all(axis=0) & np.isfinite(views).all(axis=0))

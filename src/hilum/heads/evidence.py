@@ -41,7 +41,7 @@ def maps_of(
     backbone: VisionTransformer,
     images: Float[Tensor, "B _ H W"],
 ) -> Float[Tensor, "B C h w"]:
-    """Maps of every finding, float32, 0 or more; each sums to 1, over a study where the head looks at whole studies.
+    """Maps of every finding, float32, 0 or more; each sums to 1, over a study where its head looks at whole studies.
 
     A head of another kind has the maps of its method `attention`, or of `evidence` (B, C, N); NaN where it has neither.
 
@@ -52,13 +52,7 @@ def maps_of(
         images: normalised; a blank one is 0, the mean of the recipe.
     """
     if isinstance(head, ExtendedHead):
-        parts = [maps_of(one, features, backbone, images) for one in head.heads]
-        if head.needs_studies:  # one convention for all: over the study
-            alone = torch.ones(len(features.cls), device=features.cls.device)
-            weight = alone / same_study(features).sum(dim=1)
-            pairs = zip(head.heads, parts, strict=True)
-            parts = [part if one.needs_studies else part * weight[:, None, None, None] for one, part in pairs]
-        return torch.cat(parts, dim=1)
+        return torch.cat([maps_of(one, features, backbone, images) for one in head.heads], dim=1)
     if isinstance(head, ViewAttention):
         alone = maps_of(head.inner, features, backbone, images)
         return alone * head.view_weights(features)[:, :, None, None]

@@ -414,7 +414,7 @@ def test_raw_predictions_say_on_what_their_members_were_chosen(trio: Path, tmp_p
 class StandIn:
     """An engine that says and shows the same of every image."""
 
-    needs_studies = False
+    needs_studies, over_study = False, np.zeros(2, bool)
 
     def __init__(self, findings: tuple[str, ...], values: list[float], maps: np.ndarray | None) -> None:
         self.findings, self.values, self.maps = findings, np.array([values]), maps

@@ -75,7 +75,9 @@ def test_a_model_comes_back_as_it_was_without_what_names_patients(fitted: Path, 
     assert stub.created == [(NAME, True)]
     assert not [name for name in stub.sent() if "validation" in name]
     assert {"README.md", "config.json", "exposure.npz", INDEX_NAME, "model.safetensors"} <= set(stub.sent())
-    assert (stub.path / NAME / "README.md").read_text().startswith("---\nlibrary_name: hilum\n")
+    card = (stub.path / NAME / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: hilum\n")
+    assert card.count("library_name") == 1
     again = hilum.from_pretrained(NAME, device="cpu")
     assert again.digest == model.digest
     indices = store.indices("test")

@@ -15,7 +15,7 @@ def maps(views: int, side: int, over_study: bool) -> np.ndarray:
 
 
 def part(values, found, share=1.0, together=False) -> Part:
-    return Part(np.asarray(values, float), found, share, together)
+    return Part(np.asarray(values, float), found, share, np.broadcast_to(together, len(NAMES)))
 
 
 PLAIN = [[0.2, 0.6], [0.4, 0.1], [0.6, 0.3]]
@@ -73,6 +73,21 @@ def test_contributions_of_heads_that_look_at_studies_are_their_attention() -> No
     )
     without = contributions(NAMES, [part(PLAIN[:2], None, together=True)], np.full(2, 0.5))
     assert without == {"Edema": None, "Mass": None}
+
+
+def test_a_head_that_looks_at_studies_changes_nothing_of_one_beside_it() -> None:
+    """A network extended by such a head: Edema is read image by image, Mass over the study."""
+    apart, over = maps(3, 4, False), maps(3, 4, True)
+    weights, mixed = np.array([0.5, 0.3, 0.2]), np.stack([apart[:, 0], over[:, 1]], axis=1)
+    extended = part(PLAIN, mixed, together=[False, True])
+    said = contributions(NAMES, [extended], weights)
+    assert said["Edema"] == contributions(NAMES, [part(PLAIN, None)], weights)["Edema"]
+    assert said["Mass"] == pytest.approx(over[:, 1].sum(axis=(1, 2)).tolist())
+    unseen = contributions(NAMES, [part(PLAIN, None, together=[False, True])], weights)
+    assert unseen == {"Edema": said["Edema"], "Mass": None}
+    joined = np.stack(mean_of_maps([extended], weights))
+    np.testing.assert_allclose(joined.sum(axis=(2, 3))[:, 0], weights)
+    np.testing.assert_allclose(joined[:, 1], over[:, 1])
 
 
 def test_contributions_add_up_to_one_and_untrained_findings_have_none() -> None:

@@ -247,7 +247,9 @@ def test_an_extended_head_has_the_maps_of_its_heads_side_by_side(backbone, image
     torch.testing.assert_close(maps[:, :FINDINGS], maps_of(main, features, backbone, images))
     torch.testing.assert_close(maps[:, FINDINGS:], maps_of(decoder, features, backbone, images))
     mixed = maps_of(ExtendedHead(main, [study], [FINDINGS, FINDINGS]), features, backbone, images).sum(dim=(2, 3))
-    totals = torch.stack([mixed[torch.tensor(STUDY) == one].sum(dim=0) for one in range(4)])
+    of_images, of_study = mixed.split(FINDINGS, dim=1)
+    torch.testing.assert_close(of_images, torch.ones_like(of_images), atol=1e-5, rtol=1e-5)
+    totals = torch.stack([of_study[torch.tensor(STUDY) == one].sum(dim=0) for one in range(4)])
     torch.testing.assert_close(totals, torch.ones_like(totals), atol=1e-5, rtol=1e-5)
     assert [kind_of_maps(one) for one in (head, decoder, make("csra", views="attention"))] == [
         "evidence", "attention", "evidence",
