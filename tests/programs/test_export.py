@@ -115,7 +115,10 @@ def test_an_exported_program_is_described(folder: Path, tmp_path: Path) -> None:
     copied = {file.name for file in (folder / "model").iterdir()} - {"model.safetensors"}
     assert copied | {"model.pt2", "export.json"} == {file.name for file in (tmp_path / "out").iterdir()}
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "model" / "config.json").read_bytes()
-    for words in (("combine", "--study", "frontal_weighted"), ("extend", "--data", folder / "store", "--finding", "New")):
+    for words in (
+        ("combine", "--study", "frontal_weighted"),
+        ("extend", "--data", folder / "store", "--finding", "New"),
+    ):
         error = refused(words[0], tmp_path / "out", *words[1:], "--out", tmp_path / "other")
         assert isinstance(error, ConfigError)
         assert "is an export" in str(error)
