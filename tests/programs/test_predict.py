@@ -1,6 +1,7 @@
 """`hilum predict`: files, folders, tables, a split of a store; what cannot be read is listed, the rest goes on."""
 
 import csv
+import os
 from pathlib import Path
 
 import cv2
@@ -216,6 +217,21 @@ def test_inputs_that_mean_nothing_are_refused(folder: Path, films: Path, tmp_pat
         predict.run(model, [f"{store}:test"], tmp_path / "out.csv", shard="4/500")
     with pytest.raises(ConfigError, match="0 <= i < n"):
         predict.run(model, [f"{store}:test"], tmp_path / "out.csv", shard="2/2")
+
+
+def test_a_name_that_no_table_can_hold_is_listed(folder: Path, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "film.png"), noise(1))
+    try:
+        (tmp_path / os.fsdecode(b"r\xe9sum\xe9.png")).write_bytes((tmp_path / "film.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    out = tmp_path / "out.csv"
+    predict.run(folder / "model", [str(tmp_path)], out, device="cpu")
+    assert read_predictions(out).image_id.tolist() == ["film.png"]
+    with (tmp_path / "out.csv.quarantine.csv").open() as file:
+        [row] = csv.DictReader(file)
+    assert row["reason"] == "bad_name"
+    assert "r\\xe9sum\\xe9.png" in row["message"]
 
 
 def test_another_file_under_the_same_id_is_listed(folder: Path, tmp_path: Path) -> None:

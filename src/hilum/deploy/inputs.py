@@ -244,6 +244,10 @@ def _kind(path: Path) -> str:
 
 def _add_file(result: Inputs, path: Path, name: str, study: str = "", patient: str = "", view: str = "UNKNOWN") -> None:
     """One file; DICOM says its own study and patient where the caller did not. Damaged headers wait for decoding."""
+    written = os.fsencode(path).decode("utf-8", "backslashreplace")
+    if written != str(path):  # no table can hold it
+        result.refused.append(Refused(Path(written), "bad_name", f"{written}: the name is not UTF-8. Rename the file."))
+        return
     image_id, source = name, "unknown" if view == "UNKNOWN" else "given"
     if _kind(path) == "dicom":
         try:
