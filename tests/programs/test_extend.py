@@ -267,6 +267,23 @@ def test_shots_are_exactly_what_was_asked_for_in_every_phase(
     assert (learned.labels[truth == 0] == 0).sum() == (truth[:84] == 0).sum()  # every negative of train and val stays
 
 
+def test_the_terms_of_what_taught_new_findings_are_in_the_card(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Store, "licences", property(lambda self: {"arrays": ["site-terms"]}))
+    extend.run(folder / "linear", folder / "store", NEW[:1], tmp_path / "out", FAST, device="cpu")
+    content, known = settings(tmp_path / "out"), Store.open(folder / "store").labels[:60, 3] >= 0
+    training = content["extensions"][0]["training"]
+    assert training["sources"] == {"arrays": {"train": int(known.sum()), "val": 24}}
+    assert (content["training"]["licences"], training["licences"]) == ({"arrays": []}, {"arrays": ["site-terms"]})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Labels of extension 1 come from arrays ({known.sum()} train, 24 val)." in card
+    assert "`site-terms`" in card
+    monkeypatch.setattr(Store, "licences", property(lambda self: {"arrays": ["nih-open"]}))
+    options = {"accept": True, "bootstraps": 10, "device": "cpu"}
+    extend_joint.run(tmp_path / "out", folder / "store", NEW[1:], tmp_path / "joint", FAST, **options)
+    assert settings(tmp_path / "joint")["training"]["licences"] == {"arrays": ["nih-open", "site-terms"]}
+    assert "`site-terms`" in (tmp_path / "joint" / "README.md").read_text()
+
+
 def test_a_larger_budget_holds_the_smaller_one_and_seeds_differ(folder: Path) -> None:
     base = open_base(folder / "decoder")
 

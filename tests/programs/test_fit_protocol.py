@@ -1,7 +1,7 @@
 """`hilum fit` beyond one rate grid: sources, budgets, pseudo-labels, studies, stages, pruning, tuning."""
 
+import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,35 @@ def test_training_may_be_on_other_datasets_than_the_one_that_is_predicted_for(fo
     assert (record["train_images"], record["val_images"]) == (20, 8)
     with pytest.raises(UnknownNameError, match="Did you mean 'there'"):
         run(folder, tmp_path / "wrong", SMALL, "datasets=[ther]")
+
+
+def test_every_dataset_that_the_refit_learns_from_is_recorded_with_its_terms(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """One with validation images alone is learned from too, may be weighed, and has a bias of its own."""
+    datasets = ["there" if split == "val" and n % 4 < 2 else "here" for n, split in enumerate(SPLITS)]
+    store = make_store(tmp_path / "store", datasets=datasets)
+    monkeypatch.setattr(Store, "licences", {"here": ["open"], "there": ["closed"]})
+    examples = open_examples(store.path, None, source_weights=("there=0.5",))
+    assert set(store.datasets[examples.both].tolist()) == set(examples.sources) == {"here", "there"}
+    assert (store.datasets == np.array(examples.sources)[examples.source_of_image]).all()
+    fit.run(override(SMALL, ["source_weights=[there=0.5]"]), store.path, folder / "run", tmp_path / "model")
+    training = settings(tmp_path / "model")["training"]
+    assert training["sources"] == {"here": {"train": 40, "val": 8}, "there": {"train": 0, "val": 8}}
+    assert training["licences"] == {"here": ["open"], "there": ["closed"]}
+    assert "there (0 train, 8 val)" in (tmp_path / "model" / "README.md").read_text()
+    for target, sources in (("here", {"here"}), ("there", {"here", "there"})):
+        assert set(open_examples(store.path, None, target=target).sources) == sources
+
+
+def test_nothing_is_learned_from_a_dataset_that_was_not_named(folder: Path) -> None:
+    """The refit learns from validation images, so those of others are left out; a target is named too."""
+    store = Store.open(folder / "store")
+    for target, validated in ((None, {"here"}), ("here", {"here"}), ("there", {"there"})):
+        examples = open_examples(folder / "store", None, datasets=("here",), target=target)
+        assert set(store.datasets[examples.train].tolist()) == {"here"}
+        assert set(store.datasets[examples.val].tolist()) == validated
+        assert set(examples.sources) == {"here"} | validated
 
 
 def test_unknown_labels_of_added_images_train_nothing_in_any_head(folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -208,6 +237,8 @@ def test_queries_from_text_and_vectors_come_together(folder: Path, tmp_path: Pat
 
 
 def test_settings_that_need_more_than_the_store_has_are_refused_or_said(folder: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(ConfigError, match="loss=masked_bce_sum does not read it"):
+        run(folder, tmp_path / "model", SMALL, "losses.focal.gamma=1")
     with pytest.raises(ConfigError, match="source_bias: all training images are of here"):
         run(folder, tmp_path / "model", SMALL, "target=here", "datasets=[here]", "source_bias=true")
     make_store(tmp_path / "store", studies=[f"s{n}" for n in range(len(SPLITS))])
@@ -427,7 +458,8 @@ def test_a_warm_refit_of_standardised_features_starts_from_the_search_head_itsel
 
 @pytest.mark.parametrize("method", ["lora", "blocks", "full"])
 def test_a_tuned_model_is_an_ordinary_one_and_says_how_it_came_about(folder: Path, tmp_path: Path, method: str) -> None:
-    changes = [f"tune.method={method}", "tune.blocks=1", "tune.rank=2", "tune.epochs=2", "tune.learning_rate=0.003",
+    own = {"lora": ["tune.rank=2"], "blocks": ["tune.blocks=1"], "full": []}[method]
+    changes = [f"tune.method={method}", *own, "tune.epochs=2", "tune.learning_rate=0.003",
                "tune.head_learning_rate=0.003", "tune.batch_size=8", "standardise=true"]  # fmt: skip
     run(folder, tmp_path / "frozen", DECODER, "standardise=true")
     run(folder, tmp_path / "tuned", DECODER, *changes)
@@ -560,14 +592,19 @@ def test_a_backbone_that_has_seen_test_images_is_said_whatever_it_recorded(
     assert "pretrained on 3 test images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("best", "refit_epochs", "expected"), [
+    (7, 10, [False] * 4 + [True]),  # 5 epochs of 40 images are 4 of 56, rounded
+    (10, 3, [False] * 2 + [True]),  # the refit ends before as many steps: it has the stage that was calibrated
+    (5, 10, [False] * 4),
+])  # fmt: skip
 def test_a_deferred_loss_begins_in_the_refit_after_as_many_steps_as_in_the_search(
-    folder: Path, tmp_path: Path, monkeypatch
+    folder: Path, tmp_path: Path, monkeypatch, best: int, refit_epochs: int, expected: list[bool]
 ) -> None:
     """By a share of the refit's own cosine it would begin after the refit has stopped."""
     from hilum.commands import fit_tune
 
     stages: list[bool] = []
-    original, decide = training.training_loss, fit.choose
+    original, scored = training.training_loss, itertools.count(3)
 
     def watched(config, data, device, deferred=False):
         stages.append(deferred)
@@ -575,14 +612,15 @@ def test_a_deferred_loss_begins_in_the_refit_after_as_many_steps_as_in_the_searc
 
     monkeypatch.setattr(training, "training_loss", watched)
     monkeypatch.setattr(fit_tune, "training_loss", watched)
-    monkeypatch.setattr(fit, "choose", lambda *args, **named: replace(decide(*args, **named), refit_epochs=5))
-    run(folder, tmp_path / "model", SMALL, "loss=ldam", "deferred=0.5", "search_epochs=10", "refit_epochs=10",
-        "tune.method=full", "tune.epochs=1")  # fmt: skip
-    first, search, refit = stages[0], stages[1:11], stages[13:18]  # each loop begins with the first stage's loss
+    monkeypatch.setattr(fit, "mean_average_precision", lambda *_: float(next(scored) // 3 == best))  # of 3 candidates
+    record = run(folder, tmp_path / "model", SMALL, "loss=ldam", "deferred=0.5", "search_epochs=10",
+                 f"refit_epochs={refit_epochs}", "tune.method=full", "tune.epochs=1")  # fmt: skip
+    assert record["chosen"]["epoch"] == best
+    first, search, refit = stages[0], stages[1:11], stages[13:]  # each loop begins with the first stage's loss
     assert not first
     assert search == [False] * 5 + [True] * 5
     assert stages[11]  # tuning goes on in the second stage
-    assert refit == [False] * 4 + [True]  # 5 epochs of 40 images are 4 of 56, rounded
+    assert refit == expected
 
 
 def test_a_cosine_ends_with_the_last_step_where_large_studies_are_drawn_more_often(

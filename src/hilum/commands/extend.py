@@ -211,6 +211,7 @@ def run(
         "fitted_on": {**provenance, "split": "val", "images": len(val), "store_fingerprint": store.fingerprint(val)},
         "refit_epochs": chosen.refit_epochs,
         "settings": to_dict(config),
+        **examples.describe_data(),
         "store": {name: store.fingerprint(rows) for name, rows in (("train", train), ("val", val))},
     }
     extension = files.Extension(rung.head, names, rung.shared, False, cards, training)

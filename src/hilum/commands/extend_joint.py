@@ -182,6 +182,10 @@ def run(
     write_json(out / files.SEARCH_NAME, to_dict(record))
     files.write_validation(out, predictions, labels[val])
     leak = join_leaks(str(base.content.get("accepted_leak") or ""), store.accepted_leak)
+    learned = examples.describe_data()
+    for earlier in files.trainings(base.content):  # what the teacher learned from is in what it taught
+        for name, tags in (earlier.get("licences") or {}).items():
+            learned["licences"][name] = sorted({*learned["licences"].get(name, ()), *tags})
     content: dict[str, Any] = {
         "format": files.MODEL_FORMAT,
         "hilum": hilum.__version__,
@@ -207,6 +211,7 @@ def run(
             "settings": to_dict(config),
             "learning_rate": chosen.variant.learning_rate,
             "refit_epochs": chosen.refit_epochs,
+            **learned,
             "backbone": base.content["training"].get("backbone"),
             "tuning": base.content["training"].get("tuning"),
             "store": {name: store.fingerprint(rows) for name, rows in (("train", train), ("val", val))},

@@ -204,6 +204,7 @@ def _learn(
     new_config, head = give_vectors(learned, described, new)
     training = {
         "held_out": held_out, "seen": list(seen), "class_dropout": CLASS_DROPOUT, "settings": to_dict(config),
+        **examples.describe_data(),
         "store": {name: store.fingerprint(rows) for name, rows in (("train", train), ("val", val))},
         "seen_vectors": (seen, known.astype(np.float64)),
     }  # fmt: skip

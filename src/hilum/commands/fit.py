@@ -62,11 +62,13 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
         `out`.
 
     Raises:
-        ConfigError: no validation split, nothing to learn or to select on, or settings that do not fit the backbone.
+        ConfigError: no validation split, nothing to learn or to select on, settings that do not fit the backbone, or
+            settings of another loss.
         LeakageError: a patient in two splits.
         PreprocessingMismatchError: the store was built for another recipe than the backbone's.
         NonFiniteLossError: a loss or gradient is not finite; no weight has moved.
     """
+    config.refuse_unread_losses()
     data, out = Path(data), Path(out)
     files.require_new(out)
     if config.threads is not None:
@@ -115,6 +117,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
     chosen = choose(
         searched.epochs, variants, train_images=len(train), val_images=len(val), refit_epochs=config.refit_epochs,
         stop_epoch=config.stop_epoch, refit_init=config.refit_init, refit=config.refit,
+        deferred_from=config.deferred_from,
     )  # fmt: skip
     for reason in chosen.reasons:
         say(reason)
@@ -155,7 +158,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
         initial = searched.states[last, number] if config.refit_init == "warm" else None
         state, refit_losses = refit(
             config, embed_dim, learning, source, prepare, chosen.variant, chosen.refit_epochs,
-            chosen.classifier_epochs, initial, place,
+            chosen.classifier_epochs, initial, place, chosen.second_stage,
         )  # fmt: skip
         found = Tuned(model, whole(state))
         if tuning is not None and tuning.refit_epochs:
@@ -202,8 +205,7 @@ def run(config: FitConfig, data: Path, backbone: Path | str, out: Path, device: 
             "settings": to_dict(config),
             "learning_rate": chosen.variant.learning_rate,
             "refit_epochs": chosen.refit_epochs,
-            "sources": examples.describe_sources(),
-            "licences": {name: store.licences.get(name, []) for name in examples.sources},
+            **examples.describe_data(),
             "backbone": opened.provenance,
             "tuning": None if tuning is None else to_dict(tuning),
             "store": {name: store.fingerprint(rows) for name, rows in (("train", train), ("val", val))},
@@ -237,7 +239,7 @@ def _announce(config: FitConfig, examples: Examples, source: FeatureSource, open
     if examples.unused:
         say(f"{examples.unused} images of train and val are left out by the settings (datasets, target, budgets)")
     if len(examples.sources) > 1:
-        say(f"Predicted for {examples.sources[0]}; further training images of {', '.join(examples.sources[1:])}")
+        say(f"Predicted for {examples.sources[0]}; learned from besides: {', '.join(examples.sources[1:])}")
     if source.cache_bytes:
         say(f"Features of {config.augmented_views} augmented views in memory: {source.cache_bytes / 1e9:.2f} GB")
     untrained = [finding.name for finding in examples.findings if not finding.trained]

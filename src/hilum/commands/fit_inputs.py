@@ -41,7 +41,7 @@ class Examples:
     scored: Bool[np.ndarray, " C"]
     """Findings that are trained and have a validation positive."""
     sources: tuple[str, ...]
-    """Datasets with training images; the first is the one that is predicted for."""
+    """Datasets that search or refit learn from; the first is the one that is predicted for."""
     unused: int = 0
     """Images of train and val that the settings leave out."""
 
@@ -63,20 +63,20 @@ class Examples:
 
     @property
     def source_of_image(self) -> Int64[np.ndarray, " N"]:
-        """Position in `sources` of every image of the store; 0 for datasets without training images."""
+        """Position in `sources` of every image of the store; 0 for datasets that are not learned from."""
         numbers = {name: number for number, name in enumerate(self.sources)}
         names, of_image = np.unique(self.store.datasets, return_inverse=True)
         return np.array([numbers.get(name, 0) for name in names.tolist()], dtype=np.int64)[of_image.reshape(-1)]
 
-    def describe_sources(self) -> dict[str, dict[str, int]]:
-        """Training and validation images of each dataset, for `config.json`."""
-        return {
-            name: {
-                split: int((self.store.datasets[images] == name).sum())
-                for split, images in (("train", self.train), ("val", self.val))
-            }
+    def describe_data(self) -> dict[str, Any]:
+        """By dataset with images here, how many are of train and val, and tags of the licences; for `config.json`."""
+        licences, splits = self.store.licences, {"train": self.train, "val": self.val}
+        counts = {
+            name: {split: int((self.store.datasets[images] == name).sum()) for split, images in splits.items()}
             for name in self.sources
         }
+        used = {name: count for name, count in counts.items() if any(count.values())}
+        return {"sources": used, "licences": {name: licences.get(name, []) for name in used}}
 
     @property
     def both(self) -> Int64[np.ndarray, " k"]:
@@ -101,8 +101,8 @@ def open_examples(
         data: the store.
         wanted: findings, in the order they shall have; None: all.
         datasets: learn from these alone; None: all.
-        target: the dataset that is predicted for: validation is its images alone; None: all, and the one with most
-            validation images counts as the first source.
+        target: the dataset that is predicted for: validation is its images alone; None: those of `datasets`, and the
+            one with most validation images counts as the first source.
         train_images: at most so many images to learn from, whole patients drawn by the seed; None: all.
         val_images: the same of validation.
         seed: of the draw.
@@ -170,23 +170,29 @@ def _check_splits(store: Store, train: np.ndarray, val: np.ndarray) -> None:
 def _choose_datasets(
     store: Store, train: np.ndarray, val: np.ndarray, datasets: tuple[str, ...] | None, target: str | None
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images of the wanted datasets, and the datasets to learn from, the target first."""
+    """Images of the wanted datasets, and the datasets to learn from, the target first.
+
+    The refit learns from validation too: nothing is of a dataset that neither of the two names.
+    """
     known = sorted(set(store.datasets.tolist()))
     for name in (*(datasets or ()), *(() if target is None else (target,))):
         if name not in known:
             raise UnknownNameError("dataset of the store", name, known)
     if datasets is not None:
         train = train[np.isin(store.datasets[train], datasets)]
-    if target is not None:
-        val = val[store.datasets[val] == target]
+    validated = datasets if target is None else (target,)
+    if validated is not None:
+        val = val[np.isin(store.datasets[val], validated)]
     if not len(train) or not len(val):
         raise ConfigError(
             f"{store.path}: {len(train)} training images of {', '.join(datasets or ('all datasets',))} and {len(val)} "
-            f"validation images of {target or 'all datasets'}; both are needed. Check `datasets` and `target`."
+            f"validation images of {', '.join(validated or ('all datasets',))}; both are needed. Check `datasets` and "
+            "`target`."
         )
     most, counts = np.unique(store.datasets[val], return_counts=True)
     first = target or str(most[counts.argmax()])
-    others = [name for name in np.unique(store.datasets[train]).tolist() if name != first]
+    both = np.unique(store.datasets[np.concatenate([train, val])])
+    others = [name for name in both.tolist() if name != first]
     return train, val, (first, *others)
 
 

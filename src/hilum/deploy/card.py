@@ -175,7 +175,7 @@ def _data(content: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> l
     models = list(members) or [content]
     lines = []
     for number, one in enumerate(models, 1):
-        exposure, training = one.get("exposure") or {}, one.get("training") or {}
+        exposure = one.get("exposure") or {}
         images = exposure.get("images") or {}
         prefix = f"Member {number}: " if members else ""
         if images:
@@ -183,9 +183,11 @@ def _data(content: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> l
                 f"{prefix}Pretraining: {_pretraining(exposure)}. Head: {images['train']} training images"
                 f"{_and_val(images['val'])}."
             )
-        if sources := training.get("sources"):
-            listed = ", ".join(f"{name} ({n['train']} train, {n['val']} val)" for name, n in sources.items())
-            lines.append(f"{prefix}Labels of the head come from {listed}.")
+        for extension, training in enumerate(files.trainings(one)):
+            if sources := training.get("sources"):
+                listed = ", ".join(f"{name} ({n['train']} train, {n['val']} val)" for name, n in sources.items())
+                head = f"extension {extension}" if extension else "the head"
+                lines.append(f"{prefix}Labels of {head} come from {listed}.")
         if told := exposure.get("not_recorded"):
             known = f": {', '.join(exposure['datasets'])}" if exposure.get("datasets") else ""
             lines.append(f"{prefix}{told[0].upper()}{told[1:]}{known}.")
@@ -204,9 +206,9 @@ def _data(content: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> l
 
 
 def licence_tags(content: Mapping[str, Any]) -> list[str]:
-    """Tags of the licences of the training images, as far as they are recorded."""
-    recorded = (content.get("training") or {}).get("licences") or {}
-    return sorted({tag for tags in recorded.values() for tag in tags if tag})
+    """Tags of the licences of the training images, as far as they are recorded; of added findings' too."""
+    recorded = [(training.get("licences") or {}).values() for training in files.trainings(content)]
+    return sorted({tag for several in recorded for tags in several for tag in tags if tag})
 
 
 def _licence(tag: str) -> str:

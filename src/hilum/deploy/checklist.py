@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hilum.core.types import RESEARCH_NOTICE
+from hilum.deploy import model_files as files
 from hilum.deploy.card_evidence import Evidence
 from hilum.evaluation.markup import decimal
 
@@ -262,7 +263,7 @@ POOR_INPUT = (
 
 
 def _sources(models: Sequence[Mapping[str, Any]]) -> str:
-    names = {name for one in models for name in (one.get("training") or {}).get("sources") or {}}
+    names = {name for one in models for training in files.trainings(one) for name in training.get("sources") or {}}
     return f"Labels of the head: {', '.join(sorted(names))}" if names else ""
 
 

@@ -378,6 +378,11 @@ def read_calibrators(path: Path, content: Mapping[str, Any]) -> Calibrators:
         raise CheckpointError(f"{path / CONFIG_NAME}: the calibration cannot be read: {error}.") from error
 
 
+def trainings(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What `config.json` says of how the first head was trained, then of each that was added."""
+    return [content.get("training") or {}, *(one["training"] for one in content.get("extensions", ()))]
+
+
 def write_exposure(path: Path, exposure: Exposure) -> dict[str, Any]:
     """Write `exposure.npz`; returns counts and digests for `config.json`."""
     arrays = {name: np.unique(getattr(exposure, name)) for name in EXPOSURES}

@@ -165,10 +165,9 @@ class Network:
     @property
     def over_study(self) -> Bool[np.ndarray, " C"]:
         """Which outputs are of a head that looks at all images of a study at once."""
-        heads, counts = [self.head], [len(self.findings)]
         if isinstance(self.head, ExtendedHead):
-            heads, counts = self.head.heads, list(self.head.outputs)
-        return np.repeat([head.needs_studies for head in heads], counts)
+            return np.repeat([head.needs_studies for head in self.head.heads], self.head.outputs)
+        return np.full(len(self.findings), self.head.needs_studies)
 
     def read(
         self,

@@ -4,15 +4,16 @@ Past 300 lines: every setting says what it does, and every one that cannot be, o
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hilum.core.errors import ConfigError, UnknownNameError
 from hilum.heads.loss_settings import LossSettings, second_stage
 from hilum.heads.losses import LOSSES
 from hilum.heads.protocol import RefitInit, Variant
-from hilum.heads.registry import HeadConfig
+from hilum.heads.registry import HeadConfig, HeadName
 from hilum.heads.sweep import SLIDES_RATES
 from hilum.heads.tune_settings import TuneSettings
 
@@ -30,11 +31,30 @@ The decoder's three sizes are not among them: recipes for small data set them, a
 """
 
 
+def _differences(settings: Any, defaults: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Settings that are not at their default, by dotted name, with the default."""
+    found: dict[str, Any] = {}
+    for name, default in defaults.items():
+        value = getattr(settings, name)
+        if is_dataclass(default):
+            found |= _differences(value, vars(default), f"{where}{name}.")
+        elif value != default:
+            found[where + name] = default
+    return found
+
+
+def _refuse(changed: Mapping[str, Any], names: tuple[str, ...], why: str) -> None:
+    """Refuse the first changed setting of one of these names, or of a group if a name ends in a dot."""
+    for name, default in changed.items():
+        if name.startswith(names):
+            raise ConfigError(f"{name} would do nothing: {why}, or leave it at {default}.")
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """Settings of a head and its training. Defaults: the slides' ML-Decoder, its stopping epoch left to validation."""
 
-    head: Literal["linear", "ml_decoder", "csra"] = "ml_decoder"
+    head: HeadName = "ml_decoder"
     """Which head."""
     views: Literal["single", "concat", "set", "attention", "memory"] = "single"
     """What a head makes of the other images of a study. single: nothing. concat (linear): [image; a partner], as on the
@@ -100,10 +120,11 @@ class FitConfig:
     loss: str = "masked_bce_sum"
     """A key of `hilum.heads.losses.LOSSES`."""
     losses: LossSettings = field(default_factory=LossSettings)
-    """Settings of whichever loss `loss` names; those of the others are not read."""
+    """Settings of whichever loss `loss` names; those of the others are not read, and a fit refuses them."""
     deferred: float = 1.0
-    """From this share of the search's epochs on, and after as many steps of the refit, the loss weighs findings by
-    rarity (LDAM-DRW); in what follows (`classifier_epochs`, `tune`) too. 1: never."""
+    """From this share of the search's epochs on the loss weighs findings by rarity (LDAM-DRW). If the chosen epoch is
+    one of these, so does the refit, after as many steps or in its last epoch; what follows (`classifier_epochs`,
+    `tune`) does from its start. 1: never."""
     hierarchy: bool = False
     """Fill unknown findings from parents and children alone (training and validation labels): a rib fracture is a
     fracture, and without a fracture there is none of a rib. Normal says nothing of other findings here."""
@@ -153,10 +174,11 @@ class FitConfig:
     findings: tuple[str, ...] | None = None
     """Which findings of the store, in this order; None: all."""
     datasets: tuple[str, ...] | None = None
-    """Training images of these datasets alone; None: all of the store. The refit also learns from validation images,
-    which `target` chooses. Findings that a dataset does not annotate are unknown in its images, and train nothing."""
+    """Learn from images of these datasets alone; None: all of the store. Findings that a dataset does not annotate are
+    unknown in its images, and train nothing."""
     target: str | None = None
-    """The dataset that is predicted for: selection and calibration see its images alone; None: all."""
+    """The dataset that is predicted for: selection and calibration see its validation images alone, and the refit
+    learns from them besides; None: those of all datasets that are learned from."""
     source_weights: tuple[str, ...] = ()
     """How much an image of a dataset counts in the loss, as in chexpert=0.5; others count 1."""
     source_bias: bool = False
@@ -190,7 +212,6 @@ class FitConfig:
         for name in ("augmented_views", "weight_decay", "workers", "consistency", "classifier_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}.")
-        self._refuse_idle()
         if self.decoder_dim % self.decoder_heads:
             raise ConfigError(
                 f"decoder_dim: expected a multiple of {self.decoder_heads} heads, found {self.decoder_dim}."
@@ -238,17 +259,19 @@ class FitConfig:
             second_stage(self.describe_loss())  # refuses losses that have none
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1 or not 0 <= self.flip <= 1:
             raise ConfigError(f"crop_scale {self.crop_scale} and flip {self.flip}: expected shares between 0 and 1.")
+        self._refuse_idle()
 
     def _refuse_idle(self) -> None:
         """Settings that would do nothing, or undo each other."""
-        plain = {one.name: one.default for one in fields(self)}
+        changed, method = self._changed(), self.tune.method
         for owner, names in SETTINGS_OF_ONE_HEAD.items():
             for name in names:
-                if getattr(self, name) != plain[name] and self.head != owner:
+                if name in changed and self.head != owner:
                     raise ConfigError(
                         f"{name}: of the head {owner} alone, which {self.head} would ignore. Leave it at "
-                        f"{plain[name]}, or say head={owner}."
+                        f"{changed[name]}, or say head={owner}."
                     )
+        begins = self.deferred_from
         for names, idle, why in (
             (("sampling_power", "sampling_over"), self.sampling == "natural" and not self.classifier_epochs,
              "sampling=natural draws every image alike. Say sampling=class_aware"),
@@ -256,10 +279,16 @@ class FitConfig:
              "augmented_views=0 keeps no view in memory. Say augmented_views=K"),
             (("pseudo_weight", "pseudo_certainty"), self.pseudo_labels is None,
              "there are no pseudo-labels. Say pseudo_labels=MODEL"),
+            (("prune_after",), len(self.variants()) < 2, "a single head is tried. Say several learning_rates"),
+            (("deferred",), begins == self.search_epochs and method == "none" and not self.classifier_epochs,
+             f"it begins after epoch {begins} of {self.search_epochs}. Say a smaller share"),
+            (("tune.",), method == "none", "tune.method=none trains no backbone. Say tune.method=lora, blocks or full"),
+            (("tune.rank", "tune.alpha", "tune.dropout"), method != "lora",
+             f"tune.method={method} makes no low-rank updates. Say tune.method=lora"),
+            (("tune.blocks",), method != "blocks", f"tune.method={method} does not read it. Say tune.method=blocks"),
         ):  # fmt: skip
-            for name in names:
-                if idle and getattr(self, name) != plain[name]:
-                    raise ConfigError(f"{name} would do nothing: {why}, or leave it at {plain[name]}.")
+            if idle:
+                _refuse(changed, names, why)
         if self.tune.method != "none" and (self.ema or self.source_bias or self.classifier_epochs):
             raise ConfigError(
                 f"tune.method={self.tune.method} goes with none of ema, source_bias and classifier_epochs: tuning "
@@ -269,12 +298,40 @@ class FitConfig:
             raise ConfigError(
                 f"consistency: with views={self.views} all images of a study have one answer, and agree. Leave it out."
             )
-        begins = self.deferred * self.search_epochs
-        if self.deferred < 1 and self.stop_epoch is not None and self.stop_epoch <= begins:
+        if begins is not None and self.stop_epoch is not None and self.stop_epoch <= begins:
             raise ConfigError(
-                f"deferred={self.deferred:g} begins after epoch {begins:g} of {self.search_epochs}, "
+                f"deferred={self.deferred:g} begins after epoch {begins} of {self.search_epochs}, "
                 f"stop_epoch={self.stop_epoch} ends before it. Leave out one of both."
             )
+
+    def refuse_unread_losses(self) -> None:
+        """Refuse settings of losses that a fit by this one would not read.
+
+        Not among the checks above: `hilum extend` takes up the settings of a model, and may change the loss.
+
+        Raises:
+            ConfigError: a setting of another loss, or a reduction other than the one in the loss's name.
+        """
+        changed = self._changed()
+        read = (self.loss, "class_balanced") if self.loss == "ldam" else (self.loss,)  # weights of its second stage
+        unread = tuple(f"losses.{name}." for name in LOSSES if name not in read)
+        _refuse(changed, unread, f"loss={self.loss} does not read it. Name the loss that does")
+        if self.describe_loss().reduced != self.losses.reduction:
+            why = f"loss={self.loss} is reduced as it is called. Say loss=masked_bce_mean"
+            _refuse(changed, ("losses.reduction",), why)
+
+    def _changed(self) -> dict[str, Any]:
+        """Settings that are not at their default, by name, with the default."""
+        return _differences(self, {
+            one.name: one.default_factory() if callable(one.default_factory) else one.default for one in fields(self)
+        })  # fmt: skip
+
+    @property
+    def deferred_from(self) -> int | None:
+        """Epochs of the search before the second stage of the loss; None: it has none."""
+        if self.deferred == 1:
+            return None
+        return next(number for number in range(self.search_epochs + 1) if number / self.search_epochs >= self.deferred)
 
     @property
     def needs_studies(self) -> bool:

@@ -149,14 +149,16 @@ def distribution_balanced_terms(
     """Re-balanced weighting and negative-tolerant regularisation (Wu 2020).
 
     With n_i positives of finding i, r = (1 / n_i) / sum over the image's positive findings of 1 / n_j, and the weight
-    of an entry is alpha + sigmoid(beta (r - mu)); of an image without a known positive r is infinite. The logit is
-    moved by nu_i = kappa ln(negatives / positives): L+ = softplus(-(z - nu)), L- = softplus(lambda (z - nu)) / lambda.
+    of an entry is alpha + sigmoid(beta (r - mu)); of an image without a known positive r is infinite, and the weight
+    alpha + 1 (alpha + 1/2, as every entry's, where beta is 0). The logit is moved by
+    nu_i = kappa ln(negatives / positives): L+ = softplus(-(z - nu)), L- = softplus(lambda (z - nu)) / lambda.
     (wutong16/DistributionBalancedLoss divides nu by lambda.)
     """
     rarity = 1 / frequencies.positives.clamp(min=1)  # C
     positive = torch.where(targets.weights > 0, targets.values, 0.0)
     repeated = (positive * rarity).sum(dim=1, keepdim=True)  # B 1: how often sampling by class draws this image
-    weight = settings.alpha + (settings.beta * (rarity / repeated - settings.mu)).sigmoid()
+    share = (rarity / repeated).clamp(max=torch.finfo(rarity.dtype).max)  # finite: 0 * inf is no number
+    weight = settings.alpha + (settings.beta * (share - settings.mu)).sigmoid()
     moved = logits + settings.bias * frequencies.log_odds
     scale = settings.negative_scale
     plain, steep = bce_terms(moved, settings.gamma), bce_terms(scale * moved, settings.gamma)

@@ -60,6 +60,8 @@ class Choice:
     """Epochs of the refit for the classifier alone, after those."""
     reasons: tuple[str, ...]
     """For people."""
+    second_stage: int | None = None
+    """Epochs of the refit before the second stage of the loss (`FitConfig.deferred`); None: it stays in the first."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def choose(
     stop_epoch: int | None,
     refit_init: RefitInit,
     refit: bool = True,
+    deferred_from: int | None = None,
 ) -> Choice:
     """Decide from the validation scores of every epoch and candidate.
 
@@ -122,7 +125,8 @@ def choose(
     taken as it ends, and both stages of the refit are scaled.
 
     The search weights that calibrate are those closest to the refit head in training: of the epoch at which the refit
-    stops (`stop_epoch`), or of the best epoch; of the last where the refit goes on from there (warm).
+    stops (`stop_epoch`), or of the best epoch; of the last where the refit goes on from there (warm). After
+    `deferred_from` search epochs the loss has a second stage; the refit enters it if, and only if, these weights had.
     """
     last = len(epochs)
     place = best(epochs[-1].scores, variants)
@@ -131,23 +135,26 @@ def choose(
     course: Float[np.ndarray, " E"] = np.array([epoch.scores[place] for epoch in epochs], dtype=np.float64)
     peak, share = int(np.argmax(course)) + 1, train_images / (train_images + val_images)
     classifier = sum(epoch.stage == "classifier" for epoch in epochs)
+    whole = last - classifier
     reasons = [f"{chosen}: highest score after search epoch {last}, the lower rate of equals"]
     if not refit:
         epoch = last if refit_init == "warm" else min(stop_epoch or (last if classifier else peak), last)
         reasons.append(f"no refit: the head of search epoch {epoch} is the model; it has not seen validation")
         return Choice(chosen, epoch, score, 0, 0, tuple(reasons))
     if classifier:
-        stop, epoch = max(round((last - classifier) * share), 1), last
-        classifier = max(round(classifier * share), 1)
+        epoch, alike = last, round(whole * share)
+        stop, classifier = min(max(alike, 1), refit_epochs), max(round(classifier * share), 1)
         reasons.append(
-            f"refit: {stop} epochs, then {classifier} of the classifier alone: the search's times {share:.3f}"
+            f"refit: {stop} epochs, then {classifier} of the classifier alone: the search's times {share:.3f}, the "
+            f"former at most {refit_epochs}"
         )
-        return Choice(chosen, epoch, score, min(stop, refit_epochs), classifier, tuple(reasons))
-    if stop_epoch is not None:
-        stop, epoch = stop_epoch, min(stop_epoch, last)
+    elif stop_epoch is not None:
+        epoch = alike = min(stop_epoch, last)
+        stop = stop_epoch
         reasons.append(f"refit stops after epoch {stop}: stop_epoch, fixed in the settings")
     else:
-        stop, epoch = min(max(round(peak * share), 1), refit_epochs), peak
+        epoch, alike = peak, round(peak * share)
+        stop = min(max(alike, 1), refit_epochs)
         reasons.append(
             f"refit stops after epoch {stop}: search epoch {peak} was best of this one, times {share:.3f} = n_train / "
             f"(n_train + n_val), at least 1, at most {refit_epochs}"
@@ -156,5 +163,11 @@ def choose(
         epoch = last
         reasons.append(f"calibration sees search epoch {epoch}: the weights that the refit starts from (warm)")
     else:
-        reasons.append(f"calibration sees search epoch {epoch}: trained as long as the refit head, without validation")
-    return Choice(chosen, epoch, score, stop, 0, tuple(reasons))
+        trained = "as long as" if alike == stop else "longer than" if alike > stop else "less long than"
+        reasons.append(f"calibration sees search epoch {epoch}: trained {trained} the refit head, without validation")
+    second_stage = None
+    if deferred_from is not None and min(epoch, whole) > deferred_from:
+        # After as many steps as in the search, or in its last epoch where it ends before; a warm one goes on in it.
+        second_stage = 0 if refit_init == "warm" else min(round(deferred_from * share), stop - 1)
+        reasons.append(f"the loss weighs by rarity after refit epoch {second_stage}, as in search epoch {epoch}")
+    return Choice(chosen, epoch, score, stop, classifier, tuple(reasons), second_stage)

@@ -16,14 +16,16 @@ from hilum.heads.multiview import MultiViewDecoder
 from hilum.heads.view_attention import ViewAttention
 
 Head = LinearHead | MLDecoder | CSRAHead | ViewAttention
+HeadName = Literal["linear", "ml_decoder", "csra"]
+"""A key of `HEADS`, as descriptions and settings spell it."""
 
 
 @dataclass(frozen=True)
 class HeadConfig:
     """Architecture of a head on a frozen backbone; what MODEL/config.json keeps."""
 
-    name: Literal["linear", "ml_decoder", "csra"]
-    """Which head, a key of `HEADS`."""
+    name: HeadName
+    """Which head."""
     embed_dim: int
     """D, channels of a backbone token."""
     findings: int
@@ -109,7 +111,7 @@ def _csra(config: HeadConfig) -> CSRAHead:
     return CSRAHead(config.embed_dim, config.blocks, config.findings, config.csra_lambda, config.csra_temperatures)
 
 
-HEADS: dict[str, Callable[[HeadConfig], LinearHead | MLDecoder | CSRAHead]] = {
+HEADS: dict[HeadName, Callable[[HeadConfig], LinearHead | MLDecoder | CSRAHead]] = {
     "linear": _linear,
     "ml_decoder": _ml_decoder,
     "csra": _csra,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file  # numpy's knows no bfloat16
 
 from hilum.core.errors import ConfigError, UnknownNameError
 
@@ -29,7 +29,7 @@ def read_vectors(path: Path, findings: Sequence[str]) -> Float32[np.ndarray, "C 
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 found = {name: np.asarray(arrays[name], np.float64) for name in arrays.files}
         elif path.suffix == ".safetensors":
-            found = {name: np.asarray(value, np.float64) for name, value in load_file(path).items()}
+            found = {name: value.double().numpy() for name, value in load_file(path).items()}
         else:
             raise ConfigError(f"{path}: text vectors are read from .npz or .safetensors, found {path.suffix!r}.")
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:

@@ -172,6 +172,7 @@ def refit(
     classifier_epochs: int,
     initial: Weights | None,
     device: torch.device,
+    second_stage: int | None = None,
 ) -> tuple[Weights, tuple[float, ...]]:
     """One head on train + val; its cosine is laid out for `refit_epochs`, whatever number of epochs it runs.
 
@@ -186,6 +187,7 @@ def refit(
         classifier_epochs: to run after that of the classifier alone, on a cosine of its own.
         initial: start from these weights; None: from the seed's.
         device: where the head lives.
+        second_stage: epochs of the whole head before the second stage of the loss; None: it does not enter it.
 
     Returns:
         the weights, and the mean loss of a step in each epoch.
@@ -197,8 +199,6 @@ def refit(
     if classifier_epochs:
         stages.append(("classifier", classifier_epochs, classifier_epochs))
     state = initial
-    # The second stage of the loss begins after as many steps as in the search, or has begun there (warm).
-    begins = round(_deferred_from(config) * len(data.train) / len(data.both)) if initial is None else 0
     with progress("refit", (epochs + classifier_epochs) * steps, "steps") as bar:
         for stage, run, horizon in stages:
             settings = config if stage == "whole" else replace(config, sampling="class_aware")
@@ -209,7 +209,8 @@ def refit(
             drawn = _epochs(settings, phase, data.both, data)
             for number in range(run):
                 losses = []
-                _defer(config, sweep, data, stage == "classifier" or number >= begins, device)
+                second = stage == "classifier" or (second_stage is not None and number >= second_stage)
+                _defer(config, sweep, data, second, device)
                 view = config.search_epochs + config.classifier_epochs + len(course)
                 for batch, features in _features(source, view, next(drawn), data, prepare):
                     losses.append(sweep.step(features, data.targets(batch, features)))
@@ -280,12 +281,6 @@ def training_loss(config: FitConfig, data: LearningSet, device: torch.device, de
 def _defer(config: FitConfig, sweep: Sweep, data: LearningSet, second: bool, device: torch.device) -> None:
     if config.deferred < 1:
         sweep.loss = training_loss(config, data, device, deferred=second)
-
-
-def _deferred_from(config: FitConfig) -> int:
-    """Epochs of the search before the second stage of the loss."""
-    epochs = config.search_epochs
-    return next(number for number in range(epochs + 1) if number / epochs >= config.deferred)
 
 
 def _epochs(config: FitConfig, phase: str, images: np.ndarray, data: LearningSet) -> Iterator[list[Batch]]:

@@ -91,7 +91,7 @@ def distribution_balanced(alpha: float, beta: float, mu: float, scale: float, ka
         by_class = 1 / (3 * POSITIVES[c])
         by_instance = sum(y / n for y, n in zip(row, POSITIVES, strict=True)) / 3
         ratio = by_class / by_instance if by_instance else math.inf
-        weight = alpha + 1 / (1 + math.exp(-beta * (ratio - mu)))
+        weight = alpha + (1 / (1 + math.exp(-beta * (ratio - mu))) if beta else 0.5)  # flat, at infinity too
         prior = POSITIVES[c] / (POSITIVES[c] + NEGATIVES[c])
         nu = kappa * math.log(1 / prior - 1)
         positive = sigmoid(z - nu)
@@ -154,6 +154,10 @@ CASES: list[tuple[LossSettings, Entry]] = [
             "distribution_balanced", distribution_balanced=DistributionBalancedSettings(0.3, 4, 0.5, 5, 0.2, 2)
         ),
         distribution_balanced(0.3, 4, 0.5, 5, 0.2, 2),
+    ),
+    (
+        LossSettings("distribution_balanced", distribution_balanced=DistributionBalancedSettings(beta=0)),
+        distribution_balanced(0.1, 0, 0.2, 2, 0.05, 0),
     ),
     (LossSettings("ldam"), ldam(0.5, 1, None)),
     (LossSettings("ldam", ldam=LdamSettings(0.8, 3.0)), ldam(0.8, 3, None)),

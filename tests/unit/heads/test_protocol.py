@@ -52,6 +52,50 @@ def test_a_refit_has_at_least_one_epoch_and_at_most_its_cosine(best: int, train:
     assert choice.refit_epochs == min(max(round(best * train / (train + val)), 1), longest)
 
 
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(1, 1000), st.integers(1, 1000), st.integers(1, 12))
+def test_a_refit_enters_the_second_stage_of_the_loss_where_the_calibrated_head_had(
+    best: int, deferred_from: int, train: int, val: int, longest: int
+) -> None:
+    """A calibrator of one stage's scores says nothing of the other's."""
+    scores = np.zeros((12, 3))
+    scores[best - 1, 0] = 1
+    choice = decide(scores, train=train, val=val, refit_epochs=longest, deferred_from=deferred_from)
+    if best <= deferred_from:
+        assert choice.second_stage is None
+    else:
+        assert choice.second_stage == min(round(deferred_from * train / (train + val)), choice.refit_epochs - 1)
+    assert decide(scores, train=train, val=val, refit_epochs=longest).second_stage is None
+
+
+def test_the_second_stage_of_fixed_warm_and_two_part_refits() -> None:
+    assert decide(stop_epoch=3, deferred_from=2).second_stage == round(2 * 0.8)
+    assert decide(stop_epoch=2, deferred_from=2).second_stage is None
+    assert decide(refit_init="warm", deferred_from=2).second_stage == 0  # goes on from a head that was in it
+    assert decide(refit_init="warm", deferred_from=3).second_stage is None
+    assert decide(refit=False, deferred_from=0).second_stage is None
+    epochs = [SearchEpoch(number, (0.1,) * 3, (1.0,) * 3, "whole" if number < 5 else "classifier")
+              for number in range(1, 6)]  # fmt: skip
+    options = {"train_images": 80, "val_images": 20, "stop_epoch": None, "refit_init": "cold"}
+    assert choose(epochs, VARIANTS, refit_epochs=2, deferred_from=3, **options).second_stage == 1
+    assert choose(epochs, VARIANTS, refit_epochs=2, deferred_from=4, **options).second_stage is None
+
+
+def test_reasons_say_what_the_length_of_the_refit_ends() -> None:
+    scores = np.zeros((18, 3))
+    scores[-1] = 1
+    assert "trained as long as the refit head" in decide(scores, refit_epochs=20).reasons[-1]
+    assert "trained longer than the refit head" in decide(scores).reasons[-1]  # 10 epochs, not round(18 * 0.8)
+    assert "trained as long as the refit head" in decide(stop_epoch=2).reasons[-1]
+    assert "trained less long than the refit head" in decide(stop_epoch=9).reasons[-1]  # of a search of 3
+    said = " ".join(decide(scores, deferred_from=16).reasons)
+    assert "the loss weighs by rarity after refit epoch 9, as in search epoch 18" in said
+    epochs = [SearchEpoch(1, (0.1,) * 3, (1.0,) * 3)] * 9 + [SearchEpoch(10, (0.1,) * 3, (1.0,) * 3, "classifier")]
+    choice = choose(
+        epochs, VARIANTS, train_images=80, val_images=20, refit_epochs=4, stop_epoch=None, refit_init="cold"
+    )  # fmt: skip
+    assert (choice.refit_epochs, choice.reasons[1].partition(",")[0]) == (4, "refit: 4 epochs")
+
+
 def test_a_record_comes_back_from_plain_values() -> None:
     record = SearchRecord(
         "hilum-search-2", "macro AP", ("Edema",), 80, 20, VARIANTS,
