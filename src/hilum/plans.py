@@ -334,7 +334,8 @@ def find_plan(
         overrides: `key=value` of the plan's own settings (seeds, bootstraps, ...).
 
     Raises:
-        ConfigError: the plan cannot be read, or is wrong; a scale for a file; several datasets and no target.
+        ConfigError: the plan cannot be read, or is wrong; a scale for a file, or as a setting of a built-in plan;
+            several datasets and no target.
         UnknownNameError: no such plan, scale, dataset or setting.
     """
     if name.endswith((".yaml", ".yml")):
@@ -348,6 +349,9 @@ def find_plan(
         size = scale or "full"
         if size not in SCALES:
             raise UnknownNameError("scale", size, SCALES)
+        for text in overrides:
+            if text.partition("=")[0] in ("scale", "scale_note"):  # of a built plan they are only what it is called
+                raise ConfigError(f"{text}: the scale of a built-in plan is an option; say --scale laptop, or full.")
         plan = PLANS[name](SCALES[size], target, datasets)
     plan = override(plan, overrides)
     check(plan)

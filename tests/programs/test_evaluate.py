@@ -298,7 +298,7 @@ def test_submissions_that_would_be_refused(world, results, tmp_path):
     (tmp_path / "cal.json").write_text(edited)
     with pytest.raises(StageError, match="something else"):
         submit.run(predictions, TASK, listed, out, scale="f1", calibration=tmp_path / "cal.json")
-    with pytest.raises(PredictionError, match="no thresholds"):
+    with pytest.raises(PredictionError, match="no F1 thresholds"):
         submit.run(world / "one-test.parquet", TASK, listed, out, scale="f1")
     table = read_predictions(predictions)
     values = table.probabilities.copy()
@@ -306,15 +306,18 @@ def test_submissions_that_would_be_refused(world, results, tmp_path):
     write_predictions(table.replace(values), tmp_path / "untrained.parquet")
     with pytest.raises(PredictionError, match="never trained: 'Hernia'"):
         submit.run(tmp_path / "untrained.parquet", TASK, listed, out)
-    with pytest.raises(PredictionError, match="no training prevalence"):
+    with pytest.raises(PredictionError, match="prevalence of 'Hernia'"):
         submit.run(tmp_path / "untrained.parquet", TASK, listed, out, fill_untrained="prevalence")
+    recorded = table.replace(values, prevalence={"Hernia": 0.02})
+    write_predictions(recorded, tmp_path / "recorded.parquet")
     with pytest.raises(ConfigError, match="fill-untrained"):
         submit.run(tmp_path / "untrained.parquet", TASK, listed, out, fill_untrained="much")
     assert not out.exists()
     first = int(str(table.image_id[0]).removeprefix("d/image"))
     listed = write_ids(tmp_path / "ids.csv", [first])
-    submit.run(tmp_path / "untrained.parquet", TASK, listed, out, scale="f1", fill_untrained="0.02")
-    assert out.read_text().splitlines()[1].split(",")[1 + TASKS[TASK].index("Hernia")] == "0.02"
+    for name, fill in (("untrained", "0.02"), ("recorded", "prevalence")):
+        submit.run(tmp_path / f"{name}.parquet", TASK, listed, out, scale="f1", fill_untrained=fill)
+        assert out.read_text().splitlines()[1].split(",")[1 + TASKS[TASK].index("Hernia")] == "0.02"
 
 
 @pytest.mark.parametrize(

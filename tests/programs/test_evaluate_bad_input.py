@@ -25,6 +25,7 @@ from hilum.data.store import write_arrays
 from hilum.evaluation.calibration import describe_items
 from hilum.evaluation.leaderboards import TEST_IMAGES
 from hilum.evaluation.predictions import Predictions, read_predictions, write_predictions
+from hilum.evaluation.studies import aggregate_studies
 
 FINDINGS = ("Edema", "Mass", "Hernia", "Normal")
 COUNT, PATIENTS = 300, 90
@@ -269,6 +270,31 @@ def test_the_ledger_counts_every_look_even_one_that_is_refused(world, tmp_path, 
     assert json.loads(ledger.read_text().splitlines()[2])["opening"] == 3
 
 
+def test_thresholds_without_one_for_f1_leave_f1_tuned_undefined(world, tmp_path):
+    """The published schema asks for no operating point by name."""
+    table = read_predictions(world / "strong.parquet")
+    cuts = {"Edema": {"sens_at_spec95": 0.4}, "Mass": {"f1": 0.4, "youden": 0.3}}
+    write_predictions(table.replace(table.probabilities, thresholds=cuts), tmp_path / "p.parquet")
+    result = evaluate.run(tmp_path / "p.parquet", world / "store", tmp_path / "m", bootstraps=0)
+    assert {name: one["threshold"] for name, one in result["findings"].items() if one["threshold"]} == {"Mass": 0.4}
+    assert result["macro"]["counted"]["mF1@tuned"] == 1
+
+
+@pytest.mark.parametrize("option", ["explain", "maps"])
+def test_pictures_of_study_rows_are_refused_before_the_labels_are_looked_at(world, tmp_path, option):
+    studies = aggregate_studies(read_predictions(world / "strong.parquet"), unit="study")
+    write_predictions(studies, tmp_path / "studies.parquet")
+    (tmp_path / "config.json").write_text("{}")
+    maps = {"maps": [tmp_path / "maps.npz"], "regions": tmp_path / "regions.csv"}
+    options = {"explain": tmp_path} if option == "explain" else maps
+    with pytest.raises(PredictionError, match=rf"studies\.parquet has one row per study.*--{option}"):
+        evaluate.run(
+            tmp_path / "studies.parquet", world / "store", tmp_path / "m", ledger=tmp_path / "ledger.jsonl", **options
+        )
+    assert not (tmp_path / "ledger.jsonl").exists()
+    assert not (tmp_path / "m").exists()
+
+
 def test_other_items_in_the_compared_file_are_refused(world, tmp_path):
     table = read_predictions(world / "weak.parquet")
     write_predictions(table.rows(np.arange(COUNT - 1)), tmp_path / "p.parquet")
@@ -375,6 +401,26 @@ def test_a_task_prints_its_board_and_claims_no_place_on_other_images(tmp_path, c
         section = re.search(r'<section id="leaderboard".*?</section>', page, re.S)[0]
         assert "yangz16" in section
         assert ("says nothing about a place" in section) is not comparable
+
+
+def test_a_place_that_the_board_leaves_open_is_said_in_the_text_and_on_the_page(tmp_path, capsys):
+    from hilum.data.labels import TASKS
+
+    task = "cxrlt2026-task2"
+    count, names = TEST_IMAGES[task][0], TASKS[task]
+    labels = (np.arange(count)[:, None] % 10 == np.arange(len(names))).astype(np.int8)  # one in ten
+    ids = np.array([f"{row:016x}" for row in range(count)])
+    table = Predictions(
+        ids, ids, ids, ids, np.full(count, "cxrlt2026"), np.full(count, "PA"), names, np.full(labels.shape, 0.5)
+    )
+    write_predictions(table, tmp_path / "p.parquet")
+    pl.DataFrame({"image_uid": ids, **dict(zip(names, labels.T, strict=True))}).write_csv(tmp_path / "l.csv")
+    board = evaluate.run(tmp_path / "p.parquet", tmp_path / "l.csv", tmp_path / "m", task=task, bootstraps=0)[
+        "leaderboard"
+    ]
+    assert (board["rows"][0]["rank"], board["comparable"]) == (None, True)
+    for text in (board["note"], capsys.readouterr().out, (tmp_path / "m" / "report.html").read_text()):
+        assert "No place: 3 or later by mAP" in text
 
 
 @pytest.mark.parametrize("fault", ["untrained", "no labels", "few positives", "no positives"])

@@ -10,12 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from hilum.cli import app
-from hilum.commands import calibrate, submit
+from hilum.commands import calibrate, combine, submit
 from hilum.core.errors import ConfigError, HilumError, PredictionError, StageError
 from hilum.data.labels import ID_COLUMNS, SAME_FINDING, TASKS, canonical
+from hilum.evaluation.ensemble import combine_members
 from hilum.evaluation.leaderboards import NOT_COMPARABLE
 from hilum.evaluation.metrics import average_precision, challenge_ece, f1_at, roc_auc
 from hilum.evaluation.predictions import IDENTITY, Predictions, read_predictions, write_predictions
+from hilum.evaluation.studies import aggregate_studies
 from hilum.evaluation.submission import check_submission
 from hilum.evaluation.truth import read_truth
 
@@ -155,6 +157,33 @@ def test_studies_are_aggregated_on_the_way(kit, tmp_path):
 
 
 @small
+def test_an_ensemble_is_submitted_from_its_members(kit, tmp_path):
+    """What the refusal of the ensemble's own predictions advises, and join-a-challenge.md."""
+    task, folder, ids, _ = kit
+    members = [read_predictions(folder / "test.parquet")]
+    members.append(members[0].replace(members[0].probabilities[::-1]))
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path, member in zip(files, members, strict=True):
+        write_predictions(member, path)
+    write_predictions(combine_members(members), tmp_path / "ensemble.parquet")  # as hilum predict ENSEMBLE --raw
+    write_predictions(aggregate_studies(members[0], unit="study"), tmp_path / "studies.parquet")
+    for name, error, message in (
+        ("ensemble", StageError, "--study mean --ensemble mean"), ("studies", PredictionError, "images are gone"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            submit.run(tmp_path / f"{name}.parquet", task, folder / "ids.csv", tmp_path / "s.csv", study="mean")
+    with pytest.raises(PredictionError, match=r"one row per study.*hilum predict without --study"):
+        submit.run(tmp_path / "studies.parquet", task, folder / "ids.csv", tmp_path / "s.csv")
+    combine.run(files, tmp_path / "both.parquet", study="mean", ensemble="mean")
+    submit.run(tmp_path / "both.parquet", task, folder / "ids.csv", tmp_path / "s.csv")
+    expected = combine_members([aggregate_studies(member) for member in members])
+    rows = [expected.image_id.tolist().index(name) for name in ids]
+    columns = [expected.findings.index(finding_of(name)) for name in TASKS[task]]
+    values = check_submission(tmp_path / "s.csv", task, ids).values
+    np.testing.assert_array_equal(values, expected.probabilities[rows][:, columns])
+
+
+@small
 def test_cuts_of_the_submitted_images_are_refused(kit, tmp_path):
     task, folder, _, _ = kit
     calibrate.run(folder / "test.parquet", labels=folder / "test.csv", out=tmp_path / "c.json")
@@ -180,8 +209,13 @@ def test_a_class_without_a_finding_needs_a_constant(kit, tmp_path, capsys):
     table = read_predictions(folder / "test.parquet")
     write_predictions(table.select(table.findings[:-1]), tmp_path / "p.parquet")  # without the first class
     arguments = (tmp_path / "p.parquet", task, folder / "ids.csv", tmp_path / "s.csv")
-    with pytest.raises(PredictionError, match=f"never trained: {TASKS[task][0]!r}"):
+    with pytest.raises(PredictionError, match=f"never trained: {TASKS[task][0]!r}.*--fill-untrained 0.01"):
         submit.run(*arguments)
+    recorded = read_predictions(tmp_path / "p.parquet")
+    shares = dict.fromkeys(recorded.findings, 0.1)
+    write_predictions(recorded.replace(recorded.probabilities, prevalence=shares), tmp_path / "p.parquet")
+    with pytest.raises(PredictionError, match=f"prevalence of {TASKS[task][0]!r}.*--fill-untrained 0.01"):
+        submit.run(*arguments, fill_untrained="prevalence")
     submit.run(*arguments, fill_untrained="0.25")
     found = check_submission(tmp_path / "s.csv", task, ids)
     assert set(found.values[:, 0]) == {0.25}

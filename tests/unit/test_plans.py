@@ -186,3 +186,10 @@ def test_a_file_has_no_scale_and_labels_need_several_datasets(tmp_path) -> None:
     assert plans.find_plan(str(tmp_path / "plan.yaml"), overrides=["seeds=[3,4]"]).seeds == (3, 4)
     with pytest.raises(ConfigError, match="several datasets"):
         plans.find_plan("labels", "laptop", None, ("first",))
+
+
+@pytest.mark.parametrize("setting", ["scale=laptop", "scale_note=small"])
+def test_the_scale_of_a_built_in_plan_is_an_option_and_no_setting(setting: str) -> None:
+    """As a setting it would change the label of the full plan and nothing else."""
+    with pytest.raises(ConfigError, match=rf"{setting}.*--scale laptop"):
+        plans.find_plan("slides", None, "first", ("first", "second"), [setting])

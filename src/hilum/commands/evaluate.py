@@ -109,6 +109,11 @@ def run(
     table, truth = read_predictions(predictions), read_truth(labels, required, optional)
     if split is not None and not truth.has_splits:
         raise PredictionError(f"{labels} does not say which split an item is in; leave out --split.")
+    if table.unit != "image" and (explain is not None or maps):
+        raise PredictionError(
+            f"{predictions} has one row per {table.unit}, and {'--explain' if explain else '--maps'} is about images. "
+            "Evaluate predictions per image (hilum predict without --study), or leave the option out."
+        )
     truth = truth if task is None else _in_words_of(table, truth, task)
     joined = join(truth, table, split)
     labels_file = labels / "index.npz" if labels.is_dir() else labels
@@ -144,9 +149,9 @@ def run(
                 joined.predictions, joined.labels, attributes, thresholds, bootstraps, seed, min_positives, min_group,
                 bar.advance,
             )  # fmt: skip
-    board = _board(task, joined, result, predictions.stem) if task else []
+    board, comparable = _board(task, joined, result, predictions.stem) if task else ([], False)
     if board:
-        remarks = {"comparable": board[0].rank is not None, "note": board[0].note}
+        remarks = {"comparable": comparable, "note": board[0].note}
         result["leaderboard"] = {"rows": [dataclasses.asdict(row) for row in board], **remarks}
     if compare is not None and other is not None:
         result["compare"] = _compare(joined, thresholds, other, compare, bootstraps, seed, min_positives)
@@ -223,8 +228,6 @@ def _examples(explain: Path, labels: Path, joined: Joined) -> list[ReportExample
     store, model = Store.open(labels), load(explain)
     position = {uid: index for index, uid in enumerate(store.uids.tolist())}
     uids = joined.predictions.image_uid
-    if joined.predictions.unit != "image" or not set(uids.tolist()) <= set(position):
-        raise PredictionError("Example studies need predictions per image of this store. Leave out --explain.")
     chosen = choose_studies(joined.predictions, joined.labels, EXAMPLES)
     return [
         explain_study(model, store, [position[uid] for uid in uids[rows]], f"Study {number}")
@@ -281,15 +284,15 @@ def _without_digests(calibration: dict[str, Any] | None) -> dict[str, Any] | Non
     return {**calibration, "fitted_on": fitted_on}
 
 
-def _board(task: str, joined: Joined, result: dict[str, Any], name: str) -> list[Row]:
-    """The own row and the published ones; nothing where none was published."""
+def _board(task: str, joined: Joined, result: dict[str, Any], name: str) -> tuple[list[Row], bool]:
+    """The own row and the published ones, nothing where none was published; whether their levels can be compared."""
     table = joined.predictions
     comparable = table.unit == "image" and is_challenge_test(task, len(table), sorted(set(table.dataset.tolist())))
     out = {name for reason in ("untrained", "no_labels", "few_positives") for name in result["excluded"][reason]}
     none = [name for name, one in result["findings"].items() if one["positives"] == 0 and one["negatives"]]
     missing = [name for name in table.findings if name in out and name not in none]
     rows = leaderboard(task, result["macro"], name, comparable, missing, none)
-    return rows if len(rows) > 1 else []
+    return rows if len(rows) > 1 else [], comparable and not missing
 
 
 def _compare(

@@ -7,6 +7,7 @@ labels.
 import csv
 import io
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def run(
         out: the CSV to write, or a zip with it and `code/`.
         scale: "f1" moves each finding's F1-optimal cut to 0.5; changes neither AP nor AUC.
         calibration: where the cuts come from; without it, from the predictions' own metadata.
-        fill_untrained: "prevalence", or a number in [0, 1], for classes never trained.
+        fill_untrained: a number in [0, 1] for classes never trained, or "prevalence" where the predictions record that
+            of each of them.
         study: a rule such as "mean": each image carries its study's value, as the challenge's entrants do. For raw
             predictions; `hilum combine` does the same in a step of its own.
         compress: with `scale`, factor of the log-odds toward 0.5.
@@ -91,20 +93,20 @@ def run(
     if study is not None:
         table = aggregate_studies(table, study, unit="image")
     answers = task_findings(task, table.findings)
-    fill = _constants(table, classes, answers, fill_untrained)
-    values = submission_rows(table, classes, listed, fill, answers)
     trained = dict(zip(table.findings, table.trained, strict=True))
     ranked = {column: answers[name] for column, name in enumerate(classes) if trained.get(answers.get(name, ""), False)}
-    if len(ranked) < len(classes):
-        constant = [name for column, name in enumerate(classes) if column not in ranked]
+    constant = [name for column, name in enumerate(classes) if column not in ranked]
+    fill = _constants(constant, answers, table.metadata.get("prevalence", {}), fill_untrained)
+    values = submission_rows(table, classes, listed, fill, answers)
+    if constant:
         warn(f"{len(constant)} classes are a constant, which ranks nothing: {', '.join(constant)}.")
     if scale == "f1":
         submitted = table.rows(np.flatnonzero(np.isin(bare_ids(table.image_id, table.dataset), listed)))
         cuts = f1_thresholds(submitted, calibration)
         if cuts is None:
             raise PredictionError(
-                "These predictions carry no thresholds. Give --calibration FILE, fitted on validation predictions of "
-                "the same stage."
+                "These predictions carry no F1 thresholds. Give --calibration FILE, fitted on validation predictions "
+                "of the same stage."
             )
         for column, finding in ranked.items():
             if finding not in cuts:
@@ -207,20 +209,23 @@ def _describe(out: Path, predictions: Path, table: Predictions, task: str, scale
 
 
 def _constants(
-    table: Predictions, classes: tuple[str, ...], answers: dict[str, str], fill_untrained: str | None
+    untrained: Sequence[str], answers: Mapping[str, str], prevalence: Mapping[str, float], fill_untrained: str | None
 ) -> dict[str, float] | None:
     """What each class gets that was never trained."""
     if fill_untrained is None:
         return None
     if fill_untrained == "prevalence":
-        shares = table.metadata.get("prevalence")
-        if not shares:
-            raise PredictionError("These predictions carry no training prevalence; give a number for --fill-untrained.")
-        return {name: float(shares[answers[name]]) for name in classes if answers.get(name) in shares}
+        without = [name for name in untrained if answers.get(name) not in prevalence]
+        if without:
+            raise PredictionError(
+                f"These predictions do not record the training prevalence of {', '.join(map(repr, without))}. Give a "
+                "number for all classes that were never trained, as in --fill-untrained 0.01."
+            )
+        return {name: float(prevalence[answers[name]]) for name in untrained}
     try:
         share = float(fill_untrained)
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
         raise ConfigError(f"--fill-untrained is 'prevalence' or a number in [0, 1], not {fill_untrained!r}.")
-    return dict.fromkeys(classes, share)
+    return dict.fromkeys(untrained, share)

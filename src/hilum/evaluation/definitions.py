@@ -248,12 +248,18 @@ POINT_METRICS: dict[str, Measure] = {
 }
 """The same, of those that are given without an interval."""
 
-_RANGES = {"AP_normalised": (-math.inf, 1.0), "LogLoss": (0.0, math.inf)}
+SHARES = ("AP", "AUC", "F1@0.5", "F1@tuned", "ECE", "ECE_challenge_inferred", "Brier", "FNR@tuned", "FPR@tuned")
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(SHARES, (0.0, 1.0)),
+    "AP_normalised": (-math.inf, 1.0),
+    "LogLoss": (0.0, math.inf),
+}
+"""Least and largest value of a metric, at which its intervals end; of one that is not here they end nowhere."""
 
 
 def range_of(metric: str) -> tuple[float, float]:
-    """Least and largest value that a metric can have."""
-    return _RANGES.get(metric, (0.0, 1.0))
+    """Least and largest value that a metric can have, as far as `RANGES` says."""
+    return RANGES.get(metric, (-math.inf, math.inf))
 
 
 MACRO_NAMES = {"ECE": "mECE_standard"}

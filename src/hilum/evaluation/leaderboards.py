@@ -1,7 +1,8 @@
 """Published results of the CXR-LT challenges, beside which one's own numbers are printed (facts/leaderboards.csv).
 
 A published board is about one test set that was never released with its labels to most of us. Numbers of other data
-stand beside it for orientation only: `leaderboard` gives them no place, and the text says so.
+stand beside it for orientation only: `leaderboard` gives them no place, and the text says so. Nor does it where the
+board has gaps, values that nobody published, or no known end, and these leave the place open.
 """
 
 import csv
@@ -25,8 +26,8 @@ TEST_IMAGES: dict[str, tuple[int, ...]] = {
 NOT_COMPARABLE = (
     "The first row is of other images than the published test set: its level says nothing about a place on this board."
 )
-PLACE = "place among the published mAP"
-"""Of an own row that has one."""
+WHOLE_BOARDS = frozenset({"cxrlt2024-task2"})
+"""Boards of which every entry is known: whoever scores below all of them is last. Of others the end is not known."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Row:
     phase: str
     """test: the challenge's board; development: its development set; rerun: others, later; own: what was given."""
     rank: int | None
-    """As published; of an own row the place that its mAP would have had, on the challenge's own test images alone and
-    over every class of the task."""
+    """As published; of an own row the place that its mAP would have had, on the challenge's own test images alone, over
+    every class of the task, and where the published entries decide it."""
     team: str
     values: dict[str, float | None]
     """Of each name in MEASURES; mF1 at the fixed cut of 0.5."""
@@ -93,7 +94,7 @@ def leaderboard(
         own: `macro` of metrics.json.
         name: what the own row is called.
         comparable: the own numbers are of the challenge's own test images (`is_challenge_test`). Only then does the
-            row get a place: one more than the entries with a higher mAP.
+            row get a place: one more than the last published rank with a higher mAP, if the next rank is known too.
         missing: classes of the task that the mean lacks though the images have positives of them, or may: no place.
         without_positive: classes that nobody can be judged on with these images; the note names them.
 
@@ -105,25 +106,30 @@ def leaderboard(
     """
     rows = published(task)
     values = {column: own.get(metric) for column, metric in OURS.items()}
-    board = [row.values["mAP"] for row in rows if row.phase == "test"]
     score = values["mAP"]
-    above = sum(other is not None and score is not None and other > score for other in board)
-    rank = 1 + above if comparable and not missing and score is not None else None
-    return [
-        Row(task, "own", rank, name, values, _note(comparable, rank, missing, without_positive), "metrics.json"),
-        *rows,
-    ]
-
-
-def _note(comparable: bool, rank: int | None, missing: Sequence[str], without_positive: Sequence[str]) -> str:
-    """What is to be said of an own row's place."""
     if not comparable:
-        return NOT_COMPARABLE
-    if missing:
-        return f"No place: {len(missing)} classes of this task are in no mean of the first row: {', '.join(missing)}."
-    names = ", ".join(without_positive)
-    absent = f"{len(without_positive)} classes without a positive here are in no mean: {names}." if names else ""
-    return "; ".join(part for part in (PLACE if rank else "", absent) if part)
+        rank, note = None, NOT_COMPARABLE
+    elif missing:
+        names = ", ".join(missing)
+        rank, note = None, f"No place: {len(missing)} classes of this task are in no mean of the first row: {names}."
+    else:
+        rank, note = (None, "") if score is None else _place(task, rows, score)
+        if names := ", ".join(without_positive):
+            note = f"{note} {len(without_positive)} classes without a positive here are in no mean: {names}.".strip()
+    return [Row(task, "own", rank, name, values, note, "metrics.json"), *rows]
+
+
+def _place(task: str, rows: Sequence[Row], score: float) -> tuple[int | None, str]:
+    """The place of a mAP on the test board, None where what was published leaves it open; and that in words."""
+    board = [(row.rank, other) for row in rows if row.phase == "test" and (other := row.values["mAP"]) is not None]
+    above = [rank for rank, other in board if other > score]
+    below = [rank for rank, other in board if other <= score and rank is not None]
+    first = 1 + max([len(above), *(rank for rank in above if rank is not None)])  # entries without a rank count too
+    last = min(below) if below else first if task in WHOLE_BOARDS else None
+    if last == first:
+        return first, f"Place {first} by mAP among the published entries."
+    places = f"{first} or later" if last is None else f"between {first} and {last}"
+    return None, f"No place: {places} by mAP; the published entries leave it open."
 
 
 def leaderboard_table(rows: Sequence[Row]) -> str:
@@ -137,5 +143,5 @@ def leaderboard_table(rows: Sequence[Row]) -> str:
     notes = ["mECE of the own row: mECE_challenge_inferred (what the challenge computed was never published)."]
     if any(row.phase == "development" for row in rows):
         notes.append("development: other images and labels than the test set; not the scale of the test rows.")
-    notes += [row.note for row in rows if row.phase == "own" and row.note not in (PLACE, "")]
+    notes += [row.note for row in rows if row.phase == "own" and row.note]
     return "\n".join([*lines, *notes])

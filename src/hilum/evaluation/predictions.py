@@ -17,6 +17,7 @@ import numpy as np
 from hilum.core.errors import PredictionError
 from hilum.core.types import STAGES, UNITS
 from hilum.data.labels import findings_hash
+from hilum.evaluation.metadata_shapes import check_shapes
 from hilum.evaluation.table_files import Columns, read_table, write_table
 
 IDENTITY: tuple[str, ...] = ("image_uid", "image_id", "study_id", "patient_id", "dataset", "view")
@@ -149,6 +150,7 @@ def _check_metadata(p: Predictions) -> None:
     for key, known in (("stage", STAGES), ("unit", UNITS)):
         if p.metadata[key] not in known:
             raise PredictionError(f"Predictions have {key} {p.metadata[key]!r}; expected one of {', '.join(known)}.")
+    check_shapes(p.metadata)
     try:
         json.dumps(p.metadata, allow_nan=False)
     except (TypeError, ValueError) as error:

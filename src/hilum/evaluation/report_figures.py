@@ -27,8 +27,8 @@ def overview(rows: Sequence[FindingRow], metrics: Mapping[str, Any], minimum: in
     bodies = []
     for group, members in by_group(rows).items():
         means = metrics.get("groups", {}).get(group) or {}
-        known = [f"mean {name} {decimal(finite(means.get(key)))}" for name, key in (("AP", "mAP"), ("AUC", "mAUC"))
-                 if finite(means.get(key)) is not None]  # fmt: skip
+        known = [f"mean {name} {decimal(finite(means.get(key)))}{_over(means, key, len(members))}"
+                 for name, key in (("AP", "mAP"), ("AUC", "mAUC")) if finite(means.get(key)) is not None]  # fmt: skip
         title = " · ".join([f"{len(members)} finding{'s' if len(members) > 1 else ''}", GROUPS[group][1], *known])
         lines = "".join(_forest_row(row, ap, auc, minimum) for row in members)
         bodies.append(
@@ -53,6 +53,12 @@ def overview(rows: Sequence[FindingRow], metrics: Mapping[str, Any], minimum: in
         f'<th class="track-cell">AUC{axis(auc[1], auc[0])}</th><th class="number"></th></tr></thead>'
         f"{''.join(bodies)}</table>{note}"
     )
+
+
+def _over(means: Mapping[str, Any], key: str, members: int) -> str:
+    """Of how many of a group's findings a mean is, where not of all."""
+    counted = (means.get("counted") or {}).get(key, members)
+    return f" ({counted} of {members})" if counted != members else ""
 
 
 def _forest_row(row: FindingRow, ap: Grid, auc: Grid, minimum: int) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hilum.evaluation.charts import nice_ticks
-from hilum.evaluation.leaderboards import PLACE
 from hilum.evaluation.markup import bracket, count, decimal, finite, interval, signed, text, undefined
 from hilum.evaluation.report_tables import difference_axis, difference_cells, difference_scale
 from hilum.evaluation.subgroups import UNDER_DIAGNOSIS
@@ -130,7 +129,7 @@ def leaderboard_table(board: Mapping[str, Any]) -> str:
             f'<tr><th scope="row">{name}</th><td>{text(phase)}</td>'
             f'<td class="number">{count(row["rank"])}</td>{cells}</tr>'
         )
-    remark = "" if board["note"] in (PLACE, "") else f" <b>{text(board['note'])}</b>"
+    remark = f" <b>{text(board['note'])}</b>" if board["note"] else ""
     return (
         '<div class="scroll"><table class="plain steps"><thead><tr><th>Entry</th><th>Phase</th>'
         f'<th class="number">Place</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -17,10 +17,11 @@ def f1_thresholds(table: Predictions, calibration: Path | None) -> dict[str, flo
         StageError: a calibrator or its thresholds were fitted on these items, at another stage, or are not the ones
             that calibrated these predictions.
     """
-    own = table.metadata.get("calibration") or {}
+    own = table.metadata.get("calibration", {})
     if own.get("fitted_on"):
         check_out_of_sample(table, own["fitted_on"], "The calibrator of these predictions")
-    stored = {name: cuts["f1"] for name, cuts in (table.metadata.get("thresholds") or {}).items()}
+    recorded = table.metadata.get("thresholds", {})
+    stored = {name: cuts["f1"] for name, cuts in recorded.items() if "f1" in cuts}  # no point must be there
     if calibration is None:
         return stored or None
     calibrator = read_calibrator(calibration)

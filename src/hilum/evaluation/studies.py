@@ -137,9 +137,15 @@ def group_studies(p: Predictions) -> Grouped:
 
 def _check_stage(p: Predictions, rule: StudyRule) -> None:
     if p.stage not in ("raw", "study"):
+        advice = (
+            "Predict with each of its members (hilum predict MEMBER --raw), then combine their files: hilum combine "
+            f"a.parquet b.parquet --study {rule} --ensemble {p.metadata.get('ensemble', 'mean')}."
+            if p.stage == "ensemble" or "ensemble" in p.metadata  # hilum predict ENSEMBLE --raw is at this stage too
+            else "Start from raw predictions (hilum predict --raw)."
+        )
         raise StageError(
-            f"Studies are aggregated before the ensemble and before calibration; these predictions are at stage "
-            f"{p.stage!r}. Start from raw predictions (hilum predict --raw)."
+            "Studies are aggregated before the ensemble and before calibration; these predictions are at stage "
+            f"{p.stage!r}. {advice}"
         )
     if "normal_damping" in p.metadata:
         raise StageError(

@@ -75,7 +75,11 @@ def submission_rows(
         PredictionError: study rows, an image or a class missing, a class never trained, an id standing for two images.
     """
     if predictions.unit != "image":
-        raise PredictionError("The challenge scores images: combine with --unit image, so that each keeps its row.")
+        raise PredictionError(
+            "The challenge scores images, and these predictions have one row per study. Predict images (hilum predict "
+            "without --study) and give each its study's value here (hilum submit --study mean), or combine with --unit "
+            "image."
+        )
     names = bare_ids(predictions.image_id, predictions.dataset)
     place: dict[str, int] = {}
     listed = set(ids)
@@ -95,7 +99,7 @@ def submission_rows(
     if unfilled:
         raise PredictionError(
             f"This task has findings that were never trained: {', '.join(map(repr, unfilled))}. Train them, or say "
-            "--fill-untrained prevalence to submit a constant, which ranks nothing. These predictions have "
+            "--fill-untrained 0.01 to submit a constant, which ranks nothing. These predictions have "
             f"{', '.join(map(repr, predictions.findings))}."
         )
     columns = [

@@ -115,14 +115,17 @@ def evaluation_notes(result: dict[str, Any]) -> list[str]:
 
 
 def evaluation_table(result: dict[str, Any]) -> str:
-    """The macro numbers of all findings and of each group, with intervals, as aligned text."""
+    """The macro numbers of all findings and of each group, with intervals, as aligned text.
+
+    Beside each row: over how many findings its mAP is; calibration errors are also of findings without a positive.
+    """
     rows = [["findings", *STEP_METRICS]]
     parts = {"all": result["macro"], **{group: result["groups"][group] for group in ("head", "medium", "tail")}}
     for name, part in parts.items():
         if part["findings"]:
-            rows.append(
-                [f"{name} ({len(part['findings'])})", *(_value_with_interval(part, metric) for metric in STEP_METRICS)]
-            )
+            counted, total = part["counted"]["mAP"], len(part["findings"])
+            title = f"{name} ({total})" if counted == total else f"{name} ({counted} of {total})"
+            rows.append([title, *(_value_with_interval(part, metric) for metric in STEP_METRICS)])
     for metric, row in (result.get("compare") or {}).get("differences", {}).items():
         if metric in STEP_METRICS and row["difference"] is not None:
             ends = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"

@@ -1,10 +1,11 @@
 import json
+import math
 
 import numpy as np
 import pytest
 
 from hilum.core.errors import PredictionError
-from hilum.evaluation.definitions import equal_mass_ece, expected_calibration_error
+from hilum.evaluation.definitions import equal_mass_ece, expected_calibration_error, range_of
 from hilum.evaluation.metrics import GROUPS, METRICS, average_precision, evaluate, macro_name, roc_auc
 
 MACROS = [macro_name(metric) for metric in METRICS]
@@ -154,3 +155,21 @@ def test_shapes_must_fit(made_up):
         evaluate(table, labels[:-1])
     with pytest.raises(PredictionError, match="at least one"):
         evaluate(table.rows(np.array([], int)), labels[:0])
+
+
+def test_the_interval_of_a_metric_without_a_listed_range_is_cut_nowhere(made_up, monkeypatch):
+    """As docs/how-to/add-a-metric.md has it: one line in METRICS is enough."""
+    monkeypatch.setitem(METRICS, "gap", lambda p, y, _: 10 * float(p[y == 0].mean() - p[y == 1].mean()))
+    table, labels = made_up()
+    macro = evaluate(table, labels, bootstraps=20)["macro"]
+    low, high = macro["ci95"]["mgap"]
+    assert low < macro["mgap"] < high < 0
+
+
+def test_every_metric_stays_in_its_range(made_up):
+    table, labels = made_up()
+    found = evaluate(table, labels, thresholds=dict.fromkeys("ABCD", 0.3), bootstraps=20)["findings"]
+    for metric in METRICS:
+        low, high = range_of(metric)
+        assert (low, high) != (-math.inf, math.inf)
+        assert all(low <= end <= high for one in found.values() for end in one["ci95"][metric])

@@ -65,7 +65,28 @@ def test_no_place_where_the_mean_lacks_classes():
     lacking, whole = own(missing=["Hernia"], without_positive=["Mass"]), own(without_positive=["Mass", "Fibrosis"])
     assert (lacking[0].rank, whole[0].rank) == (None, 3)
     assert "No place: 1 classes of this task are in no mean of the first row: Hernia." in leaderboard_table(lacking)
-    assert "place among the published mAP; 2 classes without a positive here" in leaderboard_table(whole)
+    text = leaderboard_table(whole)
+    assert "Place 3 by mAP among the published entries. 2 classes without a positive here" in text
+    assert "Mass, Fibrosis" in text
+
+
+@pytest.mark.parametrize(
+    ("task", "score", "place", "words"),
+    [
+        ("cxrlt2026-task1", 0.60, 1, "Place 1 "), ("cxrlt2026-task1", 0.47, 3, "Place 3 "),
+        ("cxrlt2026-task1", 0.42, None, "between 4 and 5"), ("cxrlt2026-task1", 0.30, None, "6 or later"),
+        ("cxrlt2024-task3", 0.10, None, "between 1 and 5"), ("cxrlt2024-task3", 0.01, None, "6 or later"),
+        ("cxrlt2026-task2", 0.40, None, "2 or later"), ("cxrlt2026-task2", 0.30, None, "3 or later"),
+        ("cxrlt2024-task2", 0.505, 6, "Place 6 "), ("cxrlt2024-task2", 0.10, 14, "Place 14 "),
+    ],
+)  # fmt: skip
+def test_no_place_where_the_published_entries_leave_it_open(task, score, place, words):
+    """Boards have gaps, entries without a value or a rank, and mostly no end."""
+    rows = leaderboard(task, {"mAP": score}, comparable=True)
+    assert rows[0].rank == place
+    assert words in leaderboard_table(rows)
+    if place is None:
+        assert "No place" in rows[0].note
 
 
 def test_the_text_says_what_may_not_be_concluded():

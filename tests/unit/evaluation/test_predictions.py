@@ -122,6 +122,29 @@ def test_metadata_is_checked(made_up, change):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("thresholds", [1]), ("thresholds", {"A": 0.4}), ("thresholds", {"A": {"f1": "0.4"}}),
+        ("thresholds", {"A": {"f1": 1.5}}), ("groups", ["head"]), ("groups", {"A": 1}), ("prevalence", {"A": None}),
+        ("calibration", "x"), ("calibration", {"fitted_on": {"items": 3}}), ("calibration", {"fitted_on": "val"}),
+        ("chosen_on", {"items": 3}), ("chosen_on", {"digests": "?"}), ("head_splits", None), ("head_splits", "train"),
+        ("members", ["a", "b"]), ("members", [{"weight": "1"}]), ("exposed_images", "some"), ("accepted_leak", 3),
+        ("study_aggregation", ["mean"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_metadata_of_another_shape_is_named_with_its_file(tmp_path, made_up, key, value, suffix):
+    path = tmp_path / f"p{suffix}"
+    write_predictions(made_up(count=3)[0], path)
+    place = sidecar(path) if suffix == ".csv" else path
+    content = json.loads(place.read_text())
+    (content if suffix == ".csv" else content["metadata"])[key] = value
+    place.write_text(json.dumps(content))
+    with pytest.raises(PredictionError, match=rf"p\{suffix}: .*{key}.*expected"):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize(
     "content",
     ["", "image_uid,image_id\n1,2\n", "image_uid,image_id,study_id,patient_id,dataset,view,A\na,b,c,d,e,PA,high\n",
      "image_uid,image_id,study_id,patient_id,dataset,view,A\na,b,c,d,e,PA\n",

@@ -77,6 +77,8 @@ def test_files_of_all_kinds_hold_what_it_says(table: Predictions, tmp_path: Path
         lambda one: one["metadata"].update(unit="patient"),
         lambda one: one["metadata"].update(findings=["Edema", "Edema"]),
         lambda one: one["metadata"]["thresholds"]["Edema"].update(f1=1.5),
+        lambda one: one["metadata"]["calibration"]["fitted_on"].pop("digests"),
+        lambda one: one["metadata"].update(chosen_on={"items": 3}),
         lambda one: one["metadata"]["inputs"].pop("refused"),
         lambda one: one["predictions"][0].pop("image_uid"),
         lambda one: one["predictions"][0].update(Edema=1.01),

@@ -167,6 +167,17 @@ def test_groups_come_in_order_and_the_most_common_first():
     assert [row.name for row in rows][:3] == ["Cardiomegaly", "Edema", "Mass"]
 
 
+def test_the_mean_of_a_group_says_over_how_many_findings_it_is():
+    metrics = some_metrics()
+    metrics["groups"] = {
+        "head": {"mAP": 0.4, "mAUC": 0.7, "counted": {"mAP": 2, "mAUC": 2}},
+        "tail": {"mAP": 0.3, "mAUC": 0.6, "counted": {"mAP": 1, "mAUC": 1}},
+    }
+    page = render_report(title="x", metrics=metrics, curves=some_curves())
+    assert "mean AP 0.400 · mean AUC 0.700" in page
+    assert "mean AP 0.300 (1 of 2) · mean AUC 0.600 (1 of 2)" in page
+
+
 def test_not_shown_is_said_where_the_interval_includes_zero(page):
     steps = re.search(r'<section id="steps".*?</section>', page, re.S)[0]
     assert steps.count('<em class="not-shown">not shown</em>') == 1

@@ -273,6 +273,12 @@ def test_later_stages_are_refused(made_up, stage):
         mean_over_studies(made_up(stage=stage)[0])
 
 
+@pytest.mark.parametrize("stage", ["ensemble", "calibrated"])
+def test_an_ensemble_is_sent_back_to_its_members(made_up, stage):
+    with pytest.raises(StageError, match=r"members.*--raw.*hilum combine .* --study mean --ensemble mean"):
+        mean_over_studies(made_up(stage=stage, ensemble="mean")[0])
+
+
 def test_impossible_requests_are_refused(made_up):
     table, _ = made_up()
     with pytest.raises(UnknownNameError, match="median"):

@@ -1,7 +1,8 @@
 import pytest
 
 from hilum.evaluation.markup import decimal, finite, share, signed, text
-from hilum.evaluation.summary import is_shown, step_table
+from hilum.evaluation.metrics import evaluate
+from hilum.evaluation.summary import evaluation_table, is_shown, step_table
 
 STEPS = [
     {"name": "linear", "mAP": 0.2141, "mAUC": 0.7, "mF1@0.5": None, "mF1@tuned": float("nan"), "difference": None},
@@ -21,6 +22,13 @@ def test_step_table_is_aligned_and_says_not_shown():
     end = lines[0].index("mAP") + len("mAP")
     assert [line[end - 5 : end] for line in lines[2:]] == ["0.214", "0.245", "0.241"]
     assert all(line == line.rstrip() and line.isascii() for line in lines)
+
+
+def test_the_table_says_over_how_many_findings_the_means_are(made_up):
+    table, labels = made_up()
+    labels[:, 1] = 0  # no positive of B
+    rows = evaluation_table(evaluate(table, labels, {"A": "head", "B": "tail", "C": "tail", "D": "tail"})).splitlines()
+    assert [row.split("  ")[0] for row in rows[1:]] == ["all (3 of 4)", "head (1)", "tail (2 of 3)"]
 
 
 def test_no_steps_still_print_a_heading():
