@@ -13,6 +13,7 @@ Research use only; not a medical device. Not for diagnosis, triage or patient ma
 
 import argparse
 import base64
+import csv
 import hashlib
 import json
 import os
@@ -29,6 +30,10 @@ MODALITIES = ("CR", "DX", "RG")
 METADATA = "4837"
 """Of a study: which images were read, by which model. From 1024 on numbers are free for users of Orthanc."""
 TRIES = 3
+
+
+class NoReportError(Exception):
+    """A study was read, and no report of it could be made; says why in words that hold nothing of a patient."""
 
 
 class Orthanc:
@@ -89,6 +94,9 @@ def read_study(orthanc: Orthanc, study: str, model: str, command: list[str], cap
         if done.returncode and not (read and set(read) == {"withheld"}):  # no chest: an answer, and no failure
             raise subprocess.CalledProcessError(done.returncode, "hilum predict")
         objects = sorted((folder / "reports").rglob("*.dcm"))
+        if "scored" in read and not objects:
+            with (folder / "reports" / "not_written.csv").open(newline="") as file:
+                raise NoReportError(", ".join(sorted({row["reason"] for row in csv.DictReader(file)})))
         for path in objects:
             orthanc.ask("/instances", path.read_bytes(), "POST")
     orthanc.mark(study, identity)
@@ -106,10 +114,11 @@ def watch(orthanc: Orthanc, state: Path, model: str, command: list[str], capture
             known["failed"].pop(study, None)
             if stored:
                 print(f"{study}: {stored} objects stored", flush=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, subprocess.CalledProcessError, NoReportError) as error:
+            why = f" ({error})" if isinstance(error, NoReportError) else ""
             count = known["failed"].get(study, 0) + 1
             known["failed"][study] = count
-            print(f"{study}: {type(error).__name__}, attempt {count} of {TRIES}", file=sys.stderr, flush=True)
+            print(f"{study}: {type(error).__name__}{why}, attempt {count} of {TRIES}", file=sys.stderr, flush=True)
             if count >= TRIES:
                 known["failed"].pop(study)
     known["last"] = answer["Last"]

@@ -28,6 +28,10 @@ out.mkdir(parents=True)
 if images[0].read_bytes() == b"hand":
     (out / "study.json").write_text('{"status": "withheld"}')
     sys.exit("None of 1 inputs could be scored")
+if images[0].read_bytes() == b"private":
+    (out / "study.json").write_text('{"status": "scored"}')
+    (out.parent / "not_written.csv").write_text("folder,what,reason,message\\nstudy_0001,sr,unknown_class,Doe\\n")
+    sys.exit()
 (out / "study.sr.dcm").write_bytes(b"report of " + b"+".join(image.read_bytes() for image in images))
 (out / "study.json").write_text('{"status": "scored"}')
 """
@@ -149,6 +153,16 @@ def test_a_study_of_no_chest_has_no_report_and_is_not_tried_again(script, fake, 
     assert state.stored == []
     assert "aa" in state.metadata
     assert "aa" not in capsys.readouterr().err
+
+
+def test_a_study_that_no_report_could_be_made_of_is_told_of(script, fake, tmp_path, monkeypatch, capsys) -> None:
+    state, address = fake
+    state.studies["aa"] = [("DX", ["private"])]
+    run(script, address, tmp_path, monkeypatch)
+    assert state.metadata == {}
+    printed = capsys.readouterr()
+    assert "aa: NoReportError (unknown_class), attempt 1 of 3" in printed.err
+    assert "Doe" not in printed.err + printed.out
 
 
 def test_a_study_that_grows_is_read_again(script, fake, tmp_path, monkeypatch) -> None:

@@ -184,6 +184,17 @@ def test_a_table_of_paths_says_what_belongs_together(folder: Path, films: Path, 
     table.write_text("file\nd.png\n")
     with pytest.raises(MissingColumnError, match="expected a column 'path'; found file"):
         predict.run(folder / "model", [str(table)], tmp_path / "other.csv")
+    table.write_text("path,StudyID\nd.png,S1\n")
+    with pytest.raises(MissingColumnError, match="expected the column 'study_id', found 'StudyID'"):
+        predict.run(folder / "model", [str(table)], tmp_path / "other.csv")
+    assert resolve([str(table)], "StudyID").images[0].study == "S1"
+    table.write_text("path, study_id\nd.png,S1\n")
+    assert resolve([str(table)]).images[0].study == "S1"
+    for name in ("table.csv", "table.csv.quarantine.csv"):  # the result itself, and what is listed beside it
+        table = table.rename(films / name)
+        with pytest.raises(ConfigError, match="is an input and would be written over"):
+            predict.run(folder / "model", [str(table)], films / "table.csv")
+        assert table.read_text().startswith("path, study_id")
     table.unlink()
 
 

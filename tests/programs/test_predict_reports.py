@@ -313,10 +313,13 @@ def test_an_image_that_cannot_be_read_is_told_of_in_the_report_and_counted_as_it
     write_reports(model, broken, everything(broken), ReportOptions(tmp_path / "out", ("html", "sr")))
     document = json.loads((tmp_path / "out" / "study_0001" / "study.json").read_text())
     jsonschema.validate(document, study_schema())
-    assert [one["number"] for one in document["study"]["images"]] == [1, 2]
+    assert [one["number"] for one in document["study"]["images"]] == [1, 3]
+    assert {one["number"] for finding in document["findings"] for one in finding["images"]} == {1, 3}
     [flag] = [one for one in document["flags"] if one["code"] == "images_unread"]
-    assert flag["message"] == "1 more image of this study could not be read, and took no part."
-    assert flag["message"] in (tmp_path / "out" / "study_0001" / "study.html").read_text()
+    assert flag["message"] == "Image 2 of this study could not be read, and took no part."
+    page = (tmp_path / "out" / "study_0001" / "study.html").read_text()
+    assert flag["message"] in page
+    assert "Image 3" in page
     rows = [(row["folder"], row["what"], row["reason"]) for row in rows_of(tmp_path / "out" / "not_written.csv")]
     assert rows == [("study_0001", "image 2", "truncated"), ("study_0001", "sr", "not_dicom"),
                     ("study_0002", "image 1", "truncated")]  # fmt: skip

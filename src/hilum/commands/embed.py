@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 import hilum
+from hilum.commands.predict_account import quarantine_of
 from hilum.core.config import parse_shard
 from hilum.core.errors import ConfigError, EmptyStudyError, UnknownNameError
 from hilum.core.files import write_text
@@ -25,7 +26,7 @@ from hilum.deploy.embedding_files import FORMAT, WRITERS, Embeddings, write_embe
 from hilum.deploy.embedding_parts import embed_resumably
 from hilum.deploy.embeddings import study_means
 from hilum.deploy.encoder import Embedded, load_encoder
-from hilum.deploy.inputs import Inputs, fingerprint, resolve
+from hilum.deploy.inputs import Inputs, fingerprint, refuse_overwriting, resolve
 from hilum.deploy.network import store_identity
 from hilum.evaluation.predictions import IDENTITY
 from hilum.evaluation.studies import study_uids
@@ -71,6 +72,7 @@ def run(
         raise UnknownNameError("kind of embedding (--what)", what, WHATS)
     if batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, found {batch_size}.")
+    refuse_overwriting((out, quarantine_of(out)), inputs)
     job, jobs = parse_shard(shard)
     encoder = load_encoder(source, device, resolution)
     found = resolve_all(inputs)
@@ -129,7 +131,7 @@ def resolve_all(inputs: list[str]) -> Inputs:
 
 def write_quarantine(found: Inputs, out: Path) -> None:
     """List what was left out beside the result, and say so; remove the list of an earlier run."""
-    quarantine = out.with_name(out.name + ".quarantine.csv")
+    quarantine = quarantine_of(out)
     quarantine.unlink(missing_ok=True)
     if not found.refused:
         return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hilum.commands.predict_account import Account, account_of
+from hilum.commands.predict_account import Account, account_of, flags_of, quarantine_of
 from hilum.commands.predict_parts import READING_THREADS, Part, Parts, Work, cut, plan_of
 from hilum.commands.predict_workers import (
     STOPPED_STATUS,
@@ -29,7 +29,7 @@ from hilum.core.locks import folder_lock
 from hilum.core.tracking import next_step, progress, say, warn
 from hilum.deploy.admission import RawReading
 from hilum.deploy.engines import read_export
-from hilum.deploy.inputs import Inputs, resolve
+from hilum.deploy.inputs import Inputs, refuse_overwriting, resolve
 from hilum.deploy.network import store_identity
 from hilum.deploy.predictor import Model, load
 from hilum.evaluation.composition import Composition
@@ -96,6 +96,7 @@ def run(
     """
     out = Path(out)
     rule = _check(out, study, batch_size, budget)
+    refuse_overwriting((out, quarantine_of(out), flags_of(out)), inputs)
     places = devices_of(device, devices)
     if devices > 1 and places[0] != "cpu" and precision == "auto" and read_export(model) is None:
         precision = "bf16"  # what it is on their devices, and not on the CPU of this process

@@ -279,7 +279,7 @@ def _write_study(
         for view, source in zip(views, result.view_sources, strict=True)
     ]
     result = dataclasses.replace(result, view_sources=known, quality=[view.quality for view in views])
-    unread = len(study.positions) - len(views)
+    unread = set(range(1, len(study.positions) + 1)) - {view.number for view in views}
     document = study_document(result, model, study_id=study.name, images=[view.facts for view in views], unread=unread)
     folder, formats = options.folder / study.name, _formats(options)
     maps = {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hilum.commands.embed import write_quarantine
+from hilum.commands.predict_account import quarantine_of
 from hilum.core.errors import CheckpointError, ConfigError, EmptyStudyError, ImageError, StoreError
 from hilum.core.files import write_bytes, write_json, write_text
 from hilum.core.tracking import say, warn
@@ -17,7 +18,7 @@ from hilum.data.images import read_image
 from hilum.deploy.case_sheet import Case, draw_sheet, encode_png
 from hilum.deploy.embeddings import embed_finding, embed_study
 from hilum.deploy.encoder import Encoder, load_encoder
-from hilum.deploy.inputs import FileImage, Inputs, Refused, resolve
+from hilum.deploy.inputs import FileImage, Inputs, Refused, refuse_overwriting, resolve
 from hilum.deploy.similar import Index, Match
 
 FORMAT = "hilum-similar-1"
@@ -60,6 +61,8 @@ def run(
         raise ConfigError(f"--out {out}: expected a name that ends in .csv or .json.")
     if sheet is not None and sheet.suffix != ".png":
         raise ConfigError(f"--sheet {sheet}: expected a name that ends in .png.")
+    if out is not None:
+        refuse_overwriting((out, quarantine_of(out)), inputs)
     opened = Index.open(index)
     opened = opened if finding is None else opened.finding(finding)
     encoder = load_encoder(model or _model_of(opened), device)

@@ -83,15 +83,14 @@ def pictures(
         views = maps.get(finding["name"])
         if finding["name"] not in findings or views is None or not finding["has_map"]:
             continue
-        shown_images = [image for image in document["study"]["images"] if image["scored"]]
-        scale = scale_of([views[image["number"] - 1] for image in shown_images])
-        for image in shown_images:
-            number = image["number"]
+        scored = [(view, image) for view, image in enumerate(document["study"]["images"]) if image["scored"]]
+        scale = scale_of([views[view] for view, _ in scored])
+        for view, image in scored:
             words = _caption(document, finding, image)
-            shown = _burn(pixels[number - 1], views[number - 1], image["box"], scale, words)
+            shown = _burn(pixels[view], views[view], image["box"], scale, words)
             instance += 1
-            dataset = _capture(document, sources[number - 1], finding, shown, identity, instance, when)
-            yield Picture(place, number, dataset)
+            dataset = _capture(document, sources[view], finding, shown, identity, instance, when)
+            yield Picture(place, image["number"], dataset)
 
 
 def _caption(document: Mapping[str, Any], finding: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def structured_report(document: Mapping[str, Any], sources: Sequence[DicomSource
     if not scored:
         raise ConfigError("A structured report holds scores, and this study has none: it was withheld.")
     when = when or datetime.now()
-    used = [sources[image["number"] - 1] for image in document["study"]["images"] if image["scored"]]
+    used = [source for source, image in zip(sources, document["study"]["images"], strict=True) if image["scored"]]
     identity = identity_of(document, sources)
     with highdicom_silently() as hd:
         sr = hd.sr

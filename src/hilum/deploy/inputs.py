@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,22 @@ def resolve(inputs: list[str], study_column: str | None = None) -> Inputs:
     return result
 
 
+def refuse_overwriting(written: Iterable[Path], given: Iterable[str]) -> None:
+    """Refuse to write over what is read.
+
+    Args:
+        written: files that will be written or removed.
+        given: inputs, as `resolve` takes them.
+
+    Raises:
+        ConfigError: one of the former is one of the latter.
+    """
+    read = {Path(text).resolve() for text in given}
+    for path in written:
+        if path.resolve() in read:
+            raise ConfigError(f"{path} is an input and would be written over. Choose another --out.")
+
+
 def _drop_repeats(result: Inputs) -> None:
     """A file given twice is one image; another file under the same id is refused, never left out in silence."""
     kept: dict[str, FileImage] = {}
@@ -268,6 +284,7 @@ def _add_file(result: Inputs, path: Path, name: str, study: str = "", patient: s
 def _add_table(result: Inputs, path: Path, study_column: str | None) -> None:
     rows, columns = (_read_csv if path.suffix.lower() == ".csv" else _read_parquet)(path)
     study = study_column or STUDY_COLUMN
+    _refuse_misspelt(path, columns, ("path", study, "patient_id", "view"))
     if "path" not in columns:
         hint = " It is a manifest: build a store of it, and predict STORE:split." * ("source_relpath" in columns)
         raise MissingColumnError(f"{path}: expected a column 'path'; found {', '.join(columns) or 'no header'}.{hint}")
@@ -291,6 +308,18 @@ def _add_table(result: Inputs, path: Path, study_column: str | None) -> None:
         warn(f"{path}: {len(unknown)} names of views are not known and count as none; known are {', '.join(VIEWS)}")
 
 
+def _refuse_misspelt(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuse a column that differs from a wanted one by no letter: left out, it would take studies apart in silence."""
+
+    def bare(name: str) -> str:
+        return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+    for name in wanted:
+        for column in columns:
+            if name not in columns and bare(column) == bare(name):
+                raise MissingColumnError(f"{path}: expected the column {name!r}, found {column!r}. Rename it.")
+
+
 def _text(value: object) -> str:
     """A cell as text; a whole number of a column that has gaps is one all the same."""
     if value is None or (isinstance(value, float) and value != value):
@@ -302,7 +331,8 @@ def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            return list(reader), list(reader.fieldnames or [])
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            return list(reader), list(reader.fieldnames)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read as a CSV: {error}.") from error
 

@@ -6,7 +6,7 @@ Its schema is packaged beside this module (docs/reference/study-report.md).
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -49,7 +49,7 @@ class ImageFacts:
 
 
 def study_document(
-    result: StudyResult, model: Model, *, study_id: str, images: Sequence[ImageFacts], unread: int = 0
+    result: StudyResult, model: Model, *, study_id: str, images: Sequence[ImageFacts], unread: Collection[int] = ()
 ) -> dict[str, Any]:
     """A study as plain JSON values, as `study_schema` says.
 
@@ -58,7 +58,8 @@ def study_document(
         model: the model; the intervals come from validation predictions in its folder, where it has one.
         study_id: a name of ours for the study; it is shown, so it must not come from a file.
         images: facts of each image, in the order in which they were predicted.
-        unread: images of the study that could not be read, and are not among these.
+        unread: numbers, counted from 1, of images of the study that could not be read, and are not among these; the
+            others keep the number under which they were given.
 
     Raises:
         ValueError: facts of another number of images than the result has.
@@ -67,7 +68,8 @@ def study_document(
         raise ValueError(f"facts of {len(images)} images for a result of {len(result.boxes)}")
     scored = result.scored
     calibrated = result.calibrated
-    described = [_image(result, number, facts, scored[number]) for number, facts in enumerate(images)]
+    numbers = [number for number in range(1, len(images) + len(unread) + 1) if number not in unread]
+    described = [_image(result, place, numbers[place], facts, scored[place]) for place, facts in enumerate(images)]
     return {
         "format": FORMAT,
         "notice": RESEARCH_NOTICE,
@@ -77,8 +79,8 @@ def study_document(
         },
         "study": {"id": study_id, "images": described},
         "status": "scored" if any(scored) else "withheld",
-        "flags": _study_flags(result, scored, unread),
-        "findings": [_finding(result, model, name, scored, bands_of(model, calibrated)) for name in result.findings],
+        "flags": _study_flags(result, numbers, unread),
+        "findings": [_finding(result, model, name, numbers, bands_of(model, calibrated)) for name in result.findings],
     }  # fmt: skip
 
 
@@ -113,7 +115,7 @@ def _read_bands(model: Model, calibrated: bool) -> ScoreBands:
     return read_bands(model.folder, content, model.composition, model.calibrators["study"], calibrated)
 
 
-def _image(result: StudyResult, place: int, facts: ImageFacts, scored: bool) -> dict[str, Any]:
+def _image(result: StudyResult, place: int, number: int, facts: ImageFacts, scored: bool) -> dict[str, Any]:
     given = [{"code": flag.code, "message": flag.message} for flag in result.image_flags[place]]
     codes = {flag["code"] for flag in given}
     quality = [
@@ -122,7 +124,7 @@ def _image(result: StudyResult, place: int, facts: ImageFacts, scored: bool) -> 
         if code not in codes
     ]
     return {
-        "number": place + 1,
+        "number": number,
         "view": result.views[place],
         "view_source": result.view_sources[place],
         "rows": facts.rows,
@@ -134,23 +136,23 @@ def _image(result: StudyResult, place: int, facts: ImageFacts, scored: bool) -> 
     }
 
 
-def _study_flags(result: StudyResult, scored: Sequence[bool], unread: int) -> list[dict[str, str]]:
-    flags = []
+def _study_flags(result: StudyResult, numbers: Sequence[int], unread: Collection[int]) -> list[dict[str, str]]:
+    flags, scored = [], result.scored
     if not any(scored):
         flags.append(("withheld", "No image looks like a chest X-ray that this model can read; nothing was scored."))
     elif not all(scored):
-        left_out = ", ".join(str(number) for number, one in enumerate(scored, 1) if not one)
+        left_out = ", ".join(str(number) for number, one in zip(numbers, scored, strict=True) if not one)
         flags.append(("images_left_out", f"Image {left_out} took no part in the study's probabilities."))
     if unread:
-        more = f"{unread} more image{'s' if unread > 1 else ''} of this study"
-        flags.append(("images_unread", f"{more} could not be read, and took no part."))
+        lost = ", ".join(map(str, sorted(unread)))
+        flags.append(("images_unread", f"Image {lost} of this study could not be read, and took no part."))
     if not result.calibrated:
         flags.append(("uncalibrated", "These scores are not calibrated; they order studies, and are no probabilities."))
     return [{"code": code, "message": message} for code, message in flags]
 
 
-def _finding(result: StudyResult, model: Model, name: str, scored: Sequence[bool], bands: ScoreBands) -> dict[str, Any]:
-    known = any(scored)
+def _finding(result: StudyResult, model: Model, name: str, numbers: Sequence[int], bands: ScoreBands) -> dict[str, Any]:
+    known = any(result.scored)
     probability = _number(result.probabilities[name]) if known else None
     trained = probability is not None if known else model.trained[name]
     points = result.thresholds.get(name) or None
@@ -159,11 +161,11 @@ def _finding(result: StudyResult, model: Model, name: str, scored: Sequence[bool
     shares = result.contributions.get(name) if probability is not None else None
     images = [
         {
-            "number": place + 1,
+            "number": numbers[place],
             "probability": _number(result.image_probabilities[place].get(name)) if one and trained else None,
             "contribution": _number(shares[place]) if shares is not None else None,
         }
-        for place, one in enumerate(scored)
+        for place, one in enumerate(result.scored)
     ]
     return {
         "name": name,
