@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -312,9 +313,28 @@ def test_another_store_is_refused(straight: Path, tmp_path: Path) -> None:
         run(CONFIG, tmp_path / "other", straight)
 
 
+def test_the_same_images_stored_otherwise_are_refused(straight: Path, data: Path, tmp_path: Path) -> None:
+    """Whether the run has ended or not: its weights would be said to read images as they do not."""
+    before = (straight / "config.json").read_bytes()
+    for changed, error, message in (
+        ({"preprocess_id": "chexfound-1"}, PreprocessingMismatchError, "of the recipe 'hilum-grey-1'.*'chexfound-1'"),
+        ({"size": 4096}, CheckpointError, "another size of images"),
+    ):
+        other = shutil.copytree(data, tmp_path / next(iter(changed)))
+        header = json.loads((other / "store.json").read_text())
+        (other / "store.json").write_text(json.dumps(header | changed))
+        with pytest.raises(error, match=message):
+            run(CONFIG, other, straight)
+    assert (straight / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"weight_decay": (0.04, math.nan)}, "weight_decay: expected 0 or more"),
+        ({"momentum": (0.99, math.nan)}, "momentum: expected shares"),
+        ({"teacher_temperature": (0.04, math.nan)}, "teacher_temperature: expected more than 0"),
+        ({"layer_scale": math.nan}, "layer_scale: expected 0 or more"),
         ({"batch_size": 23}, "more than the 22 images"),
         ({"architecture": "vitb17"}, "Did you mean"),
         ({"crops": CropConfig(global_size=36, local_size=16)}, "multiple of the patch size"),

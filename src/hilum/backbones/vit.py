@@ -5,6 +5,7 @@ models/vision_transformer.py), so that their weights load; `weights.py` reads an
 Parameters are initialised from torch's global generator: build inside `core.seeding.forked`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +66,8 @@ class ViTConfig:
         for name in ("embed_dim", "depth", "num_heads", "patch_size", "image_size", "swiglu_multiple"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"ViTConfig.{name}: expected at least 1, found {getattr(self, name)}.")
+        if not 0 <= self.layer_scale < math.inf:
+            raise ConfigError(f"ViTConfig.layer_scale: expected 0 or more, found {self.layer_scale}.")
         if self.registers < 0:
             raise ConfigError(f"ViTConfig.registers: expected 0 or more, found {self.registers}.")
         if self.embed_dim % self.num_heads:

@@ -12,7 +12,7 @@ from hilum.backbones.vit import ViTConfig
 from hilum.core import checkpoint
 from hilum.core.config import read_yaml, to_dict
 from hilum.core.distributed import Engine
-from hilum.core.errors import CheckpointError, ConfigError
+from hilum.core.errors import CheckpointError, ConfigError, PreprocessingMismatchError
 from hilum.core.tracking import say, warn
 from hilum.data.samplers import EndlessSampler, WeightedDraw, dataset_weights
 from hilum.data.store import Store
@@ -124,6 +124,7 @@ def facts(
         "config": to_dict(config),
         "architecture": to_dict(vit),
         "preprocess_id": store.preprocess_id,
+        "size": store.header.get("size"),
         "steps": config.steps,
         "images": store.fingerprint(source.sampler.indices),
         "order": source.sampler.fingerprint(),
@@ -150,14 +151,20 @@ def _named(init: Path | None) -> str | None:
 
 
 def check_same_run(saved: checkpoint.Checkpoint, now: dict[str, Any], init: Path | None) -> None:
-    """A resumed run must see the same images in the same order; it may be spread otherwise.
+    """A resumed run must see the same images, stored alike, in the same order; it may be spread otherwise.
 
     Raises:
-        CheckpointError: other images, or another order.
+        PreprocessingMismatchError: images that were read by another recipe.
+        CheckpointError: other images, of another size, or another order.
         ConfigError: another origin.
     """
-    for key, meaning in (("images", "images to train on"), ("order", "order of images")):
-        if saved.values.get(key, now[key]) != now[key]:  # older checkpoints do not note their order
+    if saved.values["preprocess_id"] != now["preprocess_id"]:
+        raise PreprocessingMismatchError(
+            f"{saved.path} is of a run on images of the recipe {saved.values['preprocess_id']!r}; this store was built "
+            f"with {now['preprocess_id']!r}. Go on with the store that the run began with, or start another run."
+        )
+    for key, meaning in (("images", "images to train on"), ("order", "order of images"), ("size", "size of images")):
+        if saved.values.get(key, now[key]) != now[key]:  # older checkpoints note neither order nor size
             raise CheckpointError(
                 f"{saved.path} was written with another {meaning} ({saved.values[key]}, now {now[key]}); the run "
                 "cannot go on as it was. Use the same, or start another run."

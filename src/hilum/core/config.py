@@ -107,7 +107,12 @@ def read_yaml(kind: type[Config], path: Path) -> Config:
         raise ConfigError(f"{path} cannot be read as a configuration: {error}.") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}.")
-    return from_dict(kind, values)
+    return from_dict(kind, _by_text(values))
+
+
+def _by_text(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Keys of YAML as text: 1 and on are no name of a setting, and are refused as such."""
+    return {str(key): value for key, value in values.items()}
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -129,9 +134,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return None
         return _convert(value, next(kind for kind in arguments if kind is not type(None)), key)
     if origin is Literal:
-        if value not in arguments:
+        said = ("on" if value else "off") if isinstance(value, bool) else value  # YAML 1.1 reads on and off so
+        if said not in arguments:
             raise UnknownNameError(f"value of {key}", str(value), map(str, arguments))
-        return value
+        return said
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         if arguments[-1] is Ellipsis:
@@ -141,7 +147,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return tuple(_convert(item, kind, key) for item, kind in zip(items, arguments, strict=True))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, Mapping):
-            return from_dict(hint, value, f"{key}.")
+            return from_dict(hint, _by_text(value), f"{key}.")
         raise ConfigError(f"{key}: expected a group of settings, found {value!r}.")
     return _convert_scalar(value, hint, key)
 

@@ -1,6 +1,7 @@
 """Settings of one stage of pretraining; `commands/pretrain.py` runs them, `recipes.py` names them."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -150,11 +151,11 @@ class PretrainConfig:
         for name in ("learning_rate", "final_learning_rate", "layer_decay", "patch_embed_factor", "clip"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}.")
-        if not min(self.weight_decay) >= 0:
+        if not all(0 <= value < math.inf for value in self.weight_decay):
             raise ConfigError(f"weight_decay: expected 0 or more, found {self.weight_decay}.")
-        if not min(self.teacher_temperature) > 0:
+        if not all(0 < value < math.inf for value in self.teacher_temperature):
             raise ConfigError(f"teacher_temperature: expected more than 0, found {self.teacher_temperature}.")
-        if not 0 <= min(self.momentum) <= max(self.momentum) <= 1:
+        if not all(0 <= value <= 1 for value in self.momentum):
             raise ConfigError(f"momentum: expected shares in [0, 1], found {self.momentum}.")
         if self.keep < 2:
             raise ConfigError(f"keep: expected at least 2, found {self.keep}; the newest may turn out damaged.")

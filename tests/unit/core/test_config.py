@@ -19,6 +19,7 @@ class Settings:
     steps: int = 10
     flip: bool = True
     kind: Literal["linear", "decoder"] = "linear"
+    compile: Literal["auto", "on", "off"] = "auto"
     rates: tuple[float, ...] = (1e-5, 1e-4)
     stop: int | None = None
     out: Path = Path("runs")
@@ -36,7 +37,27 @@ def test_overrides_reach_every_kind_of_field() -> None:
         Settings(),
         ["steps=3", "flip=false", "kind=decoder", "rates=[1e-3]", "stop=2", "out=a/b", "optimiser.betas=[0.8, 0.9]"],
     )
-    assert config == Settings(3, False, "decoder", (1e-3,), 2, Path("a/b"), Optimiser(betas=(0.8, 0.9)))
+    assert config == Settings(3, False, "decoder", "auto", (1e-3,), 2, Path("a/b"), Optimiser(betas=(0.8, 0.9)))
+
+
+def test_on_and_off_are_words_where_they_are_choices(tmp_path: Path) -> None:
+    assert [override(Settings(), [f"compile={word}"]).compile for word in ("on", "off", "auto")] == [
+        "on",
+        "off",
+        "auto",
+    ]
+    (tmp_path / "config.yaml").write_text("compile: off\n")
+    assert read_yaml(Settings, tmp_path / "config.yaml").compile == "off"
+    with pytest.raises(UnknownNameError, match="'False'"):
+        override(Settings(), ["kind=off"])
+
+
+def test_a_key_that_is_no_text_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("on: 1\n")
+    with pytest.raises(UnknownNameError, match="setting of Settings"):
+        read_yaml(Settings, tmp_path / "config.yaml")
+    with pytest.raises(UnknownNameError, match="setting of Optimiser"):
+        override(Settings(), ["optimiser={1: 2}"])
 
 
 @pytest.mark.parametrize("assignments", [["stop=20", "steps=30"], ["steps=30", "stop=20"]])
