@@ -329,7 +329,7 @@ def _finish(part: _Part, findings: Sequence[str], options: ManifestOptions) -> t
     known_view = pl.col("view") != "UNKNOWN"
     stated = pl.col("view_source") if "view_source" in frame.columns else pl.lit("stated")
     frame = frame.with_columns(
-        is_frontal=is_frontal(pl.col("view")),
+        is_frontal=is_frontal(pl.col("view_raw")),
         view_source=pl.when(known_view).then(stated).otherwise(pl.lit("unknown")),
         is_pediatric=_pediatric(frame),
         study_order=_rank(frame),

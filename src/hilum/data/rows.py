@@ -22,9 +22,14 @@ EXAMPLES = 3
 """How many of the offending files a message names."""
 NAMED_IMAGE = r"(?i)([^/]+)\.(?:png|jpe?g|dcm|dicom)$"
 """The name of an image's file before its suffix."""
+AGE = r"^\s*(\d{1,3}(?:\.\d+)?)\s*([YyMmWwDd]?)\s*$"
+"""As tables write an age, and as DICOM does (Age String, with its unit)."""
+UNITS_A_YEAR = {"": 1.0, "Y": 1.0, "M": 12.0, "W": 365.25 / 7, "D": 365.25}
 VOCABULARY_SHOWN = 50
 """Longer vocabularies are not listed in messages."""
 ROW_COLUMNS = ("\x1ftable", "\x1frow")
+ROW = pl.int_range(FIRST_ROW, pl.len() + FIRST_ROW).alias("row")
+"""Spreadsheet row of a table that is as it was read, for messages."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +215,15 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "")
 
 
-def located(frame: pl.DataFrame, table: Path) -> pl.DataFrame:
-    """Note for each row the table and spreadsheet row it came from: messages name these, never a patient's path."""
-    rows = pl.int_range(FIRST_ROW, FIRST_ROW + frame.height, eager=True)
-    return frame.with_columns(pl.lit(table.name).alias(ROW_COLUMNS[0]), rows.alias(ROW_COLUMNS[1]))
+def located(frame: pl.DataFrame, table: Path, row: pl.Expr = ROW) -> pl.DataFrame:
+    """Note for each row the table and spreadsheet row it came from: messages name these, never a patient's path.
+
+    Args:
+        frame: the rows.
+        table: where they were read.
+        row: their spreadsheet rows, where these are not all rows of the table in its order.
+    """
+    return frame.with_columns(pl.lit(table.name).alias(ROW_COLUMNS[0]), row.alias(ROW_COLUMNS[1]))
 
 
 def keep_existing(
@@ -304,10 +314,10 @@ def unknown_label(name: str, known: Sequence[str], where: str) -> UnknownLabelEr
 
 
 def ages(raw: pl.Expr) -> pl.Expr:
-    """Years from "58", "058Y", "011M" or "005D"; null where it is not a human age (NIH 2017 has 414)."""
-    number = raw.str.extract(r"^\s*(\d{1,3})\s*[YyMmDd]?\s*$", 1).cast(pl.Float32)
-    unit = raw.str.extract(r"([YyMmDd])\s*$", 1).str.to_uppercase().fill_null("Y")
-    years = number / unit.replace_strict({"Y": 1.0, "M": 12.0, "D": 365.25}, default=1.0, return_dtype=pl.Float32)
+    """Years from "58", "58.5", "058Y", "011M", "006W" or "005D"; null where it is no human age (NIH 2017 has 414)."""
+    number = raw.str.extract(AGE, 1).cast(pl.Float32)
+    a_year = raw.str.extract(AGE, 2).str.to_uppercase().replace_strict(UNITS_A_YEAR, return_dtype=pl.Float32)
+    years = number / a_year
     return pl.when(years.is_between(0, 120)).then(years)
 
 

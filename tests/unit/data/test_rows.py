@@ -1,6 +1,7 @@
 """What sources share: scanning folders, paths of tables, ages, views."""
 
 import os
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -77,10 +78,12 @@ def test_a_study_with_one_image_left_is_a_missing_image_only(tmp_path):
 
 def test_ages():
     raw = ["58", "058Y", "006M", "0073D", "414", "413Y", "", "85 or more", "-3", " 12 "]
+    raw += ["63.0", "63.5", "1.5Y", "63.", "1e2"]
     frame = pl.DataFrame({"raw": raw}).select(ages(pl.col("raw")).alias("age"))
-    expected = [58.0, 58.0, 0.5, None, None, None, None, None, None, 12.0]
+    expected = [58.0, 58.0, 0.5, None, None, None, None, None, None, 12.0, 63.0, 63.5, 1.5, None, None]
     assert frame["age"].to_list() == expected
-    assert pl.DataFrame({"raw": ["073D"]}).select(ages(pl.col("raw")))["raw"][0] == pytest.approx(73 / 365.25)
+    short = pl.DataFrame({"raw": ["073D", "006W"]}).select(ages(pl.col("raw")))["raw"]
+    assert short.to_list() == pytest.approx([73 / 365.25, 42 / 365.25])
 
 
 def test_views_of_the_releases():
@@ -97,9 +100,7 @@ def test_views_of_the_releases():
         "AP_horizontal",
     ]
     raw += ["XTABLE LATERAL", "LAO", "SWIMMERS", "", None, "something new"]
-    frame = (
-        pl.DataFrame({"raw": raw}).select(view=view_of(pl.col("raw"))).with_columns(frontal=is_frontal(pl.col("view")))
-    )
+    frame = pl.DataFrame({"raw": raw}).select(view=view_of(pl.col("raw")), frontal=is_frontal(pl.col("raw")))
     assert frame["view"].to_list() == [
         "PA", "AP", "LATERAL", "LL", "RL", "AP", "DECUBITUS", "PA", "AP", "AP_SUPINE",
         "LATERAL", "OBLIQUE", "OTHER", "UNKNOWN", "UNKNOWN", "OTHER",
@@ -108,6 +109,22 @@ def test_views_of_the_releases():
         True, True, False, False, False, True, False, True, True, True, False, False, None, None, None, None,
     ]  # fmt: skip
     assert set(RAW_VIEWS.values()) <= set(VIEWS)
+
+
+@pytest.mark.parametrize(
+    ("raw", "view", "frontal"),
+    [("AP erect", "AP", True), ("portable-AP", "AP", True), ("erect PA", "PA", True), ("supine AP", "AP_SUPINE", True),
+     ("Frontal", "UNKNOWN", True), ("AP/PA", "UNKNOWN", True), ("portable", "OTHER", None)],
+)  # fmt: skip
+def test_views_as_people_write_them(raw, view, frontal):
+    made = pl.DataFrame({"raw": [raw]}).select(view=view_of(pl.col("raw")), frontal=is_frontal(pl.col("raw")))
+    assert made.rows() == [(view, frontal)]
+
+
+def test_every_word_for_a_view_is_in_the_docs():
+    assert pl.Series(VIEWS).to_frame("raw").select(view_of(pl.col("raw")))["raw"].to_list() == list(VIEWS)
+    page = (Path(__file__).parents[3] / "docs/how-to/add-a-dataset.md").read_text()
+    assert [word for word in RAW_VIEWS if word and f"`{word}`" not in page] == []
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a b", "a\x1f"])

@@ -1,6 +1,7 @@
 """CheXpert v1.0, full and small, and CheXpert Plus: paths at any level, labels, one id for one picture, and faults."""
 
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -227,6 +228,45 @@ def test_test_labels_by_study(make, tmp_path):
     assert rows.frame["label.Edema"].to_list()[8:] == [0, 0]
     assert rows.frame["view_raw"].to_list()[8:] == ["", "lateral"]
     assert rows.frame["view_source"].to_list()[8:] == ["unknown", "derived"]
+
+
+def by_study(*names: str) -> str:
+    rows = [f"CheXpert-v1.0/test/{name},{cells(GIVEN[8], LABELS[1:])}" for name in names]
+    return "\n".join([f"Study,{','.join(LABELS[1:])}", *rows]) + "\n"
+
+
+def test_only_images_of_a_listed_study_are_taken_each_once(make, tmp_path):
+    options = make(test=by_study("patient64741/study1"))
+    study = tmp_path / "CheXpert-v1.0/test/patient64741/study1"
+    for name in (".DS_Store", "._view1_frontal.jpg", "view1_frontal.txt", "report.pdf", "view1_frontal.png"):
+        (study / name).touch()
+    frame = chexpert.read(options).frame
+    assert frame["image_id"].to_list() == NAMES
+    assert frame["source_relpath"][-1].endswith("view1_frontal.png")
+    touch(tmp_path / "copy", [NAMES[8]], ".png")
+    with pytest.raises(ManifestError, match=r"1 images are there more than once \(in CheXpert-v1\.0, copy\)"):
+        chexpert.read(options)
+
+
+def test_studies_without_an_image(make):
+    options = make(test=by_study("patient64999/study1", "patient64741/study1"))
+    with pytest.raises(EmptyStudyError, match=r"row 2: no image of the study .*1 of 2 studies.*--allow-missing"):
+        chexpert.read(options)
+    rows = chexpert.read(replace(options, allow_missing=True))
+    assert rows.frame["image_id"].to_list() == NAMES
+    assert rows.notes == (f"1 of 2 studies in test_labels.csv have no image under {options.root}: left out",)
+    none = make(test=by_study("patient64999/study1"))
+    assert chexpert.read(replace(none, allow_missing=True)).frame["image_id"].to_list() == NAMES[:8]
+    with pytest.raises(ManifestError, match="row 3: 'Study' does not end like patient00001/study1"):
+        chexpert.read(replace(make(test=by_study("patient64741/study1", "1")), allow_missing=True))
+
+
+def test_a_fault_in_a_table_of_studies_has_its_own_row(make, tmp_path):
+    for study, view in (("patient64741/study1", "view2_lateral"), ("patient64742/study1", "view1_frontal")):
+        touch(tmp_path / "CheXpert-v1.0", [f"test/{study}/{view}"])
+    text = by_study("patient64741/study1", "patient64742/study1")
+    with pytest.raises(UnknownLabelError, match=r"test_labels\.csv, row 3: column 'Edema' holds '7'"):
+        chexpert.read(make(test=edit(text, 3, ",0,0,0,0,0", ",0,0,0,0,7")))
 
 
 def edit(text: str, row: int, old: str, new: str) -> str:

@@ -124,6 +124,59 @@ def test_a_named_study_stays_together_without_a_patient(make):
     assert patients[0] == patients[1] != patients[2]
 
 
+def pairs(tmp_path, *patients, table="path,study_id", study="s{}", uid=""):
+    """A DICOM file and a PNG for each patient that a header names, in the study of its number."""
+    lines = [table]
+    for number, patient in enumerate(patients):
+        write_dicom(tmp_path / f"{number}.dcm", patient, uid)
+        (tmp_path / f"{number}.png").touch()
+        lines += [f"{number}.{suffix},{study.format(number)}" for suffix in ("dcm", "png")]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    return SourceOptions("clinic", tmp_path)
+
+
+def test_an_image_without_a_header_has_the_patient_of_its_study(tmp_path):
+    rows = folder.read(pairs(tmp_path, "P0", " ", "P2"))
+    assert rows.frame["patient_id"].to_list() == ["P0", "P0", "study:s1", "study:s1", "P2", "P2"]
+    assert rows.notes[0] == "2 images name no patient: theirs is the one that other images of their study name"
+    assert rows.notes[1] == "2 images name no patient: each study counts as one, which cannot rule out leakage"
+
+
+def test_a_study_of_several_patients_is_refused_by_its_row(tmp_path):
+    options = pairs(tmp_path, "P0", "P1", "P2", study="s")
+    with pytest.raises(ManifestError, match=r"labels\.csv, row 2: .* study name 3 patients \(1 such") as caught:
+        folder.read(options)
+    assert "P1" not in str(caught.value)
+
+
+def test_images_of_a_study_that_only_headers_name_stay_together(tmp_path):
+    options = pairs(tmp_path, "P0", "", table="path,Edema", study="1", uid="1.2.9")
+    assert folder.read(options).frame["patient_id"].to_list() == ["P0", "0.png", "P0", "1.png"]
+    write_dicom(tmp_path / "0.dcm", "", "1.2.9")
+    assert folder.read(options).frame["patient_id"].to_list() == ["study:1.2.9", "0.png", "study:1.2.9", "1.png"]
+    for number in (0, 1):
+        write_dicom(tmp_path / f"{number}.dcm", f"P{number}", "1.2.9")
+    assert "1 studies name several patients in their DICOM headers: each counts as one" in folder.read(options).notes[0]
+
+
+def test_ages_and_views_that_are_not_known_are_said(make):
+    table = """path,patient_id,view,age
+1.png,1,AP erect,63.5
+2.png,2,frontal,006W
+3.png,3,ap lordotik,old
+4.png,4,portable,
+5.png,5,the view of Dr Example,
+"""
+    rows = folder.read(make(table, *(f"{number}.png" for number in range(1, 6))))
+    assert rows.frame["age_years"].to_list() == pytest.approx([63.5, 42 / 365.25, None, None, None])
+    assert rows.notes[0].startswith("1 ages cannot be read, or are no human age: unknown (58, 63.5, ")
+    assert rows.notes[1] == "1 images are frontal, without PA or AP: their view is UNKNOWN"
+    assert rows.notes[2].startswith(
+        "3 images have a view that is not known ('ap lordotik', 'portable', a text of 22 characters): OTHER. Known are "
+        "PA, AP, "
+    )
+
+
 @pytest.mark.parametrize(
     ("table", "error", "message"),
     [

@@ -143,7 +143,7 @@ def test_columns_in_another_order_are_the_same(make):
 
 def test_missing_images(make, tmp_path):
     options = make(images=(A, B))
-    with pytest.raises(PathError, match=r"1 of 3 listed images .*stage_2_train_labels.csv row 4"):
+    with pytest.raises(PathError, match=r"1 of 3 listed images .*stage_2_train_labels.csv row 5"):
         rsna.read(options)
     rows = rsna.read(SourceOptions("rsna", tmp_path, allow_missing=True))
     assert rows.frame["image_id"].to_list() == [A, B]

@@ -92,7 +92,7 @@ def test_missing_doubled_and_unreadable_images(make, tmp_path):
     with pytest.raises(PathError, match=r"holds none of train-rle\.csv"):
         siim.read(SourceOptions("siim", tmp_path))
     options = make(images=(A, C))
-    with pytest.raises(PathError, match=r"1 of 3 listed images .*train-rle.csv row 3"):
+    with pytest.raises(PathError, match=r"1 of 3 listed images .*train-rle.csv row 4"):
         siim.read(options)
     assert siim.read(SourceOptions("siim", tmp_path, allow_missing=True)).frame["image_id"].to_list() == [A, C]
     make()

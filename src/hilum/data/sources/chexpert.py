@@ -15,7 +15,7 @@ Source: Irvin et al., arXiv:1901.07031; Chambon et al., arXiv:2405.19538.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Int8
 
-from hilum.core.errors import LeakageError, ManifestError, PathError, UnknownLabelError
+from hilum.core.errors import EmptyStudyError, LeakageError, ManifestError, PathError, UnknownLabelError
 from hilum.core.files import sha256_file
 from hilum.core.types import UNKNOWN
 from hilum.data.label_cells import cell_values, finding_columns, raw_cells
@@ -76,7 +76,7 @@ def read(options: SourceOptions) -> SourceRows:
     found = scan(home)
     folder = _folder(root)
     plus = folder is None
-    parts = [_plus(root, options)] if folder is None else _version_1(folder, options, found)
+    parts = [_plus(root, options)] if folder is None else _version_1(folder, options, found, home)
     values, annotated = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "annotated"))
     frame = pl.concat([part.frame for part in parts])
     if frame["name"].is_duplicated().any():
@@ -143,28 +143,43 @@ def _folder(root: Path) -> Path | None:
     return holding[0] if holding else None
 
 
-def _version_1(folder: Path, options: SourceOptions, found: Scan) -> list[_Part]:
+def _version_1(folder: Path, options: SourceOptions, found: Scan, home: Path) -> list[_Part]:
     parts = []
     for split, names in TABLES.items():
         given = options.table if split == "train" else None
         path = given or next((folder / name for name in names if (folder / name).is_file()), None)
         if path is not None:
-            parts.append(_labelled(_by_image(read_csv(path), found), split))
+            table, notes = _by_image(read_csv(path), options, found, home)
+            parts.append(replace(_labelled(table, split), notes=notes))
     return parts
 
 
-def _by_image(table: Table, found: Scan) -> Table:
+def _by_image(table: Table, options: SourceOptions, found: Scan, home: Path) -> tuple[Table, tuple[str, ...]]:
     """A table of studies (column `Study`, as the test labels also come) with a row for each image that is there."""
     if "Path" in table.columns or "Study" not in table.columns:
-        return table
-    files = pl.Series("Path", found.files, dtype=pl.String)
-    images = pl.DataFrame({"Path": files, "study": files.str.extract(r"(patient\d+/study\d+)/[^/]*$", 1)})
-    frame = table.frame.with_columns(study=pl.col("Study").str.extract(STUDY, 1))
-    frame = frame.join(images, on="study", how="left", maintain_order="left").drop("study")
-    gone = frame["Path"].is_null()
-    if gone.any():
-        raise PathError(f"{table.path}, row {row_of(gone)}: no image of the study is there ({gone.sum()} such rows).")
-    return Table(table.path, frame, table.sha256)
+        return table, ()
+    # Here, where the rows are still those of the file, so that messages name the right one.
+    cell_values(table.frame, [label for label in LABELS.labels if label in table.columns], table.path)
+    study = table.frame["Study"].str.extract(STUDY, 1).alias("study")
+    if study.is_null().any():
+        raise ManifestError(
+            f"{table.path}, row {row_of(study.is_null())}: 'Study' does not end like patient00001/study1 "
+            f"({study.is_null().sum()} such rows)."
+        )
+    images = _pictures(found).with_columns(study=pl.col("name").str.extract(r"^(.*)/", 1))
+    images = images.filter(pl.col("study").is_in(study.implode()))
+    _refuse_copies(images, home, options)
+    gone = ~study.is_in(images["study"].implode())
+    if gone.any() and not options.allow_missing:
+        raise EmptyStudyError(
+            f"{table.path}, row {row_of(gone)}: no image of the study is under {home} ({gone.sum()} of {len(gone)} "
+            "studies). Complete them, or leave them out with --allow-missing."
+        )
+    frame = table.frame.with_columns(study).join(
+        images.select("study", Path="file"), on="study", maintain_order="left_right"
+    )
+    note = f"{gone.sum()} of {len(gone)} studies in {table.path.name} have no image under {home}: left out"
+    return Table(table.path, frame.drop("study"), table.sha256), (note,) if gone.any() else ()
 
 
 def _labelled(table: Table, split: str) -> _Part:
@@ -236,26 +251,36 @@ def _described() -> list[pl.Expr]:
 def _paths(frame: pl.DataFrame, found: Scan, home: Path, options: SourceOptions) -> pl.Series:
     """Where each image is: at its listed path, at that without the first folder, or wherever its name is found."""
     files = pl.Series("file", found.files, dtype=pl.String)
-    ranks = {suffix: rank for rank, suffix in enumerate(SUFFIXES)}
-    there = pl.DataFrame({"file": files, "name": files.str.extract(IMAGE, 1)}).with_columns(
-        rank=pl.col("file").str.extract(r"(\.[^./]*)$", 1).str.to_lowercase().replace_strict(ranks, default=None)
-    )
-    best = there.drop_nulls().filter(pl.col("rank") == pl.col("rank").min().over("name"))
+    best = _pictures(found)
     listed = pl.DataFrame({"name": frame["name"], "listed": frame["listed"]})
     spellings = [pl.col("listed"), pl.col("listed").str.replace(r"^[^/]*/", "")]
     exact = listed.with_columns(
         exact=pl.coalesce(pl.when(path.is_in(files.implode())).then(path) for path in spellings)
     )
     searched = exact.filter(pl.col("exact").is_null())["name"]
-    twice = best.filter(pl.col("name").is_duplicated() & pl.col("name").is_in(searched.implode()))
+    _refuse_copies(best.filter(pl.col("name").is_in(searched.implode())), home, options)
+    matched = exact.join(best.unique("name"), on="name", how="left", maintain_order="left")
+    return matched.select(source_relpath=pl.coalesce("exact", "file", "listed")).to_series()
+
+
+def _pictures(found: Scan) -> pl.DataFrame:
+    """`file` and `name` of the images that are there; of one in several formats only the first of `SUFFIXES`."""
+    files = pl.Series("file", found.files, dtype=pl.String)
+    ranks = {suffix: rank for rank, suffix in enumerate(SUFFIXES)}
+    there = pl.DataFrame({"file": files, "name": files.str.extract(IMAGE, 1)}).with_columns(
+        rank=pl.col("file").str.extract(r"(\.[^./]*)$", 1).str.to_lowercase().replace_strict(ranks, default=None)
+    )
+    return there.drop_nulls().filter(pl.col("rank") == pl.col("rank").min().over("name")).drop("rank")
+
+
+def _refuse_copies(images: pl.DataFrame, home: Path, options: SourceOptions) -> None:
+    twice = images.filter(pl.col("name").is_duplicated())
     if twice.height:
         folders = sorted({path.split("/")[0] for path in twice["file"]})
         raise ManifestError(
             f"{home}: {twice['name'].n_unique()} images are there more than once (in {', '.join(folders[:5])}). "
             f"Keep one copy, or name the folder to use with --images {options.dataset}=FOLDER."
         )
-    matched = exact.join(best.unique("name"), on="name", how="left", maintain_order="left")
-    return matched.select(source_relpath=pl.coalesce("exact", "file", "listed")).to_series()
 
 
 def _plus(root: Path, options: SourceOptions) -> _Part:

@@ -2,8 +2,9 @@
 
 The table is `labels.csv` in the folder, or one given by hand: `path`, and where known `patient_id`, `study_id`,
 `view`, `split`, `sex`, `age`; every other column is a finding holding 1, 0, -1 (uncertain) or nothing. Without a
-table all files are taken, without labels. Where no table names the patient, a DICOM header does; any other file
-counts as a patient of its own, and the notes say so.
+table all files are taken, without labels. Where no table names the patient, a DICOM header does, for the
+other images of its study too; any other study, or file that is of none, counts as a patient of its own, and the notes
+say so.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from hilum.data.headers import read_headers
 from hilum.data.label_cells import CELLS
 from hilum.data.labels import canonical, ordered
 from hilum.data.rows import (
+    ROW,
     Scan,
     SourceOptions,
     SourceRows,
@@ -30,6 +32,7 @@ from hilum.data.rows import (
     scan,
 )
 from hilum.data.tables import check_filled, check_values, read_csv, unique
+from hilum.data.views import view_notes
 
 TABLE = "labels.csv"
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -70,8 +73,10 @@ def read(options: SourceOptions) -> SourceRows:
         notes += [f"{unlisted} images in the folder are not in {path.name}: left out"] if unlisted else []
     notes += _not_pictures(found, image_root, path, frame["source_relpath"])
     notes += [f"{found.unnamed} entries whose names are not UTF-8: left out"] if found.unnamed else []
-    frame, more = _identify(frame, image_root)
+    frame, more = _identify(frame, image_root, path)
+    frame = frame.drop("row", strict=False)  # only a table has rows
     frame = frame.with_columns(pl.col("sex", "age_raw").replace("", None), age_years=ages(pl.col("age_raw")))
+    notes += _unread_ages(frame) + view_notes(frame["view_raw"])
     has_split = "split_official" in frame.columns
     if not has_split:
         frame = frame.with_columns(split_official=pl.lit(""))
@@ -146,6 +151,7 @@ def _table(path: Path, options: SourceOptions) -> tuple[pl.DataFrame, tuple[str,
     raw = pl.struct(list(columns)).struct.json_encode() if columns else pl.lit(None, dtype=pl.String)
     frame = frame.with_columns(raw_labels=raw, source_relpath=paths).drop("path")
     frame = located(_rename(label_columns(frame, columns, codes, path), path), path)
+    frame = frame.with_columns(ROW)  # beside the columns of `located`, which last until files are looked for
     return frame, ordered(columns.values()), table.sha256
 
 
@@ -169,7 +175,13 @@ def _rename(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
     return frame.rename({"age": "age_raw", "view": "view_raw"}, strict=False)  # both are optional
 
 
-def _identify(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, list[str]]:
+def _unread_ages(frame: pl.DataFrame) -> list[str]:
+    unread = frame.select(pl.col("age_raw").is_not_null() & pl.col("age_years").is_null()).to_series().sum()
+    forms = "58, 63.5, 058Y, 006M, 003W, 012D can be"
+    return [f"{unread} ages cannot be read, or are no human age: unknown ({forms})"] if unread else []
+
+
+def _identify(frame: pl.DataFrame, root: Path, table: Path | None) -> tuple[pl.DataFrame, list[str]]:
     """Fill patient, study, view, sex and age from DICOM headers where the table did not give them."""
     absent = [name for name in HEADER_FIELDS if name not in frame.columns]
     if not absent:
@@ -181,17 +193,56 @@ def _identify(frame: pl.DataFrame, root: Path) -> tuple[pl.DataFrame, list[str]]
     notes = [f"{unreadable} DICOM headers cannot be read"] if unreadable else []
     frame = frame.with_columns(**fields)
     if "patient_id" in absent:
-        alone = (frame["patient_id"] == "").sum()
-        # A study that the table names keeps its images together even where nobody names the patient.
-        stand_in = path if "study_id" in absent else pl.lit("study:") + pl.col("study_id")
-        nameless = pl.col("patient_id") == ""
-        frame = frame.with_columns(patient_id=pl.when(nameless).then(stand_in).otherwise("patient_id"))
-        if alone:
-            unit = "image" if "study_id" in absent else "study"
-            notes.append(f"{alone} images name no patient: each {unit} counts as one, which cannot rule out leakage")
+        frame, more = _patients(frame, None if "study_id" in absent else table)
+        notes += more
     if "study_id" in absent:
         frame = frame.with_columns(study_id=pl.when(pl.col("study_id") == "").then(path).otherwise("study_id"))
     return frame, notes
+
+
+def _patients(frame: pl.DataFrame, table: Path | None) -> tuple[pl.DataFrame, list[str]]:
+    """A patient for each image whose header names none: the one that its study has, else a stand-in for the study.
+
+    Settled by study and not by image, since a study of two patients could be learned from and judged on.
+
+    Args:
+        frame: `patient_id` as headers have it, "" where none does; `study_id`, "" where it is not known; `row`.
+        table: the table that names the studies; none where headers do.
+
+    Raises:
+        ManifestError: a study of the table has several patients; names its first row.
+    """
+    study, patient = pl.col("study_id"), pl.col("patient_id")
+    alone = pl.when(study == "").then("source_relpath").otherwise(pl.lit("study:") + study)
+    frame = frame.with_columns(alone.alias("alone"), patient.replace("", None))
+    frame = frame.with_columns(people=patient.drop_nulls().n_unique().over("alone"))
+    several = frame.filter(pl.col("people") > 1)
+    studies = several["alone"].n_unique()
+    if studies and table is not None:
+        raise ManifestError(
+            f"{table}, row {several['row'][0]}: the DICOM headers of this study name {several['people'][0]} patients "
+            f"({studies} such studies), which could fall into different splits. Add a column patient_id; or, where "
+            "studies are numbered anew for each patient, give each study a study_id of its own."
+        )
+    notes = []
+    if studies:
+        notes.append(
+            f"{studies} studies name several patients in their DICOM headers: each counts as one, which cannot rule "
+            "out leakage"
+        )
+    of_study = pl.when(pl.col("people") == 1).then(patient.drop_nulls().first().over("alone"))
+    nameless = frame["patient_id"].is_null()
+    frame = frame.with_columns(pl.coalesce("patient_id", of_study))
+    unnamed = frame["patient_id"].is_null()
+    settled = nameless & ~unnamed
+    if settled.any():
+        notes.append(f"{settled.sum()} images name no patient: theirs is the one that other images of their study name")
+    if unnamed.any():
+        unit = "image" if (frame["study_id"].filter(unnamed) == "").all() else "study"
+        notes.append(
+            f"{unnamed.sum()} images name no patient: each {unit} counts as one, which cannot rule out leakage"
+        )
+    return frame.with_columns(pl.coalesce("patient_id", "alone")).drop("alone", "people"), notes
 
 
 def _field(headers: dict[str, dict[str, str]], name: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from hilum.data.headers import header_columns
 from hilum.data.label_cells import finding_columns, token_values
 from hilum.data.label_maps import load_map
 from hilum.data.rows import (
+    ROW,
     SourceOptions,
     SourceRows,
     ages,
@@ -59,7 +60,8 @@ def read(options: SourceOptions) -> SourceRows:
     found = scan(home)
     there = paths_by_name(frame["image_id"], found, home, options)
     listed = f"{TRAIN}/" + frame["image_id"] + ".dcm"
-    rows = located(frame.hstack(columns).with_columns(source_relpath=there.fill_null(listed)), boxes.path)
+    rows = frame.hstack(columns).with_columns(source_relpath=there.fill_null(listed))
+    rows = located(rows, boxes.path, pl.col("row")).drop("row")
     rows, missing = keep_existing(rows, found, home, options, studies=False)
     headers, unread = header_columns(rows["source_relpath"], home, HEADER_FIELDS)
     rows = rows.hstack(headers).with_columns(pl.col("sex", "age_raw").replace("", None))
@@ -85,7 +87,7 @@ def read(options: SourceOptions) -> SourceRows:
 
 
 def _images(boxes: Table, classes: Table) -> pl.DataFrame:
-    """One row per image: its id, its class, and what the tables say of it as JSON.
+    """One row per image: its id, its class, its first `row` in the table of boxes, and what the tables say as JSON.
 
     Raises:
         ManifestError: the tables contradict themselves or each other; names table and row.
@@ -103,7 +105,7 @@ def _images(boxes: Table, classes: Table) -> pl.DataFrame:
         if bad.any():
             raise ManifestError(f"{table.path}, row {row_of(bad)}: the rows of one image differ in {column!r}.")
     one = classes.frame.unique("patientId", keep="first", maintain_order=True)
-    joined = boxes.frame.join(one, on="patientId", how="left", maintain_order="left")
+    joined = boxes.frame.with_columns(ROW).join(one, on="patientId", how="left", maintain_order="left")
     bad = joined["class"].is_null() | ((joined["class"] == OPACITY) != (joined["Target"] == "1"))
     if bad.any():
         raise ManifestError(
@@ -115,14 +117,11 @@ def _images(boxes: Table, classes: Table) -> pl.DataFrame:
         raise ManifestError(f"{classes.path}: {alone} images are not in {BOXES}.")
     box = pl.concat_list([pl.col(name) for name in EDGES])
     grouped = joined.group_by("patientId", maintain_order=True).agg(
-        pl.col("class").first(), pl.col("Target").first(), box.filter(pl.col("Target") == "1").alias("boxes")
+        pl.col("row", "class", "Target").first(), box.filter(pl.col("Target") == "1").alias("boxes")
     )
-    raw = [
-        json.dumps({"Target": target, "class": name, "boxes": found}) for _, name, target, found in grouped.iter_rows()
-    ]
-    return grouped.select(image_id="patientId", **{"class": "class"}).with_columns(
-        raw_labels=pl.Series(raw, dtype=pl.String)
-    )
+    said = grouped.select("Target", "class", "boxes").iter_rows(named=True)
+    raw = pl.Series("raw_labels", [json.dumps(one) for one in said], dtype=pl.String)
+    return grouped.select(pl.col("patientId").alias("image_id"), "class", "row", raw)
 
 
 def _check_boxes(boxes: Table) -> None:

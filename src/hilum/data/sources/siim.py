@@ -15,6 +15,7 @@ from hilum.data.headers import header_columns
 from hilum.data.label_cells import finding_columns, token_values
 from hilum.data.label_maps import load_map
 from hilum.data.rows import (
+    ROW,
     SourceOptions,
     SourceRows,
     ages,
@@ -55,7 +56,8 @@ def read(options: SourceOptions) -> SourceRows:
     found = scan(home)
     there = paths_by_name(frame["image_id"], found, home, options)
     rows = frame.drop("tokens").hstack(columns).with_columns(source_relpath=there.fill_null(frame["image_id"] + ".dcm"))
-    rows, missing = keep_existing(located(rows, path), found, home, options, studies=False)
+    rows = located(rows, path, pl.col("row")).drop("row")
+    rows, missing = keep_existing(rows, found, home, options, studies=False)
     headers, unread = header_columns(rows["source_relpath"], home, HEADER_FIELDS)
     rows = rows.hstack(headers).with_columns(
         pl.col("patient_header", "study_header", "sex", "age_raw").replace("", None)
@@ -89,7 +91,7 @@ def read(options: SourceOptions) -> SourceRows:
 
 
 def _images(table: Table) -> pl.DataFrame:
-    """One row per image: `image_id`, `tokens` ("mask", or none), `raw_labels`.
+    """One row per image: `image_id`, its first `row` in the table, `tokens` ("mask", or none), `raw_labels`.
 
     Raises:
         UnknownLabelError: a region that is none; names the row.
@@ -107,13 +109,13 @@ def _images(table: Table) -> pl.DataFrame:
         raise UnknownLabelError(
             f"{path}, row {row_of(bad)}: 'EncodedPixels' is neither -1 nor pairs of numbers ({bad.sum()} such rows)."
         )
-    cells = pl.DataFrame([frame["ImageId"].alias("image_id"), frame["EncodedPixels"].alias("cell"), none.alias("none")])
+    cells = frame.select(ROW, none.alias("none"), image_id="ImageId", cell="EncodedPixels")
     mixed = cells.select(pl.col("none").n_unique().over("image_id") > 1).to_series()
     if mixed.any():
         raise ManifestError(f"{path}, row {row_of(mixed)}: one image has a region in one row and none in another.")
-    grouped = cells.group_by("image_id", maintain_order=True).agg("cell", pl.col("none").first())
+    grouped = cells.group_by("image_id", maintain_order=True).agg("cell", pl.col("none", "row").first())
     tokens = [[] if absent else ["mask"] for absent in grouped["none"]]
     raw = [json.dumps([cell[:SHOWN_RUNS] for cell in found]) for found in grouped["cell"]]
-    return grouped.select("image_id").with_columns(
+    return grouped.select("image_id", "row").with_columns(
         pl.Series("tokens", tokens, dtype=pl.List(pl.String)), pl.Series("raw_labels", raw, dtype=pl.String)
     )

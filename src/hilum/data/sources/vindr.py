@@ -24,7 +24,7 @@ from hilum.core.types import NEGATIVE, POSITIVE, UNKNOWN
 from hilum.data.label_cells import cell_values, finding_columns
 from hilum.data.label_maps import LabelPolicy, load_map
 from hilum.data.rows import (
-    ROW_COLUMNS,
+    ROW,
     SourceOptions,
     SourceRows,
     existing_folder,
@@ -34,7 +34,7 @@ from hilum.data.rows import (
     scan,
     unknown_label,
 )
-from hilum.data.tables import FIRST_ROW, Table, check_filled, read_csv, require, row_of
+from hilum.data.tables import Table, check_filled, read_csv, require, row_of
 
 READERS = 3
 TABLES = {"train": "image_labels_train.csv", "test": "image_labels_test.csv"}
@@ -43,8 +43,6 @@ CHALLENGE_TABLE = "train.csv"
 CONSENSUS = "consensus"
 CELLS = {"1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE}
 IDS = ["image_id", "rad_id"]
-ROW = pl.int_range(FIRST_ROW, pl.len() + FIRST_ROW).alias("row")
-"""Spreadsheet row, for messages."""
 LABELS = load_map("vindr")
 SPELLED = {label.casefold(): label for label in LABELS.labels} | {"other disease": "Other diseases"}
 CHALLENGE_LABELS = (
@@ -162,10 +160,10 @@ def _images(
     frame = pl.DataFrame({"image_id": images, "raw_labels": _said(ids["rad_id"], values, place, len(images))}).hstack(
         labels
     )
-    first = ids.unique("image_id", keep="first", maintain_order=True)["row"].alias(ROW_COLUMNS[1])
+    first = ids.unique("image_id", keep="first", maintain_order=True)["row"]
     trust = "physician" if split == "train" else CONSENSUS
     frame = frame.with_columns(split_official=pl.lit(split), label_trust=pl.lit(trust))
-    return located(frame, path).with_columns(first), conflicts
+    return located(frame, path, pl.lit(first)), conflicts
 
 
 def _check_ids(frame: pl.DataFrame, path: Path) -> None:
