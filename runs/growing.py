@@ -6,7 +6,7 @@ Fixed before it is run:
 
 - Increments: the 26 findings of CXR-LT 2024 task 2, then the 14 that task 1 adds, then the five of task 3.
 - Upper bound: the same recipe fitted on all 45 at once. Recipe: laptop_decoder at 128 pixels, seed 0. The ladder of
-  `hilum extend` as it is: validation chooses among rows, adapter, own.
+  `hilum extend` as it is: validation chooses among its rungs.
 - Few labels: the 19 at once, at most k positives of each in train and k in validation, k = 8, 32, 96, seeds 0 to 2, at
   three of the nine rates and every rung of the ladder; all known negatives stay. A finding counts at a k only where it
   has at least k positives in train; since that is fewer findings at a larger k, the curve is also given over those that
