@@ -140,7 +140,8 @@ def test_the_equality_tests_can_be_set_up_on_a_bare_gpu_image(bench: ModuleType,
     program = "import sys; sys.modules.update(dict.fromkeys({}));import pytest; sys.exit(pytest.main({}))"
     done = subprocess.run(
         [sys.executable, "-c", program.format(ABSENT, [*words, "--setup-plan"])], cwd=BENCHMARKS.parent,
-        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     planned = set(re.findall(r"^ +(\S+\.py)::", done.stdout, re.MULTILINE))
