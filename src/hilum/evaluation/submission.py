@@ -1,7 +1,7 @@
 """A CXR-LT submission, made, checked and scored: one row per image of the challenge's list, one column per class.
 
 Classes come by name in the order of the sample submission (`data/labels.py`), ids exactly as listed. Scaling is in
-`challenge_scaling.py`; writing in `commands/submit.py`.
+`challenge_scaling.py`; writing in `commands/submit.py`. Just past 300 lines: making and checking are of one format.
 """
 
 import csv
